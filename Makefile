@@ -1,0 +1,36 @@
+# demo  trains a small model on this machine and proves the result     test  the whole suite
+# check lint, format, types, architecture                              bench every benchmark, quick
+# Each makes .venv first if it is missing or older than pyproject.toml and constraints.txt.
+# Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	$(BIN)/shardwise train examples/demo.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(STAMP)
+	@set -e; for run in benchmarks/*/run.py; do \
+	    [ -e "$$run" ] || continue; \
+	    $(BIN)/python -m "benchmarks.$$(basename "$$(dirname "$$run")")" --quick; \
+	done
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "shardwise: preparing .venv (downloads happen here, and only here)"
+	@start=$$(date +%s); set -e; \
+	    [ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
+	    $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,hf]'; \
+	    echo "shardwise: .venv ready, $$(( $$(date +%s) - start )) s for downloads and installation"
+	@touch $@

@@ -1,0 +1,48 @@
+"""shardwise: model parallelism for any PyTorch model. It plans itself, proves itself, and explains itself.
+
+The public names are loaded when they are first used, so importing shardwise costs nothing and does nothing.
+This file knows in which module each public name lives, and nothing else. A new name is one line in the table
+and one in the block for type checkers; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardwise.errors import ShardwiseError as ShardwiseError
+
+__version__ = "0.1.0.dev0"
+
+PUBLIC_NAMES = MappingProxyType(
+    {
+        "ShardwiseError": "shardwise.errors",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC_NAMES:
+        raise AttributeError(f"module 'shardwise' has no attribute {name!r}; it has {sorted(PUBLIC_NAMES)}")
+    value: object = getattr(import_module(PUBLIC_NAMES[name]), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC_NAMES})
+
+
+class _Package(ModuleType):
+    """Keeps `shardwise.trace` the public function although the import of a package `shardwise.trace` would,
+    as every import of a submodule does, set that attribute to the package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in PUBLIC_NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,28 @@
+"""Predicts when every action and transfer of a schedule runs, given what each one costs."""
+
+from __future__ import annotations
+
+from shardwise.schedule.costs import Costs, check_costs
+from shardwise.schedule.graph import Edges, checked
+from shardwise.schedule.progress import run
+from shardwise.schedule.schedule import Schedule
+from shardwise.schedule.timeline import Timeline
+from shardwise.schedule.transfers import DEFAULT_PREFETCH, with_transfers
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    schedule: Schedule, edges: Edges | None = None, *, costs: Costs, prefetch: int = DEFAULT_PREFETCH
+) -> Timeline:
+    """The timeline of one step, from 0 s; `edges` is the chain if not given.
+
+    Ranks compute in order and transfers run beside them: a value travels once it is sent, its receive is
+    posted (`prefetch` actions ahead of its consumer) and the link between the two ranks, one in each
+    direction, is free. Time and memory grow with the number of actions. Raises ScheduleError if costs are
+    missing or ranks deadlock.
+    """
+    edges = checked(edges, schedule.num_stages)
+    check_costs(costs, schedule, edges)
+    rows = with_transfers(schedule, edges, prefetch=prefetch)
+    return Timeline(num_ranks=schedule.num_ranks, spans=run(schedule, edges, rows, costs))

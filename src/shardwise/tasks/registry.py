@@ -1,0 +1,144 @@
+"""Tasks by name, from the options of a run file. Adding a kind of task is adding a file and a line in KINDS.
+
+It knows names and options; it refuses to know what a task does. Preparing and opening are two calls because a
+corpus is prepared by one process and opened by every rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from shardwise.errors import ConfigError
+from shardwise.tasks.language_modelling import CorpusOptions, LanguageModelling
+from shardwise.tasks.synthetic import RandomTokens
+from shardwise.tasks.task import Task
+
+__all__ = ["KINDS", "TaskKind", "prepare_task", "task_from"]
+
+Options = Mapping[str, object]
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+T = TypeVar("T", bound=_Dataclass)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskKind:
+    """How a kind of task is made: `prepare` is slow and gives the options (JSON values) that `open` takes."""
+
+    prepare: Callable[[Options], dict[str, object]]
+    open: Callable[[Options], Task]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedCorpus:
+    """What a rank needs to open a prepared corpus."""
+
+    folder: str
+    sequence_length: int  # tokens
+
+
+def prepare_task(kind: str, options: Options) -> dict[str, object]:
+    """Do the slow part of a task once, in one process; returns the options that `task_from` takes in every
+    rank.
+
+    The result holds JSON values only, to be sent or stored. Raises ConfigError for an unknown kind or option.
+    """
+    return _kind(kind).prepare(options)
+
+
+def task_from(kind: str, options: Options) -> Task:
+    """The task of a kind: one of KINDS, or "package.module:factory", called with the options as keywords.
+
+    Cheap and read-only. Options are those that `prepare_task` returned; kinds without a slow part take the
+    run file's own too. Raises ConfigError for an unknown kind or option, and for a corpus that is not
+    prepared.
+    """
+    return _kind(kind).open(options)
+
+
+def _kind(kind: str) -> TaskKind:
+    if kind in KINDS:
+        return KINDS[kind]
+    if ":" in kind:
+        return TaskKind(prepare=dict, open=lambda options: _from_factory(kind, options))
+    raise ConfigError(
+        f"a task is one of {sorted(KINDS)} or 'package.module:factory'; got {kind!r}; correct the kind"
+    )
+
+
+def _prepare_corpus(options: Options) -> dict[str, object]:
+    wanted = _checked(CorpusOptions, options)
+    folder = LanguageModelling.prepare(wanted)
+    return asdict(PreparedCorpus(folder=str(folder), sequence_length=wanted.sequence_length))
+
+
+def _open_corpus(options: Options) -> Task:
+    if "folder" not in options:
+        raise ConfigError(
+            f"a corpus is opened from the options that prepare_task returned; got {sorted(options)}; "
+            "call prepare_task in one process first"
+        )
+    prepared = _checked(PreparedCorpus, options)
+    return LanguageModelling.open(Path(prepared.folder), sequence_length=prepared.sequence_length)
+
+
+def _prepare_random_tokens(options: Options) -> dict[str, object]:
+    return asdict(_checked(RandomTokens, options))  # nothing to prepare, but wrong options are refused here
+
+
+def _open_random_tokens(options: Options) -> Task:
+    return _checked(RandomTokens, options)
+
+
+def _from_factory(kind: str, options: Options) -> Task:
+    module_name, _, name = kind.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"a task {kind!r} names a module and a function in it: {error}; correct the name"
+        ) from error
+    task: Task = factory(**options)
+    return task
+
+
+def _checked(cls: type[T], options: Options) -> T:
+    """An instance of a dataclass from a mapping, with names and types checked."""
+    known = {field.name for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    if unknown := set(options) - known:
+        raise ConfigError(
+            f"this task's options are {sorted(known)}; got {sorted(unknown)} too; correct or remove them"
+        )
+    if missing := needed - set(options):
+        raise ConfigError(
+            f"this task needs the options {sorted(needed)}; {sorted(missing)} are missing; add them"
+        )
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(
+            f"an option of this task has the wrong type: {faults}; correct the value"
+        ) from error
+
+
+KINDS: Mapping[str, TaskKind] = MappingProxyType(
+    {
+        "language_modelling": TaskKind(prepare=_prepare_corpus, open=_open_corpus),
+        "random_tokens": TaskKind(prepare=_prepare_random_tokens, open=_open_random_tokens),
+    }
+)

@@ -1,0 +1,160 @@
+"""Capture a tape: run the objective once with fake parameters, and leave the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from shardwise.errors import ModelError
+from shardwise.trace.install import Switch, installed
+from shardwise.trace.objective import Batch, LossFunction, objective
+from shardwise.trace.randomness import Scope
+from shardwise.trace.record import GlueLooks, Recorder
+from shardwise.trace.tape import Tape
+from shardwise.trace.units import choose_units
+
+__all__ = ["Captured", "capture", "recorded"]
+
+
+class Captured:
+    """A recorder after its forward: the tape, the units, and the fake loss (for a backward)."""
+
+    def __init__(self, recorder: Recorder, units: Mapping[str, nn.Module], loss: torch.Tensor) -> None:
+        self.recorder = recorder
+        self.units = units
+        self.loss = loss
+        self.tape: Tape = recorder.tape(loss, tuple(units))
+
+
+def capture(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    loss: LossFunction | None = None,
+    units: Sequence[str] = (),
+    scope: Scope | None = None,
+) -> Captured:
+    """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
+
+    Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
+    where that does not help.
+    """
+    whole: set[str] = set()
+    own = _own(batch)
+    while True:
+        chosen = choose_units(model, named=units, whole=whole)
+        try:
+            with recorded(model, chosen, scope=scope) as recorder:
+                value = objective(model, own, loss)
+                return Captured(recorder, chosen, value)
+        except GlueLooks as looks:
+            if not looks.module or looks.module in whole:
+                raise ModelError(
+                    f"the glue between units must not look at a value that a unit computed: {looks}; name a module "
+                    "around it as a unit"
+                ) from looks
+            whole.add(looks.module)
+
+
+@contextlib.contextmanager
+def recorded(
+    model: nn.Module, units: Mapping[str, nn.Module], *, scope: Scope | None = None
+) -> Iterator[Recorder]:
+    """The model with fake parameters, copied buffers and watched units; everything is put back at the end."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    names: dict[int, str] = {}
+    buffers: dict[int, str] = {}
+    modules = {module: name for name, module in model.named_modules()}
+    switch = Switch()
+    with _attributes_restored(model), _fake_parameters(model, fake, names), _copied_buffers(model, buffers):
+        recorder = Recorder(
+            parameters=names, buffers=buffers, modules=modules, fake=fake, scope=scope or Scope(
+                seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0
+            ),
+        )
+        with installed(units, switch), switch.on(recorder), recorder.active():
+            yield recorder
+
+
+def _own(batch: Batch) -> Any:
+    """A copy of the batch, so that glue which writes into it in place leaves the caller's alone."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+@contextlib.contextmanager
+def _fake_parameters(model: nn.Module, fake: FakeTensorMode, names: dict[int, str]) -> Iterator[None]:
+    fakes: dict[int, nn.Parameter] = {}
+    undo: list[tuple[nn.Module, str, nn.Parameter]] = []
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in fakes:
+                with fake:
+                    empty = torch.empty_strided(
+                        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=_device(parameter)
+                    )
+                twin = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                fakes[id(parameter)] = twin
+                names[id(twin)] = canonical[id(parameter)]
+            undo.append((module, name, parameter))
+    for module, name, parameter in undo:
+        module._parameters[name] = fakes[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in undo:
+            module._parameters[name] = parameter
+
+
+def _device(parameter: torch.Tensor) -> torch.device:
+    return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+
+
+@contextlib.contextmanager
+def _copied_buffers(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
+    undo: list[tuple[nn.Module, str, torch.Tensor]] = []
+    copies: dict[int, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.device.type == "meta":
+                raise ModelError(
+                    f"buffers are computed for real, parameters are not: buffer {name!r} of {prefix or 'the model'} is "
+                    "on the meta device; build the model with sw.defer(factory)"
+                )
+            undo.append((module, name, buffer))
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.detach().clone()
+                names[id(copies[id(buffer)])] = f"{prefix}.{name}" if prefix else name
+            module._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, name, buffer in undo:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Plain attributes that the forward sets (counters, caches) are put back: a trace is not a step."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    hooks = [(module, module._forward_hooks.copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in kept:
+            for name in set(vars(module)) - set(attributes):
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for module, before in hooks:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(before)

@@ -1,0 +1,100 @@
+"""Torch functions as the glue calls them: names, constructors, and autograd functions seen as one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["as_one_function", "grouped_mm_like", "is_constructor", "name_of"]
+
+# Functions that take a tensor for its shape, dtype and device only.
+_CONSTRUCTORS = frozenset(
+    {
+        torch.zeros_like,
+        torch.ones_like,
+        torch.empty_like,
+        torch.full_like,
+        torch.rand_like,
+        torch.randn_like,
+        torch.Tensor.new_zeros,
+        torch.Tensor.new_ones,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_full,
+    }
+)
+
+
+def is_constructor(func: Any) -> bool:
+    """Whether `func` reads only the metadata of its tensor arguments."""
+    return func in _CONSTRUCTORS
+
+
+def grouped_mm_like(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """An empty tensor with the shape of a grouped matrix product: torch's own shape rule refuses float32.
+
+    (tokens, k) x (groups, k, n) -> (tokens, n); (m, k) x (k, n) -> (groups, m, n); (groups, m, k) x (k, n) -> (m, n);
+    (groups, m, k) x (groups, k, n) -> (groups, m, n).
+    """
+    groups = () if offs is None or a.dim() != 2 or b.dim() != 2 else (offs.shape[0],)
+    if a.dim() == 3 and b.dim() == 3:
+        groups = (a.shape[0],)
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype or a.dtype)
+
+
+def name_of(func: Any) -> str:
+    """A readable name: `add`, `cross_entropy`, `T` for the getter of a property."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name in ("__get__", "__set__"):
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return str(name)
+
+
+@contextlib.contextmanager
+def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[None]:
+    """While open, `SomeFunction.apply(...)` reaches the mode that `active()` answers as one function call.
+
+    Torch's function modes see the operations inside a custom autograd function, not the function.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+    inner = original.__func__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = active()
+        if mode is None:
+            return inner(cls, *args, **kwargs)
+        with torch.overrides._pop_mode_temporarily():
+            return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+class _Apply:
+    """`cls.apply` as a function that compares equal to itself."""
+
+    def __init__(self, cls: type, inner: Callable[..., Any]) -> None:
+        self.cls = cls
+        self.inner = inner
+        self.__name__ = cls.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(self.cls, *args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Apply) and other.cls is self.cls
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
