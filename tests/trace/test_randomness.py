@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # sets a variable of the environment when it is first imported, which a test must not
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.errors import ConfigError, ModelError
 from shardwise.trace.randomness import Generators, RandomMode, Scope, draw, is_random, python_streams
@@ -125,6 +129,12 @@ def test_values_do_not_depend_on_strides() -> None:
         in_pieces((8,), BATCHED["dropout"], t) for t in (x, x.to(memory_format=torch.channels_last))
     )
     assert torch.equal(plain, channels_last)
+    transposed = torch.empty(8, 5, 4).transpose(1, 2)
+    with RandomMode(scope()) as mode:
+        transposed.uniform_()
+    with RandomMode(scope()):
+        assert torch.equal(torch.empty(8, 4, 5).uniform_(), transposed)
+    assert mode.index == 1
     drawn = in_pieces((8,), torch.rand_like, x.to(memory_format=torch.channels_last))
     assert torch.equal(drawn, in_pieces((8,), torch.rand_like, x))
     assert drawn.stride() == x.to(memory_format=torch.channels_last).stride()
@@ -320,3 +330,26 @@ def test_python_numpy_and_torch_streams_follow_the_key_and_go_on_afterwards() ->
         assert three() == inside
     with python_streams(2**62 + 6):
         assert not any(math.isclose(a, b) for a, b in zip(three(), inside, strict=True))
+
+
+def test_a_part_that_is_computed_again_in_backward_draws_the_same() -> None:
+    x = torch.ones(8, 4, requires_grad=True)
+    with RandomMode(scope()) as mode:
+        torch.rand(8)
+        y = checkpoint(
+            lambda t: F.dropout(t, 0.5) ** 2,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), mode.again()),
+        )
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * y.detach())  # y = (x m)^2 at x = 1, so dy/dx = 2 m^2
+
+
+def test_draws_on_fake_tensors_stay_fake() -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.ones(8, 2, 4, 4))
+    with RandomMode(scope()):
+        drawn = [F.dropout(fake, 0.5), torch.rand_like(fake), F.gumbel_softmax(fake), F.dropout2d(fake, 0.5)]
+        drawn.append(F.scaled_dot_product_attention(fake, fake, fake, dropout_p=0.5))
+    assert all(isinstance(tensor, FakeTensor) for tensor in drawn)

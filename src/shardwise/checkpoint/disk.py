@@ -21,7 +21,7 @@ __all__ = ["disk_errors", "replace_file", "sync_folder", "temporary_name", "writ
 
 @contextmanager
 def disk_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError inside into a CheckpointError: what was done to which path, and what the system said."""
+    """Turn an OSError inside into a CheckpointError: action, path, and what the system said."""
     try:
         yield
     except OSError as error:

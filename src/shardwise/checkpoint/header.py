@@ -57,7 +57,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A tensor to be written: key in the file, dtype by torch's name, shape. CheckpointError for other dtypes."""
+    """A tensor to be written: key in the file, torch's name of a dtype the format knows, shape."""
 
     key: str
     dtype: str
@@ -77,14 +77,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file: its bytes are `start_byte .. start_byte + spec.num_bytes`, counted from the file's start."""
+    """A tensor in a file: `spec.num_bytes` bytes from `start_byte`, counted from the file's start."""
 
     spec: TensorSpec
     start_byte: int
 
 
 def file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """The order of tensors in a file: widest elements first, so that each starts at a multiple of its width."""
+    """The order of tensors in a file: widest elements first, so that each starts aligned."""
     return sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.key))
 
 

@@ -24,7 +24,7 @@ __all__ = ["Target", "check_match", "load_into", "load_slices", "verify_checkpoi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """Where a slice goes: `out` has shape `region.sizes`, on any device; a view of a larger tensor is fine."""
+    """Where a slice goes: `out` has shape `region.sizes`, on any device; it may be a view."""
 
     name: str
     global_shape: tuple[int, ...]
@@ -124,7 +124,7 @@ def check_match(
 
 
 def verify_checkpoint(root_or_step: Path | str) -> int:
-    """Read every byte of a checkpoint against its checksums; returns how many. CheckpointError names the damage."""
+    """Read all bytes of a checkpoint against their checksums; returns how many. CheckpointError on damage."""
     source = open_checkpoint(root_or_step)
     manifest = source.manifest
     pieces = [(piece, entry.dtype) for entry in manifest.tensors.values() for piece in entry.pieces]

@@ -126,7 +126,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, path: Path) -> Manifest:
-        """The manifest read from `path`. Raises CheckpointError that names the file, the field and the repair."""
+        """The manifest read from `path`. Raises CheckpointError that names file, field and repair."""
         outer = parse_object(data, path=path)
         _check_version(outer)
         outer.only("format", "version", "crc32", "content")

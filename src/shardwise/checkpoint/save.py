@@ -6,7 +6,7 @@ Knows tensors, names and slices. Refuses to know who else saves: see `storage` f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -77,24 +77,19 @@ def write_rank(folder: Path, rank: int, shards: Iterable[Shard]) -> dict[str, Te
     """
     given = list(shards)
     file = f"rank_{rank}.safetensors"
-    filled = [(shard.spec, partial(_values, shard)) for shard in given if shard.region.num_elements]
-    checksums = write_tensors(folder / file, filled, block_bytes=BLOCK_BYTES) if filled else {}
-    with disk_errors("write", folder):
-        sync_folder(folder)
     entries: dict[str, TensorEntry] = {}
     for shard in given:
-        known = entries.get(shard.name, _entry(shard, pieces=()))
-        if known != _entry(shard, pieces=known.pieces):
-            raise CheckpointError(
-                f"all shards of {shard.name} on rank {rank} must agree on kind, global shape and dtype, but "
-                f"one is {known.kind} {known.global_shape} {known.dtype} and one {shard.kind} "
-                f"{shard.global_shape} {shard.spec.dtype}; correct the shards"
-            )
-        pieces = known.pieces
-        if shard.region.num_elements:
-            crc32 = checksums[shard.key]
-            pieces = (*pieces, Piece(file=file, key=shard.key, region=shard.region, crc32=crc32))
-        entries[shard.name] = _entry(shard, pieces=pieces)
+        _check_agree(shard, entries.setdefault(shard.name, _entry(shard)), rank=rank)
+    filled = [shard for shard in given if shard.region.num_elements]
+    if filled:
+        tensors = [(shard.spec, partial(_values, shard)) for shard in filled]
+        checksums = write_tensors(folder / file, tensors, block_bytes=BLOCK_BYTES)
+        with disk_errors("write", folder):
+            sync_folder(folder)
+    for shard in filled:
+        piece = Piece(file=file, key=shard.key, region=shard.region, crc32=checksums[shard.key])
+        entry = entries[shard.name]
+        entries[shard.name] = replace(entry, pieces=(*entry.pieces, piece))
     return entries
 
 
@@ -110,7 +105,14 @@ def _values(shard: Shard) -> torch.Tensor:
     return shard.tensor
 
 
-def _entry(shard: Shard, *, pieces: tuple[Piece, ...]) -> TensorEntry:
-    return TensorEntry(
-        kind=shard.kind, global_shape=shard.global_shape, dtype=shard.spec.dtype, pieces=pieces
-    )
+def _entry(shard: Shard) -> TensorEntry:
+    """The entry of a shard's tensor, without pieces."""
+    return TensorEntry(kind=shard.kind, global_shape=shard.global_shape, dtype=shard.spec.dtype, pieces=())
+
+
+def _check_agree(shard: Shard, known: TensorEntry, *, rank: int) -> None:
+    if known != _entry(shard):
+        raise CheckpointError(
+            f"all shards of {shard.name} on rank {rank} must agree, but one is {known.kind} {known.dtype} "
+            f"{known.global_shape} and one {shard.kind} {shard.spec.dtype} {shard.global_shape}; correct them"
+        )

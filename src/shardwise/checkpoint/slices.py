@@ -162,7 +162,7 @@ class HeldTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SliceTable:
-    """Name -> tensor and its holders, for all ranks. Every tensor must be covered exactly (CheckpointError)."""
+    """Name -> tensor and its holders, for all ranks. CheckpointError unless each is covered exactly."""
 
     tensors: Mapping[str, HeldTensor]
 

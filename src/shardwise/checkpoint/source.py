@@ -43,7 +43,7 @@ class Source:
         return tensors[name]
 
     def renamed(self, names: Mapping[str, str]) -> Source:
-        """The same source under the caller's names: wanted name -> saved name. Two names may share a tensor (ties)."""
+        """The same source under the caller's names: name -> saved name. Two may share a tensor (ties)."""
         tensors = {name: self.entry(saved) for name, saved in names.items()}
         return Source(folder=self.folder, manifest=replace(self.manifest, tensors=tensors))
 
@@ -86,11 +86,7 @@ def _model_file(folder: Path) -> Path:
     raise CheckpointError(
         f"a model folder holds {_MODEL} or {_INDEX}, but {folder} has neither ({len(files)} other "
         "safetensors files); "
-        + (
-            "pickled weights are never opened: convert them to safetensors"
-            if pickled
-            else "give the right folder"
-        )
+        + ("pickled weights are never opened: convert them" if pickled else "give the right folder")
     )
 
 

@@ -3,13 +3,12 @@
 Knows folders and the order of steps. Refuses to know tensors and process groups: with several ranks on a
 shared folder, the caller stands a barrier where the picture says so.
 
-    rank 0:      folder = begin(root, 20)                   runs/step_20.tmp-5f3a...     tell all ranks the
-    folder
-    every rank:  entries = write_rank(folder, rank, ...)    rank_0.safetensors, ...      gather entries: the
-    barrier rank 0:      commit(folder, all_entries, state=...)     manifest.json, then the folder is renamed
-    to step_20,
-                                                            then runs/latest names it
-    rank 0:      prune(root, keep=3)
+    rank 0       folder = begin(root, 20)                  makes root/step_20.tmp-5f3a; all ranks are told
+    every rank   entries = write_rank(folder, rank, ...)   writes rank_0.safetensors, ...
+    --------     gather the entries on rank 0              (the barrier)
+    rank 0       commit(folder, all_entries, state=...)    writes manifest.json, renames folder to step_20,
+                                                           and lets root/latest name it
+    rank 0       prune(root, keep=3)
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def begin(root: Path | str, step: int) -> Path:
 def commit(
     folder: Path, entries_of_ranks: Iterable[Mapping[str, TensorEntry]], *, state: Mapping[str, object]
 ) -> Path:
-    """Finish a save: after every rank's `write_rank` has returned, one rank gives what each returned, in rank
-    order.
+    """Finish a save: one rank gives what every rank's `write_rank` has returned, in rank order.
 
     Returns the final folder. Raises CheckpointError, and leaves what was saved before as it is, when the
     pieces do not cover every tensor, a rank's file is missing, or the disk refuses.
@@ -76,11 +74,11 @@ def commit(
 
 
 def complete_steps(root: Path | str) -> dict[int, Path]:
-    """Step -> folder of every finished checkpoint under `root`, lowest step first; unfinished ones are left out."""
+    """Step -> folder of every finished checkpoint under `root`, lowest step first."""
     steps: dict[int, Path] = {}
     for path, found in _matching(Path(root), _COMPLETE):
         step = int(found[1])
-        if (path / MANIFEST).is_file() and (step not in steps or found[2] is None):
+        if _is_complete(path) and (step not in steps or found[2] is None):
             steps[step] = path
     return dict(sorted(steps.items()))
 
@@ -109,8 +107,7 @@ def latest(root: Path | str) -> Path:
 def prune(root: Path | str, *, keep: int) -> tuple[Path, ...]:
     """Delete all but the `keep` highest steps and the latest one; returns the deleted folders.
 
-    Leftovers go too: unfinished saves up to the latest step, and former folders of a step that was saved
-    again.
+    Leftovers go too: unfinished saves up to the latest step, and former folders of a step saved again.
     """
     if keep < 1:
         raise CheckpointError(f"at least one checkpoint is kept, got keep={keep}; use 1 or more")
@@ -121,12 +118,16 @@ def prune(root: Path | str, *, keep: int) -> tuple[Path, ...]:
     newest = latest(root)
     kept = {newest, *list(steps.values())[-keep:]}
     newest_step = next(step for step, path in steps.items() if path == newest)
-    doomed = [path for path, _ in _matching(root, _COMPLETE) if path not in kept]
+    doomed = [path for path, _ in _matching(root, _COMPLETE) if path not in kept and _is_complete(path)]
     # A save that is still being written is of a later step than the latest finished one.
     doomed += [path for path, found in _matching(root, _TEMPORARY) if int(found[1]) <= newest_step]
     for path in doomed:
         _delete(path)
     return tuple(doomed)
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 def _delete(folder: Path) -> None:

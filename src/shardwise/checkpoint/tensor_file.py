@@ -108,7 +108,7 @@ class TensorFile:
             target.copy_(data.view(TORCH_DTYPES[stored.spec.dtype]).as_strided(part.sizes, strides))
 
     def check(self, key: str, *, checksums: str, block_bytes: int) -> int:
-        """Read all of a tensor against its checksums; returns its bytes. CheckpointError where they differ."""
+        """Read all of a tensor against its checksums; returns its bytes. CheckpointError on damage."""
         stored = self.tensors[key]
         for start in range(0, stored.spec.num_bytes, BUFFER_BYTES):
             self._bytes(
@@ -119,7 +119,7 @@ class TensorFile:
     def _bytes(
         self, stored: StoredTensor, start: int, stop: int, checksums: str, block_bytes: int
     ) -> torch.Tensor:
-        """Bytes start .. stop of a tensor, (stop - start,) uint8, read by whole blocks where they are checked."""
+        """Bytes start .. stop of a tensor, (stop - start,) uint8; whole blocks are read where checked."""
         low, high = start, stop
         if checksums:
             low = start // block_bytes * block_bytes
@@ -158,7 +158,7 @@ def _at_once(span_bytes: int, useful_bytes: int, *, checked: bool) -> bool:
 
 
 def _halves(box: TensorSlice, out: torch.Tensor) -> list[tuple[TensorSlice, torch.Tensor]]:
-    """The box cut in two on its first dim longer than 1, which is the one that spans most; second half first."""
+    """The box cut in two on its first dim longer than 1, which spans most; second half first."""
     dim = next(dim for dim, size in enumerate(box.sizes) if size > 1)
     middle = box.sizes[dim] // 2
     halves = []

@@ -30,7 +30,7 @@ from shardwise.trace.keys import key_of
 from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
 from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, Made, Record, Structure, Tape
 
-__all__ = ["Leave", "StageRun", "arrive", "programme"]
+__all__ = ["Leave", "Programme", "StageRun", "arrive", "programme"]
 
 
 class Leave(BaseException):
@@ -55,7 +55,7 @@ def arrive(leaf: torch.Tensor) -> torch.Tensor:
 
 
 @dataclasses.dataclass(slots=True)
-class _Programme:
+class Programme:
     """Per node: does this stage compute it, which values does it send, which does it receive."""
 
     computes: list[bool]
@@ -63,14 +63,14 @@ class _Programme:
     receives: frozenset[int]
 
 
-def programme(tape: Tape, cut: StageCut) -> _Programme:
+def programme(tape: Tape, cut: StageCut) -> Programme:
     """Tables of one stage, indexed by node."""
     computes = [index in cut.computes for index in range(len(tape.flow.nodes))]
     sends: list[tuple[int, ...]] = [() for _ in tape.flow.nodes]
     for value in sorted({value for value, _ in cut.sends}):
         node = tape.flow.values[value].node
         sends[node] = (*sends[node], value)
-    return _Programme(computes, sends, frozenset(value for value, _ in cut.receives))
+    return Programme(computes, sends, frozenset(value for value, _ in cut.receives))
 
 
 class StageRun:
@@ -85,7 +85,7 @@ class StageRun:
         *,
         tape: Tape,
         cut: StageCut,
-        table: _Programme,
+        table: Programme,
         modules: Mapping[str, nn.Module],
         received: Mapping[int, torch.Tensor],
         scope: Scope,

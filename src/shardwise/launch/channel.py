@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import socket
 from dataclasses import dataclass
 
@@ -50,21 +51,27 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def detach(self) -> int:
-        return self._socket.detach()
-
     def send(self, kind: str, descriptors: tuple[int, ...] = (), **fields: object) -> None:
         """Sends a message; the descriptors stay open here. BrokenPipeError where the other end is gone."""
         packet = json.dumps({"kind": kind, **fields}).encode()
         socket.send_fds(self._socket, [packet], list(descriptors))
 
-    def send_value(self, kind: str, value: object, **fields: object) -> None:
-        """Sends a message with a value of any size; LaunchError where the value cannot be pickled."""
-        descriptor = pack(value)
+    def send_values(self, kind: str, *values: object) -> None:
+        """Sends a message with values of any size; LaunchError where one of them cannot be pickled."""
+        descriptors: list[int] = []
         try:
-            self.send(kind, (descriptor,), **fields)
+            for value in values:
+                descriptors.append(pack(value))
+            self.send(kind, tuple(descriptors))
         finally:
-            os.close(descriptor)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def readable(self, *, within_s: float = 0.0) -> bool:
+        """True where `receive` would not wait."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            return bool(selector.select(within_s))
 
     def receive(self) -> Message | None:
         """Waits for the next message."""

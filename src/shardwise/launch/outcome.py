@@ -49,8 +49,11 @@ class Failure:
     @property
     def is_effect(self) -> bool:
         """It looks as if only the loss of a peer was felt."""
-        last = self.text.rstrip().rpartition("\n")[2]
-        return not self.died and any(phrase in last for phrase in _PEER_IS_GONE)
+        return not self.died and any(phrase in self.last_line for phrase in _PEER_IS_GONE)
+
+    @property
+    def last_line(self) -> str:
+        return self.text.rstrip().rpartition("\n")[2]
 
 
 Outcome = Success | Failure
@@ -59,12 +62,17 @@ Outcome = Success | Failure
 def failure_of_call(failures: Sequence[Failure], *, world_size: int) -> BaseException:
     """The error to raise for a call that failed on `failures`, in the order in which they were heard of.
 
-    The cause is a rank that died, else the first that does not merely miss a peer. An exception that travelled is
-    raised as itself; its `__cause__` is a LaunchError with the tracebacks of all ranks that failed.
+    The cause is a rank that died, else the first that does not merely miss a peer. An exception that
+    travelled is raised as itself; its `__cause__` is a LaunchError with the tracebacks of all failed ranks.
+    Ranks that only lost their peer get one line.
     """
     cause = min(failures, key=lambda failure: (not failure.died, failure.is_effect))
     others = [failure for failure in failures if failure is not cause]
-    report = LaunchError("\n\n".join(_told(failure, world_size) for failure in [cause, *others]))
+    told = [_told(cause, world_size)]
+    told += [
+        _told_briefly(other, world_size) if other.is_effect else _told(other, world_size) for other in others
+    ]
+    report = LaunchError("\n\n".join(told))
     if not isinstance(cause.error, Exception):
         return report
     cause.error.add_note(f"raised on rank {cause.rank} of {world_size}")
@@ -77,3 +85,7 @@ def _told(failure: Failure, world_size: int) -> str:
     if failure.died:
         return f"{head} {failure.text}"
     return f"{head} raised:\n{failure.text.rstrip()}"
+
+
+def _told_briefly(failure: Failure, world_size: int) -> str:
+    return f"rank {failure.rank} of {world_size} then lost its peer: {failure.last_line[:200]}"

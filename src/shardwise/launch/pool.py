@@ -6,35 +6,35 @@ It starts, calls, times and ends ranks. It knows no layout, no model and no coll
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
 from shardwise.errors import LaunchError
-from shardwise.launch.channel import Channel, Message
+from shardwise.launch.collect import OnMessage, collect
 from shardwise.launch.outcome import Failure, Outcome, Success, failure_of_call
 from shardwise.launch.payload import pack
-from shardwise.launch.rank import Call, Start, stack_file
-from shardwise.launch.starter import RankProcess, RankStarter, describe_exit
+from shardwise.launch.rank import Call, Start
+from shardwise.launch.starter import RankProcess, RankStarter
 from shardwise.launch.surroundings import surroundings_here
 
 __all__ = ["RankPool"]
 
 R = TypeVar("R")
 
-_GRACE_S = 1.0  # how long the others may still report after the first failure
-_STACKS_S = 0.5  # how long stuck ranks get to write down where they stand
+_START_S = 120.0  # for forked ranks to meet
+_END_S = 2.0
 
 
 class RankPool:
     """`world_size` ranks on this machine that wait for calls.
 
-    process_group_timeout_s  a gloo process group of all ranks is made when they start, with this bound on each
-                             operation; None leaves it to the function (`init_process_group(context)`)
+    process_group_timeout_s  a gloo process group of all ranks is made when they start, with this bound on
+                             each operation; None leaves it to the function (`init_process_group(context)`)
     num_threads              torch threads of a rank; None shares this machine's cores
     starter                  to share between pools; else one is made and ended with the pool
     preload                  modules imported once, before the ranks are forked (without a `starter`)
@@ -76,8 +76,8 @@ class RankPool:
         return tuple(process.pid for process in self._ranks)
 
     def close(self) -> None:
-        """Ends the ranks at once."""
-        self._end_ranks()
+        """Ends the ranks."""
+        self._end_ranks(at_once=False)
         if self._owns_starter:
             self._starter.close()
 
@@ -86,29 +86,86 @@ class RankPool:
         function: Callable[..., R],
         *args: object,
         timeout_s: float | None = None,
-        on_message: Callable[[int, object], None] | None = None,
+        on_message: OnMessage | None = None,
     ) -> list[R]:
         """Calls `function(context, *args)` on every rank and returns the results in order of rank.
 
         context     a RankContext; what ranks give to `context.post` reaches `on_message(rank, value)` here
-        timeout_s   deadline of the whole call
+        timeout_s   deadline of the call; starting the ranks has its own
 
         An exception on a rank is raised here as itself, with the tracebacks of all ranks in its `__cause__`.
         LaunchError where a rank died, where the deadline passed (it says where each rank stood), and where
         function, arguments or results cannot travel. After any of them the ranks have been ended.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.start()
         try:
-            if not self._ranks:
-                self._start_ranks(deadline)
-            call = pack(Call(function=function, args=args))
-            outcomes = self._everywhere("call", call, deadline=deadline, on_message=on_message)
+            outcomes = self._call_everywhere(Call(function=function, args=args), timeout_s, on_message)
         except BaseException:
-            self._end_ranks()
+            self._end_ranks(at_once=True)
             raise
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         if failures:
-            self._end_ranks()
+            self._end_ranks(at_once=True)
             raise failure_of_call(failures, world_size=self.world_size)
         by_rank = sorted(cast(list[Success], outcomes), key=lambda success: success.rank)
         return [cast(R, success.value) for success in by_rank]
+
+    def _call_everywhere(
+        self, call: Call, timeout_s: float | None, on_message: OnMessage | None
+    ) -> list[Outcome]:
+        surroundings, packed = pack(surroundings_here()), pack(call)
+        try:
+            for process in self._ranks:
+                with suppress(BrokenPipeError):  # it died while idle; `collect` says how
+                    process.channel.send("call", (surroundings, packed))
+        finally:
+            os.close(surroundings)
+            os.close(packed)
+        return collect(self._ranks, self._starter, timeout_s=timeout_s, on_message=on_message)
+
+    def start(self) -> None:
+        """Starts the ranks, unless they run: what the first call does by itself."""
+        if self._ranks:
+            return
+        self._generation += 1
+        meeting = Path(self._starter.folder) / f"meeting-{id(self)}-{self._generation}"
+        try:
+            for rank in range(self.world_size):
+                process = self._starter.start_rank(rank)
+                self._ranks.append(process)
+                start = Start(
+                    rank=rank,
+                    world_size=self.world_size,
+                    rendezvous=meeting.as_uri(),
+                    num_threads=self._num_threads,
+                    process_group_timeout_s=self._process_group_timeout_s,
+                )
+                process.channel.send_values("start", surroundings_here(), start)
+            outcomes = collect(self._ranks, self._starter, timeout_s=_START_S)
+        except BaseException:
+            self._end_ranks(at_once=True)
+            raise
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        if failures:
+            self._end_ranks(at_once=True)
+            raise failure_of_call(failures, world_size=self.world_size)
+
+    def _end_ranks(self, *, at_once: bool) -> None:
+        """Ranks that wait for a call end when their channel closes; others are killed."""
+        ranks, self._ranks = self._ranks, []
+        for process in ranks:
+            process.channel.close()
+        with suppress(LaunchError):  # the starter is gone, and with it the ranks
+            if at_once or not self._ended(ranks):
+                for process in ranks:
+                    self._starter.signal_rank(process.pid, signal.SIGKILL)
+                self._ended(ranks)
+
+    def _ended(self, ranks: Sequence[RankProcess]) -> bool:
+        limit = time.monotonic() + _END_S
+        while time.monotonic() < limit:
+            self._starter.poll()
+            if all(process.pid in self._starter.exit_codes for process in ranks):
+                return True
+            time.sleep(0.002)
+        return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -56,6 +57,8 @@ def rank_main(channel: Channel, *, folder: str) -> NoReturn:
     """Serves calls until the channel closes, then ends the process."""
     try:
         _die_with_parent()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines, at once
         with open(stack_file(folder, os.getpid()), "w") as stacks:
             faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
             _serve(channel)
@@ -87,13 +90,13 @@ def _serve(channel: Channel) -> None:
             files.follow(surroundings)
             if context is None:
                 context = _join(message.take_value(1), channel)
-                channel.send("ready")
+                channel.send_values("ready", None)
                 continue
             call = message.take_value(1)
             assert isinstance(call, Call)
             result = call.function(context, *call.args)
             del call
-            channel.send_value("result", result)
+            channel.send_values("result", result)
             del result
         except BaseException as error:
             _report(channel, error)
@@ -105,7 +108,7 @@ def _join(start: object, channel: Channel) -> RankContext:
     torch.set_num_threads(start.num_threads)
 
     def post(value: object) -> None:
-        channel.send_value("posted", value)
+        channel.send_values("posted", value)
 
     context = RankContext(
         rank=start.rank,
@@ -127,6 +130,6 @@ def _report(channel: Channel, error: BaseException) -> None:
     text = "".join(traceback.format_exception(type(error), error, frames))
     sys.stdout.flush()
     try:
-        channel.send_value("error", (text, error.with_traceback(None)))
+        channel.send_values("error", text, error.with_traceback(None))
     except LaunchError:
-        channel.send_value("error", (text, None))
+        channel.send_values("error", text)

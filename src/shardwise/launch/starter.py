@@ -6,23 +6,22 @@ One starter may serve several pools. It knows processes and their exit codes, no
 from __future__ import annotations
 
 import os
-import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from shardwise.errors import LaunchError
-from shardwise.launch.channel import Channel, channel_pair
+from shardwise.launch.channel import Channel, Message, channel_pair
 from shardwise.launch.environment import child_environment
 
 __all__ = ["RankProcess", "RankStarter", "describe_exit"]
@@ -56,7 +55,9 @@ class RankStarter:
 
     def __init__(self, *, preload: Sequence[str] = (), start_timeout_s: float = 120.0) -> None:
         if sys.platform != "linux":
-            raise LaunchError(f"shardwise starts local ranks on Linux, not on {sys.platform}; start with torchrun")
+            raise LaunchError(
+                f"shardwise starts local ranks on Linux, not on {sys.platform}; start with torchrun"
+            )
         self.folder = tempfile.mkdtemp(prefix="shardwise-")
         self.exit_codes: dict[int, int] = {}
         self._control, theirs = channel_pair()
@@ -67,8 +68,8 @@ class RankStarter:
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
-        self.close = weakref.finalize(self, _close, self._control, self._process, self.folder)
-        self._control.send_value("start", (self.folder, tuple(preload), tuple(sys.path)))
+        self.close = weakref.finalize(self, _close, self._control, self._process, self.folder, os.getpid())
+        self._control.send_values("start", (self.folder, tuple(preload), tuple(sys.path)))
         self._started = False
         self._preload = tuple(preload)
         self._deadline = time.monotonic() + start_timeout_s
@@ -87,10 +88,12 @@ class RankStarter:
 
     def fileno(self) -> int:
         """Readable when `poll` has something to learn."""
+        self._must_be_open()
         return self._control.fileno()
 
     def start_rank(self, rank: int) -> RankProcess:
         """Forks one rank."""
+        self._must_be_open()
         self._wait_until_started()
         channel, theirs = channel_pair()
         try:
@@ -102,26 +105,45 @@ class RankStarter:
         while True:
             message = self._receive()
             if message.kind == "forked":
-                return RankProcess(rank=rank, pid=int(str(message.fields["pid"])), channel=channel)
+                pid = int(str(message.fields["pid"]))
+                self.exit_codes.pop(pid, None)  # of an earlier process with the same id
+                return RankProcess(rank=rank, pid=pid, channel=channel)
+
+    def signal_rank(self, pid: int, number: signal.Signals) -> None:
+        """Signals a rank, if it still lives: only the process that forked it can be sure of its id."""
+        self._must_be_open()
+        try:
+            self._control.send("signal", pid=pid, number=int(number))
+        except OSError as error:
+            raise self._gone() from error
 
     def poll(self) -> None:
         """Takes in, without waiting, which ranks ended: `exit_codes[pid]`, negative for a signal."""
-        while _readable(self._control, seconds=0):
+        self._must_be_open()
+        while self._control.readable():
             self._receive()
+
+    def _must_be_open(self) -> None:
+        if not self.close.alive:
+            raise LaunchError("the process that starts ranks has ended; make a new RankStarter or RankPool")
 
     def _wait_until_started(self) -> None:
         if self._started:
             return
-        if not _readable(self._control, seconds=max(0.0, self._deadline - time.monotonic())):
+        if not self._control.readable(within_s=max(0.0, self._deadline - time.monotonic())):
             self.close()
-            raise LaunchError("importing torch and the preloaded modules took too long; try again, or raise the timeout")
+            raise LaunchError(
+                f"importing torch and {self._preload} took too long; try again, or raise start_timeout_s"
+            )
         message = self._receive()
         if message.kind == "failed":
             self.close()
-            raise LaunchError(f"preloading {self._preload} failed: {message.fields['reason']}; correct the list")
+            raise LaunchError(
+                f"preloading {self._preload} failed: {message.fields['reason']}; correct the list"
+            )
         self._started = True
 
-    def _receive(self) -> "Message":
+    def _receive(self) -> Message:
         message = self._control.receive()
         if message is None:
             raise self._gone()
@@ -138,15 +160,14 @@ class RankStarter:
         return LaunchError(f"the process that starts ranks {how}, and all ranks ended with it; start again")
 
 
-def _readable(channel: Channel, *, seconds: float) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(channel.fileno(), selectors.EVENT_READ)
-        return bool(selector.select(seconds))
-
-
-def _close(control: Channel, process: "subprocess.Popen[bytes]", folder: str) -> None:
-    """The zygote ends when its control socket closes; its ranks end with it."""
+def _close(control: Channel, process: subprocess.Popen[bytes], folder: str, owner: int) -> None:
+    """Asks the zygote to end; its ranks end with it. A forked copy of this process has no say in it."""
+    if os.getpid() == owner:
+        with suppress(BrokenPipeError):
+            control.send("end")
     control.close()
+    if os.getpid() != owner:
+        return
     try:
         process.wait(_END_S)
     except subprocess.TimeoutExpired:

@@ -86,16 +86,25 @@ def _serve(control: Channel, folder: str) -> None:
                 wake_read.recv(4096)
             if control.fileno() in ready:
                 request = control.receive()
-                if request is None:
+                if request is None or request.kind == "end":
                     return
-                inherited = [control, wake_read, wake_write, selector]
-                alive.add(_fork(control, request, folder=folder, close_in_child=inherited))
+                if request.kind == "signal":
+                    _signal(request, alive)
+                else:
+                    inherited: list[Closable] = [control, wake_read, wake_write, selector]
+                    alive.add(_fork(control, request, folder=folder, close_in_child=inherited))
             _report_exits(control, alive)
     except BrokenPipeError:
         return
     finally:
         for pid in alive:
             os.kill(pid, signal.SIGKILL)
+
+
+def _signal(request: Message, alive: set[int]) -> None:
+    pid, number = int(str(request.fields["pid"])), int(str(request.fields["number"]))
+    if pid in alive:
+        os.kill(pid, number)
 
 
 def _fork(control: Channel, request: Message, *, folder: str, close_in_child: Sequence[Closable]) -> int:
@@ -133,3 +142,4 @@ def _report_exits(control: Channel, alive: set[int]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    os._exit(0)  # nothing to unwind, and torch takes a second for it

@@ -48,13 +48,15 @@ class Cut:
     order: tuple[int, ...]  # stages, each after those it receives from
 
 
-def cut_stages(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int) -> Cut:
-    """Cut `flow` where `stage_of_call` (call node -> stage) says.
+def cut_stages(
+    flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int, *, idle: bool = False
+) -> Cut:
+    """Cut `flow` where `stage_of_call` (call node -> stage) says; with `idle` a stage may have no call at all.
 
     Raises `LayoutError` if a call has no stage, if stages depend on each other in a circle, or if Python code between
     the units looks at a value that only a later stage has.
     """
-    _check_assignment(flow, stage_of_call, num_stages)
+    _check_assignment(flow, stage_of_call, num_stages, idle)
     above = _stages_above(flow, stage_of_call)
     order = _topological(flow, stage_of_call, above, num_stages)
     position = {stage: place for place, stage in enumerate(order)}
@@ -92,7 +94,7 @@ def cut_stages(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int
     return Cut(stages=stages, edges=tuple(sorted(edge_bytes)), edge_bytes=edge_bytes, loss_stage=loss_stage, order=tuple(order))
 
 
-def _check_assignment(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int) -> None:
+def _check_assignment(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int, may_idle: bool) -> None:
     for node in flow.calls:
         stage = stage_of_call.get(node.index)
         if stage is None or not 0 <= stage < num_stages:
@@ -101,7 +103,7 @@ def _check_assignment(flow: Dataflow, stage_of_call: Mapping[int, int], num_stag
                 f"give it one of 0..{num_stages - 1}"
             )
     idle = sorted(set(range(num_stages)) - set(stage_of_call.values()))
-    if idle:
+    if idle and not may_idle:
         raise LayoutError(
             f"every stage has a unit call: stages {idle} of {num_stages} have none of the {len(flow.calls)} calls; "
             f"use at most {len(flow.calls)} stages"

@@ -1,5 +1,4 @@
-"""The words of a schedule: what one rank computes (Action), what it sends or receives (Transfer), their text
-form.
+"""The words of a schedule: what one rank computes (Action) and moves (Transfer), and the text form of both.
 
     2F0     stage 2 runs the forward of micro-batch 0
     2B0     stage 2 runs its whole backward        2I0  only the gradient of its inputs

@@ -1,8 +1,7 @@
-"""Draws a timeline as text. It knows nothing of how the timeline came about: simulated and recorded look
-alike.
+"""Draws a timeline as text. It does not know how the timeline came about: simulated and recorded look alike.
 
-    rank 0  0>1>......0<<<1<<<
-    rank 1  ..0>1>0<<<1<<<....
+rank 0  0>1>......0<<<1<<<
+rank 1  ..0>1>0<<<1<<<....
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Lets all ranks work through their rows at once and writes down when everything happens, or where they are
-stuck.
+"""Lets all ranks work through their rows at once and notes when everything happens, or where they are stuck.
 
 A rank takes its row in order. A transfer is asynchronous: SEND and RECV cost their rank nothing, and the
 value travels once it is sent, its receive is posted, and all before it on the same link have arrived

@@ -1,5 +1,4 @@
-"""A Schedule: which rank owns which stages and in which order it computes. Data, saved as JSON, diffed,
-hand-written.
+"""A Schedule: which rank owns which stages and in which order it computes; plain data, written as JSON.
 
 It knows neither layouts nor modules, neither transfers nor time: those are added by the passes beside it.
 """

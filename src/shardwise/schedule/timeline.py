@@ -1,5 +1,4 @@
-"""A Timeline: what each rank did when, simulated or recorded; both are this one type and are drawn by one
-function.
+"""A Timeline: what each rank did when. Simulated and recorded timelines are of this one type.
 
 It knows neither why something waited nor what it cost to plan; times are seconds on one clock shared by all
 ranks.

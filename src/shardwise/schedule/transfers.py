@@ -1,5 +1,4 @@
-"""The pass that adds sends and receives to a schedule. It knows who owns which stage, and neither bytes nor
-time.
+"""The pass that adds sends and receives to a schedule. It knows who owns what, and neither bytes nor time.
 
 A SEND stands right behind the action that makes its value: activations behind F, gradients behind B or I. A
 RECV stands `prefetch` own actions ahead of its consumer, so that it is posted before the value arrives; all
@@ -118,7 +117,7 @@ def _raise_unread(transfer: Transfer) -> NoReturn:
 
 
 def _consumers(schedule: Schedule) -> tuple[list[list[int]], list[list[int]]]:
-    """[gradient][stage][micro_batch]: where in its rank's row the action stands that reads the value, or -1."""
+    """[gradient][stage][micro_batch]: where in its rank's row the reader of that value stands, or -1."""
     activations, gradients = (
         [[-1] * schedule.num_micro_batches for _ in range(schedule.num_stages)] for _ in range(2)
     )

@@ -86,9 +86,9 @@ class LanguageModelling:
 
     @staticmethod
     def prepare(options: CorpusOptions) -> Path:
-        """Read, tokenize and store the corpus; returns the folder to `open`. Seconds for 10 MB, nothing if it
-        is there.
+        """Read, tokenize and store the corpus; returns the folder to `open`.
 
+        Seconds for 10 MB; where the folder is there already, the time to read and hash the text.
         Safe when several processes do it at once, but meant for one: the others would work for nothing.
         Raises ConfigError for sources without text, a tokenizer that cannot be had, or too little text for
         one sequence.

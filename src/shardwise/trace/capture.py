@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from shardwise.trace.record import GlueLooks, Recorder
 from shardwise.trace.tape import Tape
 from shardwise.trace.units import choose_units
 
-__all__ = ["Captured", "capture", "recorded"]
+__all__ = ["Captured", "capture", "own", "recorded"]
+
+
+Watch = Callable[[Recorder], contextlib.AbstractContextManager[None]]
 
 
 class Captured:
@@ -39,20 +42,26 @@ def capture(
     loss: LossFunction | None = None,
     units: Sequence[str] = (),
     scope: Scope | None = None,
+    watch: Watch | None = None,
 ) -> Captured:
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
 
     Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
-    where that does not help.
+    where that does not help. With `watch` the backward runs too, and `watch(recorder)` is open around both.
     """
     whole: set[str] = set()
-    own = _own(batch)
+    copy = own(batch)
     while True:
         chosen = choose_units(model, named=units, whole=whole)
         try:
             with recorded(model, chosen, scope=scope) as recorder:
-                value = objective(model, own, loss)
-                return Captured(recorder, chosen, value)
+                with watch(recorder) if watch is not None else contextlib.nullcontext():
+                    value = objective(model, copy, loss)
+                    captured = Captured(recorder, chosen, value)
+                    if watch is not None and value.requires_grad:
+                        recorder.phase = "backward"
+                        torch.autograd.backward([value])
+                return captured
         except GlueLooks as looks:
             if not looks.module or looks.module in whole:
                 raise ModelError(
@@ -82,7 +91,7 @@ def recorded(
             yield recorder
 
 
-def _own(batch: Batch) -> Any:
+def own(batch: Batch) -> Any:
     """A copy of the batch, so that glue which writes into it in place leaves the caller's alone."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.errors import ModelError
 from shardwise.trace.random_streams import Generators, Scope, Stream
 
-__all__ = ["KeyedOps", "draws_numbers", "with_generator"]
+__all__ = ["KeyedOps", "accepts_generator", "draws_numbers", "with_generator"]
 
 aten = torch.ops.aten
 
@@ -33,6 +34,11 @@ _NEVER_PER_SAMPLE = frozenset({aten.randperm.default, aten.randperm.generator})
 def draws_numbers(func: Any) -> bool:
     """Whether an aten op draws random numbers (torch's tag `nondeterministic_seeded`)."""
     return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def accepts_generator(func: OpOverload) -> bool:
+    """Whether the op, or an overload of it, can be given a generator."""
+    return _accepting_generator(func) is not None
 
 
 class KeyedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -52,7 +58,8 @@ class KeyedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: _Arguments = (), kwargs: _Keywords | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not draws_numbers(func) or kwargs.get("generator") is not None:
+        fake = any(isinstance(value, FakeTensor) for value in args)  # has no values to choose
+        if not draws_numbers(func) or fake or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         stream = Stream(scope=self._scope, index=(self._index, self._num_ops), generators=self._generators)
         self._num_ops += 1

@@ -62,9 +62,7 @@ def draw(
 class RandomMode(TorchFunctionMode):
     """Inside, every random torch call is drawn from (scope, number of the random call inside).
 
-    `index` is the number of the next one. To run a part again (activation recompute) open a new mode on the
-    same scope with `first_index` as it was at the start of the part. `generators` are reused where the caller
-    keeps some.
+    `index` is the number of the next one. `generators` are reused where the caller keeps some.
     """
 
     def __init__(self, scope: Scope, *, first_index: int = 0, generators: Generators | None = None) -> None:
@@ -72,6 +70,14 @@ class RandomMode(TorchFunctionMode):
         self.scope = scope
         self.index = first_index
         self._generators = Generators() if generators is None else generators
+
+    def again(self) -> RandomMode:
+        """A mode that draws what this one draws from here on, for a part that is run a second time.
+
+        For `torch.utils.checkpoint`, whose recompute runs in backward, when the mode of the forward is over:
+        `checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), mode.again()))`.
+        """
+        return RandomMode(self.scope, first_index=self.index)
 
     def __torch_function__(
         self,
@@ -89,7 +95,7 @@ class RandomMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _unfused(args: tuple[Any, ...]) -> Iterator[None]:
-    """Fused attention and cuDNN's recurrent layers, which composites may hold, choose their own dropout masks."""
+    """Fused attention and recurrent layers, which composites may hold, choose their own dropout masks."""
     first = args[0] if args else None
     if not isinstance(first, torch.Tensor) or first.device.type == "cpu":
         yield

@@ -1,7 +1,8 @@
 """Recipes of tensors: the ops that made and wrote each storage, and the slice of them that one tensor needs.
 
-Pure bookkeeping on numbers of storages and positions in a list. It runs nothing and knows no values; who records is in
-`recorder.py`, who runs a slice is in `replay.py`. After the idea of torchdistx's deferred initialisation.
+Pure bookkeeping on numbers of storages and positions in a list. It runs nothing and knows no values; who
+records is in `build_recorder.py`, who runs a slice is in `replay.py`. After the idea of torchdistx's deferred
+initialisation.
 
     a = empty(3)         storage 0: -                 the slice of c: b = rand, c = b * 2
     b = rand(3)          storage 1: op 0, op 3        (op 3 came after c, a's storage is not read,
@@ -26,7 +27,7 @@ __all__ = ["Op", "Recipe", "View"]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Where a tensor looks: number of the storage, and geometry in elements. `strides` as torch counts them."""
+    """Where a tensor looks: the number of its storage, and its geometry in elements."""
 
     storage: int
     dtype: torch.dtype
@@ -41,8 +42,8 @@ class View:
 class Op:
     """One recorded call. `args` and `kwargs` hold a `View` where a tensor stood.
 
-    `made[i]` is the view of the i-th tensor returned, None where it shows a storage that was there before. `hides` says
-    that the op overwrites the one storage in `writes` without looking at it.
+    `made[i]` is the view of the i-th tensor returned, None where it shows a storage that was there before.
+    `hides` says that the op overwrites the one storage in `writes` without looking at it.
     """
 
     func: Callable[..., Any]
@@ -102,10 +103,11 @@ class Recipe:
         return sorted(found)
 
     def assign_keys(self, named: Mapping[str, int], seed: int) -> None:
-        """Gives every random op that a named storage depends on the key (seed, name of its owner, number of the draw).
+        """Gives every random op that a name needs its key: (seed, name of its owner, number of the draw).
 
-        The owner of a draw is the tensor that it is drawn into, or else the first named one that depends on it. So the
-        key does not depend on which tensors are wanted later, and a copy of a weight equals the weight.
+        The owner of a draw is the tensor that it is drawn into, or else the first named one that depends on
+        it. So the key does not depend on which tensors are wanted later, and a copy of a weight equals the
+        weight.
         """
         names: dict[int, str] = {}
         for name, storage in named.items():
@@ -122,7 +124,7 @@ class Recipe:
                     counts[name] += 1
 
     def assign_reading_keys(self, positions: Iterable[int], seed: int) -> None:
-        """Keys for ops whose values the program looks at before anything has a name: by their place in the program."""
+        """Keys for draws that the program looks at before they have a name: by their place in the program."""
         for position in positions:
             if self.ops[position].random:
                 self.keys.setdefault(position, key_of("read", seed, position))

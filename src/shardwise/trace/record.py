@@ -137,6 +137,13 @@ class Recorder:
         if self.current is None and module in self._modules:
             self.open_modules.append(self._modules[module])
 
+    @property
+    def place(self) -> int | None:
+        """The node that is running: a unit call, or the glue operation that becomes the next node; None between."""
+        if self.op is not None:
+            return len(self._nodes)
+        return None if self.current is None else self.current.node
+
     def _in_glue(self) -> bool:
         return self.current is None and self.op is None and self.phase == "forward"
 

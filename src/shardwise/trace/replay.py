@@ -1,7 +1,7 @@
 """Runs slices of a recipe for real, on the CPU, freeing what no later op needs.
 
-On the CPU whatever device the model is for, so that initial values do not depend on the kind of device either. It
-knows recipes; what the tensors are called and where they end is known to others.
+On the CPU whatever device the model is for, so that initial values do not depend on the kind of device
+either. It knows recipes; what the tensors are called and where they end is known to others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def without_modes() -> Iterator[None]:
     """Inside, torch computes for real and records nothing, whatever modes the caller is in."""
     with ExitStack() as stack:
         stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(_disable_current_modes())  # type: ignore[no-untyped-call]
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         yield
@@ -87,13 +87,14 @@ class _Values:
     def _first_content(self, storage: int, read: bool) -> torch.UntypedStorage:
         constant = self._recipe.constants.get(storage)
         if constant is not None:
-            return constant.clone()
+            copied: torch.UntypedStorage = constant.clone()  # type: ignore[no-untyped-call]
+            return copied
         make = torch.zeros if read else torch.empty
         return make(self._recipe.num_bytes[storage], dtype=torch.uint8).untyped_storage()
 
     def _keep(self, op: Op, results: list[torch.Tensor]) -> None:
-        # A result is taken over as it is where its memory is as recorded, and copied into place where it is not:
-        # kernels may choose other strides than their fake versions, or return an argument.
+        # A result is taken over as it is where its memory is as recorded, and copied into place where it is
+        # not: kernels may choose other strides than their fake versions, or return an argument.
         held = {storage._cdata for storage in self._alive.values()}
         for view, result in zip(op.made, results, strict=True):
             if view is None:

@@ -1,0 +1,138 @@
+"""Splitting a batch into micro-batches: what is cut along the samples, what is shared. Refuses to guess.
+
+Dim 0 equal to the number of samples is cut; per-sample tensors of another shape are named (`batch_dims`); the rest
+is shared. A tensor whose dim 0 merely could be samples is an error with the line to add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from shardwise.errors import BatchError
+from shardwise.trace.objective import Batch
+
+__all__ = ["MicroBatch", "batch_size", "select", "signature", "split"]
+
+_LABELS = ("labels", "label", "targets", "target", "start_positions")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch: its place in the global batch, the samples in it, and what its loss weighs."""
+
+    index: int  # among the micro-batches of all replicas
+    samples: tuple[int, ...]  # global sample numbers
+    inputs: Any
+    weight: float
+
+
+def batch_size(batch: Batch, batch_dims: Mapping[str, int] | None = None) -> int:
+    """The number of samples: dim 0 of the labels or of the first input tensor that is not named otherwise."""
+    named = batch_dims or {}
+    tensors = [(name, leaf) for name, leaf in _named(batch) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+    for name, tensor in tensors:
+        if name in named:
+            return int(tensor.shape[named[name]])
+    for name, tensor in tensors:
+        if name == "input_ids" or name == "pixel_values":
+            return int(tensor.shape[0])
+    if not tensors:
+        raise BatchError("a batch has at least one tensor with a sample dim; this one has none")
+    return int(tensors[0][1].shape[0])
+
+
+def select(batch: Batch, samples: Sequence[int], *, size: int, batch_dims: Mapping[str, int] | None = None) -> Any:
+    """The part of `batch` that belongs to `samples`; tensors without a sample dim are shared.
+
+    Raises `BatchError` where a tensor's dim 0 is a multiple of the number of samples but not equal to it.
+    """
+    named = batch_dims or {}
+    leaves, spec = tree_flatten(batch)
+    chosen: list[Any] = []
+    contiguous = list(samples) == list(range(samples[0], samples[0] + len(samples)))
+    for (name, _), leaf in zip(_named(batch), leaves, strict=True):
+        dim = _sample_dim(name, leaf, size, named)
+        if dim is None:
+            chosen.append(leaf)
+        elif isinstance(leaf, torch.Tensor):
+            if contiguous:
+                chosen.append(leaf.narrow(dim, samples[0], len(samples)))
+            else:
+                chosen.append(leaf.index_select(dim, torch.tensor(list(samples), device=leaf.device)))
+    return tree_unflatten(chosen, spec)
+
+
+def _sample_dim(name: str, leaf: Any, size: int, named: Mapping[str, int]) -> int | None:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    if name in named:
+        dim = named[name]
+        if dim < 0:
+            return None
+        if leaf.dim() <= dim or leaf.shape[dim] != size:
+            raise BatchError(
+                f"batch_dims says that dim {dim} of {name} are the {size} samples; its shape is {tuple(leaf.shape)}"
+            )
+        return dim
+    if leaf.dim() == 0:
+        return None
+    if leaf.shape[0] == size:
+        return 0
+    if size > 1 and leaf.shape[0] > 1 and (leaf.shape[0] % size == 0 or (leaf.dim() > 1 and leaf.shape[1] == size)):
+        at = 1 if leaf.dim() > 1 and leaf.shape[1] == size else 0
+        raise BatchError(
+            f"a tensor is cut along its samples or shared, and {name} of shape {tuple(leaf.shape)} could be either with "
+            f"{size} samples; add batch_dims = {{{name} = {at}}} if dim {at} are samples, or {{{name} = -1}} to share it"
+        )
+    return None
+
+
+def split(
+    batch: Batch,
+    *,
+    micro_batches: int,
+    replicas: int,
+    weights: Any,
+    batch_dims: Mapping[str, int] | None = None,
+    first_sample: int = 0,
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """The micro-batches of every replica. Samples are dealt in order; the last ones may be smaller by one sample.
+
+    `weights(inputs) -> float` is the weight of a micro-batch's loss. Raises `BatchError` if there are fewer samples
+    than micro-batches.
+    """
+    size = batch_size(batch, batch_dims)
+    parts = micro_batches * replicas
+    if size < parts:
+        raise BatchError(
+            f"every micro-batch has a sample: {replicas} replicas x {micro_batches} micro-batches need {parts} samples, "
+            f"the batch has {size}; use at most {max(1, size // replicas)} micro-batches"
+        )
+    bounds = [size * part // parts for part in range(parts + 1)]
+    made: list[MicroBatch] = []
+    for part in range(parts):
+        rows = range(bounds[part], bounds[part + 1])
+        inputs = select(batch, rows, size=size, batch_dims=batch_dims)
+        samples = tuple(first_sample + row for row in rows)
+        made.append(MicroBatch(index=part, samples=samples, inputs=inputs, weight=float(weights(inputs))))
+    return tuple(tuple(made[r * micro_batches : (r + 1) * micro_batches]) for r in range(replicas))
+
+
+def signature(inputs: Any, training: bool) -> tuple[object, ...]:
+    """What a dataflow belongs to: structure, shapes, dtypes, constants, and whether the model trains."""
+    leaves, spec = tree_flatten(inputs)
+    shapes = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf in leaves
+    )
+    return (str(spec), shapes, training)
+
+
+def _named(batch: Batch) -> list[tuple[str, Any]]:
+    pairs, _ = tree_flatten_with_path(batch)
+    return [(".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in pairs]

@@ -1,0 +1,259 @@
+"""The executor: interprets one rank's actions for one step. Knows neither layouts nor optimizers.
+
+It is given rows of actions and transfers, and for every micro-batch a flow; it runs forwards and backwards, posts
+receives where the row says, and hands values between two stages of one rank without a send.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from shardwise.comm.point_to_point import Expected, Incoming, Outgoing, Transport, receive, send
+from shardwise.errors import DataflowError
+from shardwise.execute.batches import MicroBatch
+from shardwise.execute.flows import Flow
+from shardwise.execute.stage import StageRun
+from shardwise.schedule.actions import Action, Kind, Transfer, TransferKind
+from shardwise.trace.capture import own
+from shardwise.trace.install import Switch
+from shardwise.trace.objective import LossFunction, objective
+from shardwise.trace.randomness import Scope
+
+__all__ = ["Engine", "Moment", "Work"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moment:
+    """When an action ran on this rank; seconds of the monotonic clock."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """One micro-batch of a step: its inputs, its flow, and the factor of its loss in the global mean."""
+
+    micro_batch: MicroBatch
+    flow: Flow
+    factor: float
+    scope: Scope
+    headers: bool
+
+
+@dataclasses.dataclass(slots=True)
+class _Alive:
+    """A forward whose backward has not run."""
+
+    sent: dict[int, torch.Tensor]
+    leaves: dict[int, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+@dataclasses.dataclass(slots=True)
+class _State:
+    """What is under way in one step."""
+
+    works: Sequence[Work]
+    alive: dict[tuple[int, int], _Alive] = dataclasses.field(default_factory=dict)
+    incoming: dict[tuple[int, int, int, int, bool], Incoming] = dataclasses.field(default_factory=dict)
+    local: dict[tuple[int, int, int, int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
+    gradients: dict[tuple[int, int], dict[tuple[int, int], torch.Tensor]] = dataclasses.field(default_factory=dict)
+    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
+    losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    moments: list[Moment] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Runs the actions of one rank. `rank_of_stage` are global ranks of this replica's pipeline."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        switch: Switch,
+        loss: LossFunction | None,
+        rank: int,
+        rank_of_stage: Sequence[int],
+        transport: Transport,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.rank = rank
+        self.rank_of_stage = tuple(rank_of_stage)
+        self._switch = switch
+        self._loss = loss
+        self._transport = transport
+        self.device = device
+        self._modules = dict(model.named_modules())
+
+    def run(
+        self,
+        row: Sequence[Action | Transfer],
+        works: Sequence[Work],
+        *,
+        before_last_backward: Callable[[int], None] | None = None,
+    ) -> tuple[dict[int, torch.Tensor], list[Moment]]:
+        """Interpret `row`. Returns the losses of the micro-batches whose loss stage is here (unweighted, detached),
+        and when every action ran. Gradients accumulate in the parameters.
+
+        Raises `TransferError` and `DataflowError`.
+        """
+        state = _State(works)
+        last = {action.stage: i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.B}
+        for position, action in enumerate(row):
+            if isinstance(action, Transfer):
+                self._transfer(state, action)
+                continue
+            start = time.perf_counter()
+            if action.kind is Kind.F:
+                self._forward(state, action)
+            elif action.kind is Kind.B:
+                if before_last_backward is not None and last[action.stage] == position:
+                    before_last_backward(action.stage)
+                self._backward(state, action)
+            else:
+                raise DataflowError(f"this executor runs F and B; it was given {action}")
+            state.moments.append(Moment(action, start, time.perf_counter()))
+        for outgoing in state.outgoing:
+            outgoing.wait()
+        return state.losses, state.moments
+
+    # -- transfers ------------------------------------------------------------------------------
+
+    def _transfer(self, state: _State, transfer: Transfer) -> None:
+        work = state.works[transfer.micro_batch]
+        source, target, gradient = transfer.source, transfer.target, transfer.gradient
+        first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
+        for value in _crossing(work.flow, first, second, gradient):
+            key = (first, second, transfer.micro_batch, value, gradient)
+            expected = self._expected(work, first, second, value, gradient, transfer.micro_batch)
+            if transfer.kind is TransferKind.RECV:
+                peer = self.rank_of_stage[source]
+                state.incoming[key] = receive(
+                    self._transport, expected, peer, device=self.device, headers=work.headers
+                )
+            else:
+                tensor = self._to_send(state, key, expected)
+                peer = self.rank_of_stage[target]
+                state.outgoing.append(send(self._transport, tensor, expected, peer, headers=work.headers))
+
+    def _expected(self, work: Work, first: int, second: int, value: int, gradient: bool, micro_batch: int) -> Expected:
+        stand_in = work.flow.tape.stand_ins[value]
+        what = "the gradient of " if gradient else ""
+        strides = tuple(stand_in.stride())
+        if gradient:  # a gradient is never broadcast
+            strides = tuple(stride or 1 for stride in strides)
+        return Expected(
+            what=f"{what}{stand_in.what} on edge stage {first} -> stage {second}, micro-batch {micro_batch}",
+            check=(work.flow.digest + value * 2 + gradient) & (2**62 - 1),
+            shape=tuple(stand_in.shape),
+            strides=strides,
+            dtype=stand_in.dtype,
+        )
+
+    def _to_send(self, state: _State, key: tuple[int, int, int, int, bool], expected: Expected) -> torch.Tensor:
+        first, second, micro_batch, value, gradient = key
+        if not gradient:
+            return state.alive[(first, micro_batch)].sent[value]
+        tensor = state.local.pop(key, None)
+        return torch.zeros(expected.shape, dtype=expected.dtype, device=self.device) if tensor is None else tensor
+
+    # -- forward and backward -------------------------------------------------------------------
+
+    def _forward(self, state: _State, action: Action) -> None:
+        work = state.works[action.micro_batch]
+        plan = work.flow.cut.stages[action.stage]
+        values = work.flow.tape.flow.values
+        leaves: dict[int, torch.Tensor] = {}
+        for value, source in plan.receives:
+            leaf = self._arrived(state, source, action, value)
+            leaves[value] = leaf.requires_grad_() if values[value].requires_grad and torch.is_grad_enabled() else leaf
+        if not plan.computes and action.stage != work.flow.cut.loss_stage:  # a stage whose layers are all dropped
+            state.alive[(action.stage, action.micro_batch)] = _Alive({}, leaves, None)
+            return
+        inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
+        if len(work.flow.cut.stages) == 1 and not work.flow.random and not work.headers:
+            loss: torch.Tensor | None = objective(self.model, inputs, self._loss)
+            sent: dict[int, torch.Tensor] = {}
+        else:
+            run = StageRun(
+                tape=work.flow.tape,
+                cut=plan,
+                table=work.flow.tables[action.stage],
+                modules=self._modules,
+                received=leaves,
+                scope=work.scope,
+                checked=work.headers,
+            )
+            loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch)
+            sent = run.sent
+        if action.stage == work.flow.cut.loss_stage:
+            assert loss is not None
+            state.losses[action.micro_batch] = loss.detach()
+        else:
+            loss = None
+        if torch.is_grad_enabled():
+            state.alive[(action.stage, action.micro_batch)] = _Alive(sent, leaves, loss)
+        else:
+            state.alive[(action.stage, action.micro_batch)] = _Alive({v: t.detach() for v, t in sent.items()}, {}, None)
+        for value, target in plan.sends:
+            if self.rank_of_stage[target] == self.rank:
+                state.local[(action.stage, target, action.micro_batch, value, False)] = sent[value].detach()
+
+    def _arrived(self, state: _State, source: int, action: Action, value: int) -> torch.Tensor:
+        key = (source, action.stage, action.micro_batch, value, False)
+        if self.rank_of_stage[source] == self.rank:
+            return state.local.pop(key).clone()
+        return state.incoming.pop(key).wait()
+
+    def _backward(self, state: _State, action: Action) -> None:
+        work = state.works[action.micro_batch]
+        plan = work.flow.cut.stages[action.stage]
+        alive = state.alive.pop((action.stage, action.micro_batch))
+        roots: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        if alive.loss is not None and alive.loss.requires_grad:
+            roots.append(alive.loss)
+            gradients.append(torch.full_like(alive.loss, work.factor))
+        for value, gradient in self._arrived_gradients(state, work, plan, action).items():
+            if alive.sent[value].requires_grad:
+                roots.append(alive.sent[value])
+                gradients.append(gradient)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        for value, source in plan.receives:
+            leaf = alive.leaves[value]
+            if work.flow.tape.flow.values[value].requires_grad and leaf.grad is not None:
+                state.local[(source, action.stage, action.micro_batch, value, True)] = leaf.grad
+
+    def _arrived_gradients(self, state: _State, work: Work, plan: Any, action: Action) -> Mapping[int, torch.Tensor]:
+        sums: dict[int, torch.Tensor] = {}
+        for value, target in plan.sends:
+            if not work.flow.tape.flow.values[value].requires_grad:
+                continue
+            key = (action.stage, target, action.micro_batch, value, True)
+            if self.rank_of_stage[target] == self.rank:
+                gradient = state.local.pop(key, None)
+            else:
+                gradient = state.incoming.pop(key).wait()
+            if gradient is not None:
+                sums[value] = sums[value] + gradient if value in sums else gradient
+        return sums
+
+
+def _crossing(flow: Flow, first: int, second: int, gradient: bool) -> list[int]:
+    """The values on the edge first -> second; for gradients, those that have one."""
+    values = flow.tape.flow.values
+    return [
+        value
+        for value, target in flow.cut.stages[first].sends
+        if target == second and (not gradient or values[value].requires_grad)
+    ]

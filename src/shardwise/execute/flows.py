@@ -1,0 +1,140 @@
+"""Tapes and cuts of every signature that a rank meets, traced before their first use and kept.
+
+Every rank derives the same from the same batch. The placement of unit calls is fixed by the first tape; later tapes
+(another length, a layer dropped) follow it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn as nn
+
+from shardwise.describe.flow import Dataflow, NodeKind
+from shardwise.errors import DataflowError, LayoutError
+from shardwise.execute.batches import MicroBatch, signature
+from shardwise.execute.stage import Programme, StageRun, programme
+from shardwise.plan.cut import Cut, StageCut, cut_stages
+from shardwise.trace.capture import capture, own
+from shardwise.trace.install import Switch
+from shardwise.trace.objective import LossFunction, objective
+from shardwise.trace.randomness import Scope
+from shardwise.trace.tape import Tape
+
+__all__ = ["Flow", "Flows"]
+
+
+@dataclasses.dataclass(slots=True)
+class Flow:
+    """One signature's tape, cut and tables."""
+
+    tape: Tape
+    cut: Cut
+    tables: Mapping[int, Programme]
+    digest: int
+    writes_batch: bool
+    random: bool
+    met: int = 0  # steps in which it has been used
+
+
+class Flows:
+    """Answers `flow_of(micro_batch)`; traces what it has not met."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        switch: Switch,
+        placement: Mapping[tuple[str, int], int],
+        num_stages: int,
+        loss: LossFunction | None,
+        units: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self._switch = switch
+        self.placement = dict(placement)
+        self.num_stages = num_stages
+        self.loss = loss
+        self.units = tuple(units)
+        self._modules = dict(model.named_modules())
+        self._flows: dict[object, list[Flow]] = {}
+
+    def flow_of(self, micro_batch: MicroBatch, scope: Scope) -> Flow:
+        """The flow of a micro-batch in a step; looks at random numbers (LayerDrop) make several of one signature."""
+        key = (signature(micro_batch.inputs, self.model.training), torch.is_grad_enabled())
+        known = self._flows.setdefault(key, [])
+        for flow in known:
+            if not flow.tape.looks or self._agrees(flow, micro_batch, scope):
+                return flow
+        with self._switch.off():
+            tape = capture(self.model, micro_batch.inputs, loss=self.loss, units=self.units, scope=scope).tape
+        known.append(self._made(tape))
+        return known[-1]
+
+    def _agrees(self, flow: Flow, micro_batch: MicroBatch, scope: Scope) -> bool:
+        """Whether Python would see now what it saw when the tape was made: the glue runs with every unit absent."""
+        looking = _looking(flow.tape.flow)
+        run = StageRun(
+            tape=flow.tape,
+            cut=looking,
+            table=programme(flow.tape, looking),
+            modules=self._modules,
+            received={},
+            scope=scope,
+        )
+        inputs = own(micro_batch.inputs) if flow.writes_batch else micro_batch.inputs
+        try:
+            with torch.no_grad():
+                run.forward(lambda: objective(self.model, inputs, self.loss), self._switch)
+        except DataflowError:
+            return False
+        return True
+
+    def _made(self, tape: Tape) -> Flow:
+        stages = {node.index: self._stage(node.name, node.call) for node in tape.flow.calls}
+        cut = cut_stages(tape.flow, stages, self.num_stages, idle=True)
+        text = repr((tape.flow.nodes, tape.flow.values, sorted(stages.items())))
+        return Flow(
+            tape=tape,
+            cut=cut,
+            tables={plan.stage: programme(tape, plan) for plan in cut.stages},
+            digest=int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()),
+            writes_batch=any(record.changes for record in tape.records),
+            random=any(record.random or record.host_random for record in tape.records),
+        )
+
+    def _stage(self, unit: str, call: int) -> int:
+        for number in range(call, -1, -1):
+            if (unit, number) in self.placement:
+                return self.placement[(unit, number)]
+        others = [stage for (name, _), stage in self.placement.items() if name == unit]
+        if others:
+            return others[0]
+        raise LayoutError(
+            f"every unit call has a stage: {unit} was not called when the layout was made; name its stage, or make the "
+            "layout from a batch that uses it"
+        )
+
+
+def _looking(flow: Dataflow) -> StageCut:
+    """A stage without unit calls that computes what Python looks at."""
+    looks = [node for node in flow.nodes if node.kind is NodeKind.READ]
+    computes: set[int] = set()
+    stack = [node.index for node in looks]
+    while stack:
+        index = stack.pop()
+        if index not in computes and flow.nodes[index].kind is not NodeKind.CALL:
+            computes.add(index)
+            stack.extend(flow.values[read].node for read in flow.nodes[index].reads)
+    return StageCut(
+        stage=-1,
+        calls=(),
+        computes=frozenset(computes),
+        receives=(),
+        sends=(),
+        last_node=looks[-1].index,
+        parameters=frozenset(),
+    )

@@ -1,0 +1,294 @@
+"""A model laid out on ranks, seen from one of them: one call for a step, whatever the layout.
+
+Made by `build`; holds what is live (parameters, groups, hooks). Knows no optimizer, no data source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
+from shardwise.execute.batches import MicroBatch
+from shardwise.execute.engine import Engine, Moment, Work
+from shardwise.execute.flows import Flows
+from shardwise.parallel.gradients import GradientSum
+from shardwise.parallel.hold import hold, holders_of, take_own
+from shardwise.plan.cut import Cut, cut_stages
+from shardwise.schedule import generate
+from shardwise.schedule.check import check
+from shardwise.schedule.schedule import Schedule, forward_only
+from shardwise.schedule.transfers import Row, with_transfers
+from shardwise.trace.install import Switch, installed
+from shardwise.trace.objective import LossFunction
+from shardwise.trace.randomness import Scope
+from shardwise.trace.tape import Tape
+
+__all__ = ["Place", "Program", "StepResult", "build"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where this rank stands: its stages, its replica. rank = stage * dp + replica."""
+
+    rank: int
+    dp: int
+    pp: int
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.dp
+
+    @property
+    def replica(self) -> int:
+        return self.rank % self.dp
+
+    def rank_of(self, stage: int) -> int:
+        """The rank of a stage of this rank's replica."""
+        return stage * self.dp + self.replica
+
+    def ranks_holding(self, stages: Sequence[int]) -> list[int]:
+        """All ranks of some stages, of every replica."""
+        return [stage * self.dp + replica for stage in stages for replica in range(self.dp)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step tells: the mean loss over the global batch and its weight, the same on every rank."""
+
+    loss: float
+    weight: float
+    moments: Sequence[Moment]
+    sent_bytes: int
+
+
+class Program:
+    """One rank's share of a model under a layout. Use `build` to make one and `close()` to take it apart."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        place: Place,
+        flows: Flows,
+        engine: Engine,
+        schedule: str,
+        holders: Mapping[str, tuple[int, ...]],
+        gradients: GradientSum | None,
+        edges: frozenset[tuple[int, int]],
+        seed: int,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.model = model
+        self.place = place
+        self.holders = dict(holders)
+        self.seed = seed
+        self._flows = flows
+        self._engine = engine
+        self._schedule = schedule
+        self._gradients = gradients
+        self._edges = edges
+        self._rows: dict[tuple[int, frozenset[tuple[int, int]], bool], Row] = {}
+        self._stack = stack
+        self._world = place.dp * place.pp
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this rank holds, by name."""
+        return {name: p for name, p in self.model.named_parameters() if self.place.stage in self.holders[name]}
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank is the one that counts and saves the parameter: lowest stage, first replica."""
+        return self.holders[name][0] == self.place.stage and self.place.replica == 0
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank counts the parameter in its replica's norm."""
+        return self.holders[name][0] == self.place.stage
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepResult:
+        """Forward and backward of this replica's micro-batches; gradients of the mean loss are in `.grad` afterwards.
+
+        Every rank calls it with its replica's micro-batches. Raises `DataflowError`, `TransferError`.
+        """
+        return self._run(micro_batches, step=step, backward=True)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], *, step: int = 0) -> StepResult:
+        """The mean loss without gradients. The caller has set `model.eval()`."""
+        with torch.no_grad():
+            return self._run(micro_batches, step=step, backward=False)
+
+    def _run(self, micro_batches: Sequence[MicroBatch], *, step: int, backward: bool) -> StepResult:
+        total, pending = self._total_weight(micro_batches)
+        scopes = [
+            Scope(seed=self.seed, step=step, micro_batch=mb.index, samples=mb.samples, place="glue", call=0)
+            for mb in micro_batches
+        ]
+        flows = [self._flows.flow_of(mb, scope) for mb, scope in zip(micro_batches, scopes, strict=True)]
+        if pending is not None:
+            pending.wait()
+        weight = float(total.item())
+        works = [
+            Work(mb, flow, mb.weight / weight if weight else 0.0, scope, headers=flow.met == 0 and len(flow.cut.stages) > 1)
+            for mb, flow, scope in zip(micro_batches, flows, scopes, strict=True)
+        ]
+        edges = self._edges.union(*(flow.cut.edges for flow in flows))
+        row = self._row(len(micro_batches), edges, backward)
+        arm = (lambda _: self._gradients.arm()) if self._gradients is not None and backward else None
+        losses, moments = self._engine.run(row, works, before_last_backward=arm)
+        if self._gradients is not None and backward:
+            self._gradients.finish()
+        for flow in flows:
+            flow.met += 1
+        loss = sum((losses[m].double() * works[m].factor for m in losses), torch.zeros((), dtype=torch.float64))
+        return StepResult(self._sum(loss), weight, moments, _sent_bytes(works, self.place.stage))
+
+    def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
+        total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
+        if self._world == 1:
+            return total, None
+        # Every stage of a replica counts the same micro-batches, so the sum over the world is pp times too large.
+        total /= self.place.pp
+        return total, dist.all_reduce(total, async_op=True)
+
+    @property
+    def _engine_device(self) -> torch.device:
+        return self._engine.device
+
+    def _sum(self, local: torch.Tensor) -> float:
+        local = local.to(self._engine_device)
+        if self._world > 1:
+            dist.all_reduce(local)
+        return float(local.item())
+
+    def _row(self, num_micro_batches: int, edges: frozenset[tuple[int, int]], backward: bool) -> Row:
+        key = (num_micro_batches, edges, backward)
+        if key not in self._rows:
+            schedule = generate(self._schedule, num_stages=self.place.pp, num_micro_batches=num_micro_batches)
+            if not backward:
+                schedule = forward_only(schedule)
+            check(schedule, edges)
+            self._rows[key] = _own_row(schedule, edges, self.place.stage)
+        return self._rows[key]
+
+    # -- the norm -------------------------------------------------------------------------------
+
+    def gradient_norm(self) -> float:
+        """The Euclidean norm of all gradients, every parameter counted once on any layout."""
+        squares = torch.zeros((), dtype=torch.float64, device=self._engine_device)
+        own = [p.grad for name, p in self.parameters.items() if p.grad is not None and self.counts(name)]
+        if own:
+            squares += torch.stack([norm.double() for norm in torch._foreach_norm(own)]).square().sum()
+        if self._world > 1:
+            dist.all_reduce(squares)
+            squares /= self.place.dp
+        return float(squares.sqrt().item())
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients, as clipping does."""
+        own = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if own:
+            torch._foreach_mul_(own, factor)
+
+    def close(self) -> None:
+        """Take hooks and substitutions out of the model."""
+        if self._gradients is not None:
+            self._gradients.close()
+        self._stack.close()
+
+
+def build(
+    model: nn.Module,
+    *,
+    place: Place,
+    tape: Tape,
+    placement: Mapping[tuple[str, int], int],
+    schedule: str = "1f1b",
+    loss: LossFunction | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    units: Sequence[str] = (),
+    transport: Transport | None = None,
+    fill: Callable[[nn.Module, Sequence[str]], None] | None = None,
+) -> Program:
+    """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
+
+    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill(model, names)` gives the named
+    parameters their values (deferred initialisation, a checkpoint); without it the model's own values are copied.
+    Collective: every rank calls it with the same arguments.
+    """
+    where = torch.device(device)
+    stages = {node.index: placement[(node.name, node.call)] for node in tape.flow.calls}
+    cut: Cut = cut_stages(tape.flow, stages, place.pp)
+    holders = holders_of(model, tape.flow, cut, tape.units, placement)
+    mine = [name for name, stages_of in holders.items() if place.stage in stages_of]
+    if fill is not None:
+        hold(model, mine, device=where)
+        fill(model, mine)
+    elif place.pp > 1 or place.dp > 1:
+        take_own(model, mine, device=where)
+        hold(model, mine, device=where)
+    switch = Switch()
+    stack = contextlib.ExitStack()
+    stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
+    held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
+    groups = _groups(place, holders)
+    gradients = GradientSum(held, {n: groups[holders[n]] for n in held if holders[n] in groups}) if groups else None
+    engine = Engine(
+        model,
+        switch=switch,
+        loss=loss,
+        rank=place.rank,
+        rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
+        transport=transport or ProcessGroupTransport(),
+        device=where,
+    )
+    flows = Flows(model, switch=switch, placement=placement, num_stages=place.pp, loss=loss, units=units)
+    return Program(
+        model,
+        place=place,
+        flows=flows,
+        engine=engine,
+        schedule=schedule,
+        holders=holders,
+        gradients=gradients,
+        edges=frozenset(cut.edges),
+        seed=seed,
+        stack=stack,
+    )
+
+
+def _groups(place: Place, holders: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """A process group for every set of stages that hold a parameter together with someone else."""
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for stages in sorted(set(holders.values())):
+        ranks = place.ranks_holding(stages)
+        if len(ranks) > 1:
+            group = dist.new_group(ranks)
+            if place.rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)
+                groups[stages] = group
+    return groups
+
+
+def _own_row(schedule: Schedule, edges: frozenset[tuple[int, int]], stage: int) -> Row:
+    return with_transfers(schedule, edges)[schedule.owners[stage]]
+
+
+def _sent_bytes(works: Sequence[Work], stage: int) -> int:
+    total = 0
+    for work in works:
+        values = work.flow.tape.flow.values
+        plan = work.flow.cut.stages[stage]
+        total += sum(values[value].nbytes for value, _ in plan.sends)
+        total += sum(values[value].nbytes for value, _ in plan.receives if values[value].requires_grad)
+    return total

@@ -1,0 +1,157 @@
+"""A `Layout`: how many replicas and stages, which micro-batches and schedule, and what stands on which stage.
+
+A value: parsed, printed, compared and saved. Refuses to know models, devices and process groups.
+
+    dp=2,pp=2,micro_batches=4,schedule=gpipe,stages=[embed+layers.0|layers.1-3+head],seed=1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from shardwise.errors import LayoutError
+from shardwise.layout import rules
+from shardwise.schedule import GENERATORS
+
+__all__ = ["Layout", "StageRule", "Stages"]
+
+
+class StageRule(StrEnum):
+    """What the stages are balanced by."""
+
+    COST = "cost"  # flops forward and backward, or measured seconds
+    PARAMETERS = "parameters"
+    DEPTH = "depth"  # unit calls
+
+
+Stages = StageRule | tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`dp` replicas of `pp` stages. Raises `LayoutError` where a rule is broken.
+
+    micro_batches: of one replica and step; None: 1 without a pipeline, else 2 a stage, at most one a sample.
+    stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
+    """
+
+    dp: int = 1
+    pp: int = 1
+    micro_batches: int | None = None
+    schedule: str = "1f1b"
+    stages: Stages = StageRule.COST
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", _stages(self.stages))
+        rules.check_axes(dp=self.dp, pp=self.pp)
+        rules.check_micro_batches(self.micro_batches)
+        rules.check_schedule(self.schedule, GENERATORS)
+        if not isinstance(self.stages, StageRule):
+            rules.check_explicit_stages(self.stages, pp=self.pp)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.dp * self.pp
+
+    def num_micro_batches(self, global_batch: int) -> int:
+        """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
+        wanted = 1 if self.pp == 1 else 2 * self.pp
+        chosen = self.micro_batches or max(1, min(wanted, global_batch // self.dp))
+        rules.check_batch(dp=self.dp, micro_batches=chosen, global_batch=global_batch)
+        return chosen
+
+    def __str__(self) -> str:
+        default = Layout(dp=self.dp, pp=self.pp)
+        fields = {"dp": self.dp, "pp": self.pp, **self._differences(default)}
+        stages = fields.get("stages")
+        if isinstance(stages, list):
+            fields["stages"] = f"[{'|'.join('+'.join(units) for units in stages)}]"
+        return ",".join(f"{name}={value}" for name, value in fields.items())
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """The inverse of `str`: `name=value` with commas between; stages given by hand as `[a+b|c]`."""
+        fields: dict[str, Any] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(","))):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name in fields:
+                raise LayoutError(
+                    f"a layout is written name=value once each, with commas between, but got {part!r} in "
+                    f'{text!r}; write for example "dp=2,pp=2,micro_batches=4"'
+                )
+            fields[name] = value if name in ("schedule", "stages") else _integer(name, value)
+        stages = fields.get("stages", "")
+        if stages.startswith("[") and stages.endswith("]"):
+            fields["stages"] = [stage.split("+") for stage in stages[1:-1].split("|")]
+        return cls.from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, texts and lists, fit for JSON and TOML; what is left to shardwise is left out."""
+        return {"dp": self.dp, "pp": self.pp, **self._differences(None)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_dict`; fields may be missing. Raises `LayoutError` for one that is unknown."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise LayoutError(f"a layout has {', '.join(known)}, but got {', '.join(unknown)}; drop it")
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """JSON text; the inverse of `from_json`."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """The layout that `to_json` wrote. Raises `LayoutError`."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise LayoutError(f"a layout in JSON is an object of its fields, but {error}; fix it") from error
+        if not isinstance(fields, dict):
+            raise LayoutError(f"a layout in JSON is an object of its fields, but got {text!r}; fix it")
+        return cls.from_dict(fields)
+
+    def _differences(self, default: Layout | None) -> dict[str, Any]:
+        """The fields after dp and pp that differ from `default` (all, if it is None), as plain values."""
+        fields: dict[str, Any] = {}
+        for name in ("micro_batches", "schedule", "stages", "seed"):
+            value = getattr(self, name)
+            if value is None or (default is not None and value == getattr(default, name)):
+                continue
+            fields[name] = [list(units) for units in value] if isinstance(value, tuple) else value
+        return {name: str(value) if isinstance(value, StageRule) else value for name, value in fields.items()}
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise LayoutError(f"{name} is a whole number, but got {text!r}; write for example {name}=2") from None
+
+
+def _stages(value: object) -> Stages:
+    """A rule by its name, or a stage as any sequence of unit names."""
+    if isinstance(value, str):
+        try:
+            return StageRule(value)
+        except ValueError:
+            raise LayoutError(
+                f"stages are balanced by {', '.join(StageRule)} or listed by hand, but got {value!r}; "
+                'use one of these, or lists such as [["embed", "layers.0"], ["layers.1", "head"]]'
+            ) from None
+    if isinstance(value, list | tuple) and all(isinstance(units, list | tuple) for units in value):
+        stages = tuple(tuple(units) for units in value)
+        if all(isinstance(unit, str) and unit for units in stages for unit in units):
+            return stages
+    raise LayoutError(
+        f"stages given by hand are lists of unit names, one for each stage, but got {value!r}; "
+        'write for example [["embed", "layers.0"], ["layers.1", "head"]]'
+    )

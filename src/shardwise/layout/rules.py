@@ -1,0 +1,80 @@
+"""The rules a layout must satisfy, one function each: they raise `LayoutError`, or return nothing.
+
+They take plain values, no layout. Those about the world and the batch need to know the machine and the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from shardwise.errors import LayoutError
+
+__all__ = [
+    "check_axes",
+    "check_batch",
+    "check_explicit_stages",
+    "check_micro_batches",
+    "check_schedule",
+    "check_world_size",
+]
+
+
+def check_axes(*, dp: int, pp: int) -> None:
+    """Every axis has at least one rank."""
+    for name, size in (("dp", dp), ("pp", pp)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise LayoutError(f"an axis has 1 rank or more, but {name}={size}; use {name}=1 to leave it out")
+
+
+def check_micro_batches(micro_batches: int | None) -> None:
+    """A step has at least one micro-batch."""
+    if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
+        raise LayoutError(
+            f"a step has 1 micro-batch or more, but micro_batches={micro_batches}; leave it out for 2 a stage"
+        )
+
+
+def check_schedule(schedule: str, known: Collection[str]) -> None:
+    """The schedule is one that there is."""
+    if schedule not in known:
+        raise LayoutError(f'a schedule is one of {", ".join(known)}, but got "{schedule}"; use one of these')
+
+
+def check_explicit_stages(stages: Sequence[Sequence[str]], *, pp: int) -> None:
+    """As many stages as pp says, none empty, no entry twice."""
+    if len(stages) != pp:
+        raise LayoutError(
+            f"stages given by hand are as many as pp, but there are {len(stages)} and pp={pp}; "
+            f"write pp={max(1, len(stages))} or list {pp} stages"
+        )
+    empty = [s for s, units in enumerate(stages) if not units]
+    if empty:
+        raise LayoutError(f"a stage has a unit, but stages {empty} of {pp} have none; name one, or lower pp")
+    times = Counter(unit for units in stages for unit in units)
+    twice = [unit for unit in times if times[unit] > 1]
+    if twice:
+        raise LayoutError(
+            f"a unit stands in one stage, but {twice[0]!r} is listed {times[twice[0]]} times; "
+            f'name single calls, such as "{twice[0]}#0", to spread a unit that is called several times'
+        )
+
+
+def check_world_size(*, dp: int, pp: int, world_size: int) -> None:
+    """The axes multiply to the number of ranks that there are."""
+    if dp * pp != world_size:
+        fitting = [f"dp={world_size // p},pp={p}" for p in range(1, world_size + 1) if world_size % p == 0]
+        raise LayoutError(
+            f"dp × pp is the number of ranks, but {dp} × {pp} = {dp * pp} and there are {world_size}; "
+            f"use {' or '.join(fitting)}"
+        )
+
+
+def check_batch(*, dp: int, micro_batches: int, global_batch: int) -> None:
+    """Every micro-batch of every replica has a sample. They need not be equal: the last may be smaller."""
+    if global_batch < dp * micro_batches:
+        raise LayoutError(
+            f"every micro-batch of every replica has a sample, but {global_batch} samples are fewer than "
+            f"dp={dp} × micro_batches={micro_batches} = {dp * micro_batches}; use micro_batches="
+            f"{max(1, global_batch // dp)}" + (f" and dp={global_batch} or less" if global_batch < dp else "")
+        )

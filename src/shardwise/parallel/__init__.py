@@ -1,0 +1,1 @@
+"""What a layout does to a model on one rank: one technique a file."""

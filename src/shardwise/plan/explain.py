@@ -1,0 +1,172 @@
+"""The plan as text, for someone who reads one for the first time: at most 100 columns.
+
+Puts into words what profile, layout, cut and estimate say. Computes nothing of its own, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from shardwise.describe.flow import NodeKind
+from shardwise.describe.profile import ModelProfile
+from shardwise.layout import Layout, compress, stage_ranks
+from shardwise.plan.cut import Cut
+from shardwise.plan.estimate import EdgeEstimate, Estimate, StageEstimate
+from shardwise.quantities import format_bytes, format_count, format_flops, format_seconds
+from shardwise.schedule import draw
+
+__all__ = ["explain"]
+
+_WIDTH = 100
+_LABEL = 12  # columns of the label in front of a line
+_DRAWN = 88  # columns of the drawing
+
+
+def explain(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate) -> str:
+    """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule."""
+    lines = [*_model(profile), *_layout(layout, estimate)]
+    for stage in estimate.stages:
+        lines += ["", *_stage(profile, layout, cut, estimate, stage)]
+    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _labelled(label: str, text: str, *, indent: int = 0) -> list[str]:
+    """`label` in the margin and `text` beside it, wrapped."""
+    first = f"{' ' * indent}{label}".ljust(_LABEL)
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=f"{first}  ",
+        subsequent_indent=" " * (_LABEL + 2),
+        break_long_words=True,
+        break_on_hyphens=False,
+    )
+
+
+def _model(profile: ModelProfile) -> list[str]:
+    parameters = format_count(profile.num_parameters, "parameters")
+    units = format_count(len(profile.units), "units")
+    calls = "" if len(profile.calls) == len(profile.units) else f" called {len(profile.calls)} times"
+    forward, backward = format_flops(profile.forward_flops), format_flops(profile.backward_flops)
+    size = f"{parameters}, {format_bytes(profile.parameter_bytes)}"
+    return [
+        *_labelled("model", f"{profile.model_class}: {size}, in {units}{calls}"),
+        *_labelled("", f"{forward} forward and {backward} backward for the traced batch"),
+    ]
+
+
+def _layout(layout: Layout, estimate: Estimate) -> list[str]:
+    schedule = estimate.schedule
+    text = f"{layout}: {_plural(layout.dp, 'replica')} of {_plural(layout.pp, 'stage')}"
+    ranks = f"{_plural(layout.world_size, 'rank')}; schedule {schedule.name}"
+    micro_batches = _plural(schedule.num_micro_batches, "micro-batch", "micro-batches")
+    return _labelled("layout", f"{text} on {ranks}, {micro_batches} a replica and step")
+
+
+def _stage(
+    profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, stage: StageEstimate
+) -> list[str]:
+    ranks = stage_ranks(layout, stage.stage)
+    on = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    total = sum(other.forward_s + other.backward_s for other in estimate.stages)
+    share = (stage.forward_s + stage.backward_s) / total if total else 1 / len(estimate.stages)
+    count = format_count(stage.num_parameters, "parameters")
+    cost = f"{share:.0%} of the time ({format_flops(stage.flops)} a micro-batch)"
+    sent = [edge for edge in estimate.edges if edge.source == stage.stage]
+    return [
+        *_labelled(f"stage {stage.stage}", f"{on}: {count}, {format_bytes(stage.memory_bytes)}, {cost}"),
+        *_labelled("runs", ", ".join(_units(profile, cut.stages[stage.stage].calls)), indent=2),
+        *_labelled("memory", _memory(stage), indent=2),
+        *(line for edge in sent for line in _labelled("sends", _edge(profile, edge), indent=2)),
+    ]
+
+
+def _units(profile: ModelProfile, calls: Sequence[int]) -> tuple[str, ...]:
+    """Units by name, calls of a unit that is called several times by number; runs of them as ranges."""
+    times = Counter(call.unit for call in profile.calls)
+    nodes = (profile.flow.nodes[node] for node in calls)
+    return compress([node.name if times[node.name] == 1 else node.label for node in nodes])
+
+
+def _memory(stage: StageEstimate) -> str:
+    parts = {
+        "parameters": stage.parameter_bytes,
+        "gradients": stage.gradient_bytes,
+        "optimizer": stage.optimizer_bytes,
+        "activations": stage.activation_bytes,
+    }
+    text = " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    flying = _plural(stage.in_flight, "micro-batch", "micro-batches")
+    return f"{text} (of {flying} in flight)" if stage.activation_bytes else text
+
+
+def _edge(profile: ModelProfile, edge: EdgeEstimate) -> str:
+    forward, backward = format_bytes(edge.forward_bytes), format_bytes(edge.backward_bytes)
+    names = Counter(_value(profile, value) for value in edge.values)
+    crossing = _some([name if times == 1 else f"{times} × {name}" for name, times in names.items()], 6)
+    return f"to stage {edge.target}: {forward} forward and {backward} back a micro-batch: {crossing}"
+
+
+def _value(profile: ModelProfile, value: int) -> str:
+    """A value by what made it: `model.layers.3 float32[2×16×64]`, `add (glue 17) float32[2×16×64]`."""
+    about = profile.flow.values[value]
+    node = profile.flow.nodes[about.node]
+    if node.kind is NodeKind.CALL:
+        name = node.name if sum(call.unit == node.name for call in profile.calls) == 1 else node.label
+    else:
+        name = f"{node.name} (glue {node.index})"
+    return f"{name} {about.dtype}[{'×'.join(map(str, about.shape))}]"
+
+
+def _shared(profile: ModelProfile, cut: Cut) -> Iterator[str]:
+    holders: dict[str, list[int]] = {}
+    for stage in cut.stages:
+        for name in sorted(stage.parameters):
+            holders.setdefault(name, []).append(stage.stage)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, held in holders.items():
+        if len(held) > 1:
+            groups.setdefault(tuple(held), []).append(name)
+    for stages, names in groups.items():
+        nbytes = format_bytes(sum(profile.parameters[name].nbytes for name in names))
+        where = ", ".join(map(str, stages))
+        yield from _labelled("shared", f"{_together(names)}, {nbytes}: on stages {where}; gradients are summed")
+
+
+def _together(names: Sequence[str]) -> str:
+    """Many parameters of one module as `module.* (16 parameters)`."""
+    prefix = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    if len(names) > 3 and prefix:
+        return f"{'.'.join(prefix)}.* ({len(names)} parameters)"
+    return _some(names, 4)
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _unread(profile: ModelProfile) -> Iterator[str]:
+    if profile.unread:
+        yield from _labelled("unused", f"{_some(profile.unread, 4)}: the forward reads it not, no stage holds it")
+
+
+def _step(layout: Layout, estimate: Estimate) -> list[str]:
+    reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
+    average = f"; each rank sends {format_bytes(reduced)} at most to average gradients" if layout.dp > 1 else ""
+    summary = (
+        f"{format_seconds(estimate.step_s)} predicted, {estimate.bubble_fraction:.0%} of it waiting; "
+        f"busiest stage {estimate.imbalance:.2f} × the mean{average}"
+    )
+    if layout.pp == 1:
+        return _labelled("step", summary)
+    one = "one replica, rank r of it is stage r:" if layout.dp > 1 else ""
+    drawing = draw(estimate.timeline, width=_DRAWN).splitlines()[:-1]
+    return [*_labelled("step", summary), *filter(None, [one]), *drawing]
+
+
+def _plural(count: int, one: str, several: str | None = None) -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"

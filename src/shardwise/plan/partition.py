@@ -1,0 +1,138 @@
+"""Which stage runs which unit call: balanced in the order of the calls, or given by hand and checked.
+
+Calls in a row of their execution never need a later stage, so any such cut can run. Knows profiles, dataflows
+and layouts; what crosses in detail is the business of the cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from shardwise.describe.flow import Dataflow
+from shardwise.describe.profile import ModelProfile
+from shardwise.errors import LayoutError
+from shardwise.layout import Layout, StageRule, compress, expand
+from shardwise.plan.balance import balanced_ends
+from shardwise.plan.work import work_of
+
+__all__ = ["call_weights", "place"]
+
+
+def place(
+    model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, float] | None = None
+) -> dict[int, int]:
+    """Node of every unit call -> stage, as `layout.stages` says.
+
+    `weights` (node of a call -> weight) replace what the layout balances by; a bare dataflow needs them
+    unless stages are balanced by depth or given by hand. Raises `LayoutError` where there are fewer calls
+    with parameters than stages, or where stages given by hand do not name every call once.
+    """
+    flow = model.flow if isinstance(model, ModelProfile) else model
+    if not isinstance(layout.stages, StageRule):
+        return _by_hand(flow, layout.stages)
+    if weights is None:
+        weights = _weights(model, layout.stages)
+    has_parameters = [bool(node.parameters) for node in flow.calls]
+    if sum(has_parameters) < layout.pp:
+        raise LayoutError(
+            f"every stage has a unit call with parameters, but pp={layout.pp} and the model has "
+            f"{sum(has_parameters)}; use pp={max(1, sum(has_parameters))} or less, or name smaller units"
+        )
+    row = [float(weights[node.index]) for node in flow.calls]
+    ends = balanced_ends(row, _traffic(flow), has_parameters, layout.pp)
+    starts = [0, *ends[:-1]]
+    return {
+        node.index: stage
+        for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for node in flow.calls[start:end]
+    }
+
+
+def _weights(model: ModelProfile | Dataflow, rule: StageRule) -> Mapping[int, float]:
+    if isinstance(model, ModelProfile):
+        return call_weights(model, rule)
+    if rule is StageRule.DEPTH:
+        return {node.index: 1.0 for node in model.calls}
+    raise LayoutError(
+        f"a dataflow knows no {rule}, so stages={rule} needs more than that; pass a profile, or weights"
+    )
+
+
+def call_weights(profile: ModelProfile, rule: StageRule) -> dict[int, float]:
+    """Node of every unit call -> what `rule` balances: work forward and backward, parameters, or 1.
+
+    Glue that costs something is added to the call before it. A unit called several times spreads its
+    parameters evenly over its calls.
+    """
+    match rule:
+        case StageRule.DEPTH:
+            return {call.node: 1.0 for call in profile.calls}
+        case StageRule.PARAMETERS:
+            times = Counter(call.unit for call in profile.calls)
+            held = {unit.name: unit.num_parameters for unit in profile.units}
+            return {call.node: held[call.unit] / times[call.unit] for call in profile.calls}
+        case StageRule.COST:
+            return _costs(profile)
+
+
+def _costs(profile: ModelProfile) -> dict[int, float]:
+    work = work_of(profile)
+    costs = {call.node: work.total(call.node) for call in profile.calls}
+    for part in profile.glue:
+        before = [node for node in costs if node < part.node]
+        if before:
+            costs[before[-1]] += work.total(part.node)
+    return costs
+
+
+def _traffic(flow: Dataflow) -> list[float]:
+    """What a cut in front of every call costs: bytes made from earlier calls that are read from there on."""
+    from_call = [False] * len(flow.values)
+    last_read = [-1] * len(flow.values)
+    calls = {node.index for node in flow.calls}
+    for node in flow.nodes:
+        depends = node.index in calls or any(from_call[read] for read in node.reads)
+        for value in node.makes:
+            from_call[value] = depends
+        for read in node.reads:
+            last_read[read] = node.index
+    for value in flow.results:
+        last_read[value] = len(flow.nodes)
+    steps = [0.0] * (len(flow.nodes) + 2)  # what is alive in front of a node, as differences
+    for about in flow.values:
+        if from_call[about.index] and last_read[about.index] > about.node:
+            steps[about.node + 1] += about.traffic_bytes
+            steps[last_read[about.index] + 1] -= about.traffic_bytes
+    alive = list(accumulate(steps))
+    return [alive[node.index] for node in flow.calls]
+
+
+def _by_hand(flow: Dataflow, stages: Sequence[Sequence[str]]) -> dict[int, int]:
+    node_of = {node.label: node.index for node in flow.calls}
+    placed: dict[str, tuple[int, str]] = {}  # call -> (stage, the words that put it there)
+    for stage, texts in enumerate(stages):
+        for text in texts:
+            for call in expand(text, tuple(node_of)):
+                if call in placed:
+                    other, words = placed[call]
+                    raise LayoutError(
+                        f"every unit call stands on one stage, but {call} is named by {words!r} on stage "
+                        f"{other} and by {text!r} on stage {stage}; drop one of them"
+                    )
+                placed[call] = (stage, text)
+    missing = [call for call in node_of if call not in placed]
+    if missing:
+        names = compress(_plain(missing, tuple(node_of)))
+        raise LayoutError(
+            f"every unit stands on a stage, but {len(missing)} of {len(node_of)} calls do not: "
+            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}; add them to a stage"
+        )
+    return {node_of[call]: stage for call, (stage, _) in placed.items()}
+
+
+def _plain(calls: Sequence[str], all_calls: Sequence[str]) -> list[str]:
+    """Calls by the name of their unit, where it is called once."""
+    times = Counter(call.rpartition("#")[0] for call in all_calls)
+    return [unit if times[unit := call.rpartition("#")[0]] == 1 else call for call in calls]

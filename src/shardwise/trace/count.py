@@ -1,0 +1,159 @@
+"""Counts while a model is recorded: flops of every dispatched operation, and bytes that autograd keeps.
+
+Everything is booked on a node of the dataflow. Forward operations belong to the node that runs. Backward ones
+belong to the node whose forward made their autograd node: autograd numbers its nodes in the order of their
+making, so every node of the dataflow owns ranges of numbers. Refuses to know units and totals.
+
+    numbers   0 1 2 3 │ 4 5 6 7 8 │ 9 10          a backward operation that runs under number 6 …
+    made by   embed#0 │ layers.0#0 │ add          … is a part of the backward of layers.0#0
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from shardwise.trace.record import Recorder
+
+__all__ = ["Counter", "flops_of"]
+
+_ATTENTION = "aten::_scaled_dot_product_"
+_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+_GROUPED_BACKWARD = "transformers::grouped_mm_fallback_backward"
+
+
+def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Flops of one dispatched operation, a multiply and an add as two.
+
+    Matrix products, attention and convolutions. Everything else is 0: memory bounds it, and bytes price it.
+    """
+    name = func._schema.name
+    if name.startswith(_ATTENTION):
+        backward = name.endswith("_backward")
+        return _attention(*args[1:4], matmuls=(3, 2)) if backward else _attention(*args[:3], matmuls=(1, 1))
+    if name in _GROUPED:
+        return _grouped(args[0], args[1])
+    if name == _GROUPED_BACKWARD:
+        return 2 * _grouped(args[0], args[1])
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _attention(query: Any, key: Any, value: Any, *, matmuls: tuple[int, int]) -> int:
+    """Products over the width of queries and over that of values. Forward 1 and 1; backward 3 and 2, as the
+    scores are computed again (FlashAttention, arXiv:2205.14135, algorithm 4).
+
+    query (..., heads, tokens, head_dim), key (..., kv_heads, kv_tokens, head_dim), value likewise.
+    """
+    scores = prod(query.shape[:-1]) * key.shape[-2]  # (..., heads, tokens, kv_tokens)
+    return int(2 * scores * (matmuls[0] * query.shape[-1] + matmuls[1] * value.shape[-1]))
+
+
+def _grouped(a: Any, b: Any) -> int:
+    """(tokens, k) x (groups, k, n), (m, tokens) x (tokens, n): each token is in one group; else batched."""
+    if a.dim() == 3 and b.dim() == 2:
+        return int(2 * a.shape[-2] * a.shape[-1] * b.shape[-1])
+    return int(2 * prod(a.shape) * b.shape[-1])
+
+
+class Counter:
+    """The books of one recording. Indices of the mappings are nodes of the dataflow."""
+
+    def __init__(self) -> None:
+        self.forward_flops: dict[int, int] = {}
+        self.backward_flops: dict[int, int] = {}
+        self.reached: set[int] = set()  # nodes of which some backward ran
+        self._makers: dict[int, int | None] = {}  # storage -> the node that made it
+        self._saved: dict[int, int] = {}  # storage -> bytes
+        self._alive: list[object] = []  # storages stay, so that their addresses stay unique
+        self._starts: list[int] = []  # autograd numbers at which a range of `_owners` starts
+        self._owners: list[int] = []
+        self._seen = 0  # autograd numbers below have an owner
+
+    @contextlib.contextmanager
+    def watching(self, recorder: Recorder) -> Iterator[None]:
+        """Count what `recorder` sees inside the block."""
+
+        def observe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+            if recorder.phase == "forward":
+                self._forward(recorder.place, func, args, kwargs, out)
+            else:
+                self._backward(func, args, kwargs, out)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if recorder.phase == "forward" and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._saved[storage._cdata] = storage.nbytes()
+                self._alive.append(storage)
+            return tensor
+
+        before, recorder.observer = recorder.observer, observe
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                yield
+        finally:
+            recorder.observer = before
+
+    def saved_bytes(self) -> dict[int, int]:
+        """Node -> bytes of the storages it made that are kept for backward."""
+        totals: dict[int, int] = {}
+        for storage, nbytes in self._saved.items():
+            maker = self._makers.get(storage)
+            if maker is not None:
+                totals[maker] = totals.get(maker, 0) + nbytes
+        return totals
+
+    def _forward(
+        self, place: int | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        for tensor in _strided((args, kwargs)):  # seen before it was made: a parameter, a buffer, the batch
+            self._made(tensor, None)
+        for tensor in _strided(out):
+            self._made(tensor, place)
+        if place is None:
+            return
+        self._own_numbers(place)
+        flops = flops_of(func, args, kwargs, out)
+        if flops:
+            self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
+
+    def _made(self, tensor: torch.Tensor, node: int | None) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._makers:
+            self._makers[storage._cdata] = node
+            self._alive.append(storage)
+
+    def _own_numbers(self, place: int) -> None:
+        following = torch._C._autograd._get_sequence_nr()
+        if not self._owners or self._owners[-1] != place:
+            # The autograd node of an operation is made before the operation is dispatched: the newest is its
+            # own, unless it has none.
+            self._starts.append(max(self._seen, following - 1))
+            self._owners.append(place)
+        self._seen = following
+
+    def _backward(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        running: Any = torch._C._current_autograd_node()
+        if running is None:
+            return
+        at = bisect.bisect_right(self._starts, running._sequence_nr()) - 1
+        if at < 0:
+            return
+        owner = self._owners[at]
+        self.reached.add(owner)
+        flops = flops_of(func, args, kwargs, out)
+        if flops:
+            self.backward_flops[owner] = self.backward_flops.get(owner, 0) + flops
+
+
+def _strided(tree: object) -> Iterator[torch.Tensor]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            yield leaf

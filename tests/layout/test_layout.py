@@ -1,0 +1,85 @@
+"""A layout is a checked value that reads back what it writes."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwise.errors import LayoutError
+from shardwise.layout import Layout, StageRule
+
+LAYOUTS = [
+    Layout(),
+    Layout(dp=2, pp=2, micro_batches=4),
+    Layout(dp=3, pp=4, schedule="gpipe", stages=StageRule.PARAMETERS, seed=7),
+    Layout(pp=3, stages=(("embed", "layers.0"), ("layers.1-2",), ("layers.3", "head"))),
+    Layout(stages=(("whole",),)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_text_dictionary_and_json_read_back_as_written(layout) -> None:
+    assert Layout.parse(str(layout)) == layout
+    assert Layout.from_dict(layout.to_dict()) == layout
+    assert Layout.from_json(layout.to_json()) == layout
+
+
+def test_text_holds_only_what_was_chosen() -> None:
+    assert str(Layout(dp=2, pp=2, micro_batches=4)) == "dp=2,pp=2,micro_batches=4"
+    assert str(Layout(pp=2, stages=(("a", "b"), ("c",)))) == "dp=1,pp=2,stages=[a+b|c]"
+
+
+def test_the_world_is_the_product_of_the_axes() -> None:
+    assert Layout(dp=2, pp=3).world_size == 6
+
+
+@pytest.mark.parametrize(
+    "layout, global_batch, num",
+    [
+        (Layout(), 64, 1),
+        (Layout(pp=4), 64, 8),
+        (Layout(dp=2, pp=4), 6, 3),  # capped: 3 samples a replica
+        (Layout(dp=2, pp=4, micro_batches=2), 64, 2),
+    ],
+    ids=str,
+)
+def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout, global_batch, num) -> None:
+    assert layout.num_micro_batches(global_batch) == num
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"dp": 0}, "dp=0; use dp=1"),
+        ({"pp": 1.5}, "pp=1.5"),
+        ({"micro_batches": 0}, "micro_batches=0"),
+        ({"schedule": "2f2b"}, "one of naive, gpipe, 1f1b"),
+        ({"stages": "weight"}, "balanced by cost, parameters, depth"),
+        ({"stages": [["a"], ["b"]]}, "there are 2 and pp=1; write pp=2"),
+        ({"pp": 2, "stages": [["a"], []]}, r"stages \[1\] of 2 have none"),
+        ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
+        ({"stages": [[1]]}, "lists of unit names"),
+        ({"tp": 2}, "has dp, pp, micro_batches, schedule, stages, seed, but got tp"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout.from_dict(fields)
+
+
+@pytest.mark.parametrize("text", ["dp", "dp=2,dp=2", "dp=two", "dp=2;pp=2"])
+def test_text_that_is_no_layout_is_refused(text) -> None:
+    with pytest.raises(LayoutError, match="write for example"):
+        Layout.parse(text)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"dp": "2"}'])
+def test_json_that_is_no_layout_is_refused(text) -> None:
+    with pytest.raises(LayoutError):
+        Layout.from_json(text)
+
+
+def test_too_small_a_batch_is_refused_with_the_largest_number_that_fits() -> None:
+    with pytest.raises(LayoutError, match="7 samples are fewer .* = 8; use micro_batches=3"):
+        Layout(dp=2, pp=2, micro_batches=4).num_micro_batches(7)
+    with pytest.raises(LayoutError, match="dp=1 or less"):
+        Layout(dp=2).num_micro_batches(1)

@@ -1,0 +1,42 @@
+"""Ranks and coordinates are each other's inverse, and the groups of an axis cover every rank once."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwise.errors import LayoutError
+from shardwise.layout import Coordinates, Layout, coordinates, pipelines, rank_of, replicas, stage_ranks
+from shardwise.layout.rules import check_world_size
+
+LAYOUT = Layout(dp=2, pp=3)
+
+
+def test_the_ranks_of_a_stage_are_neighbours() -> None:
+    assert replicas(LAYOUT) == ((0, 1), (2, 3), (4, 5))
+    assert pipelines(LAYOUT) == ((0, 2, 4), (1, 3, 5))
+    assert stage_ranks(LAYOUT, 1) == (2, 3)
+    assert coordinates(LAYOUT, 3) == Coordinates(stage=1, replica=1)
+
+
+def test_rank_and_coordinates_are_inverse() -> None:
+    for rank in range(LAYOUT.world_size):
+        here = coordinates(LAYOUT, rank)
+        assert rank_of(LAYOUT, stage=here.stage, replica=here.replica) == rank
+
+
+@pytest.mark.parametrize("axes", [replicas, pipelines])
+def test_the_groups_of_an_axis_hold_every_rank_once(axes) -> None:
+    assert sorted(rank for group in axes(LAYOUT) for rank in group) == list(range(6))
+
+
+def test_a_rank_outside_the_layout_is_refused() -> None:
+    with pytest.raises(LayoutError, match="ranks 0 to 5, but got rank 6"):
+        coordinates(LAYOUT, 6)
+    with pytest.raises(LayoutError, match="stages 0 to 2"):
+        rank_of(LAYOUT, stage=3, replica=0)
+
+
+def test_a_world_of_another_size_is_refused_with_the_layouts_that_fit() -> None:
+    check_world_size(dp=2, pp=2, world_size=4)
+    with pytest.raises(LayoutError, match="2 × 3 = 6 and there are 4; use dp=4,pp=1 or dp=2,pp=2 or dp=1,pp=4"):
+        check_world_size(dp=2, pp=3, world_size=4)
