@@ -103,7 +103,7 @@ class Flows:
             tables={plan.stage: programme(tape, plan) for plan in cut.stages},
             digest=int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()),
             writes_batch=any(record.changes for record in tape.records),
-            random=any(record.random or record.host_random for record in tape.records),
+            random=tape.random,
         )
 
     def _stage(self, unit: str, call: int) -> int:

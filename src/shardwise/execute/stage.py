@@ -28,6 +28,7 @@ from shardwise.trace.functions import as_one_function, name_of
 from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
 from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
+from shardwise.trace.record import glue_key
 from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, Made, Record, Structure, Tape
 
 __all__ = ["Leave", "Programme", "StageRun", "arrive", "programme"]
@@ -61,6 +62,7 @@ class Programme:
     computes: list[bool]
     sends: list[tuple[int, ...]]  # values to send, of each node
     receives: frozenset[int]
+    random: bool
 
 
 def programme(tape: Tape, cut: StageCut) -> Programme:
@@ -70,7 +72,7 @@ def programme(tape: Tape, cut: StageCut) -> Programme:
     for value in sorted({value for value, _ in cut.sends}):
         node = tape.flow.values[value].node
         sends[node] = (*sends[node], value)
-    return Programme(computes, sends, frozenset(value for value, _ in cut.receives))
+    return Programme(computes, sends, frozenset(value for value, _ in cut.receives), tape.random)
 
 
 class StageRun:
@@ -112,9 +114,7 @@ class StageRun:
     def forward(self, run: Callable[[], torch.Tensor], switch: Switch) -> torch.Tensor | None:
         """Run the objective as this stage; the loss on the loss stage, None elsewhere."""
         glue = _GlueMode(self)
-        key = key_of(self.scope.seed, self.scope.step, self.scope.micro_batch, "glue")
-        random_somewhere = any(record.random or record.host_random for record in self.tape.records)
-        streams = python_streams(key) if random_somewhere else contextlib.nullcontext()
+        streams = python_streams(glue_key(self.scope)) if self.table.random else contextlib.nullcontext()
         with streams, switch.on(self), as_one_function(lambda: None if self.inside else glue), glue:
             try:
                 loss = run()

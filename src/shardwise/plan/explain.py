@@ -5,7 +5,6 @@ Puts into words what profile, layout, cut and estimate say. Computes nothing of 
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -134,14 +133,17 @@ def _shared(profile: ModelProfile, cut: Cut) -> Iterator[str]:
     for stages, names in groups.items():
         nbytes = format_bytes(sum(profile.parameters[name].nbytes for name in names))
         where = ", ".join(map(str, stages))
-        yield from _labelled("shared", f"{_together(names)}, {nbytes}: on stages {where}; gradients are summed")
+        text = f"{_together(names)}, {nbytes}: on stages {where}; gradients are summed"
+        yield from _labelled("shared", text)
 
 
 def _together(names: Sequence[str]) -> str:
     """Many parameters of one module as `module.* (16 parameters)`."""
-    prefix = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    prefix = names[0].rpartition(".")[0]
+    while prefix and not all(name.startswith(prefix + ".") for name in names):
+        prefix = prefix.rpartition(".")[0]
     if len(names) > 3 and prefix:
-        return f"{'.'.join(prefix)}.* ({len(names)} parameters)"
+        return f"{prefix}.* ({len(names)} parameters)"
     return _some(names, 4)
 
 
@@ -151,16 +153,18 @@ def _some(names: Sequence[str], most: int) -> str:
 
 def _unread(profile: ModelProfile) -> Iterator[str]:
     if profile.unread:
-        yield from _labelled("unused", f"{_some(profile.unread, 4)}: the forward reads it not, no stage holds it")
+        text = f"{_some(profile.unread, 4)}: not read by the forward, held by no stage"
+        yield from _labelled("unused", text)
 
 
 def _step(layout: Layout, estimate: Estimate) -> list[str]:
     reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
-    average = f"; each rank sends {format_bytes(reduced)} at most to average gradients" if layout.dp > 1 else ""
     summary = (
         f"{format_seconds(estimate.step_s)} predicted, {estimate.bubble_fraction:.0%} of it waiting; "
-        f"busiest stage {estimate.imbalance:.2f} × the mean{average}"
+        f"busiest stage {estimate.imbalance:.2f} × the mean"
     )
+    if layout.dp > 1:
+        summary += f"; each rank sends {format_bytes(reduced)} at most to average gradients"
     if layout.pp == 1:
         return _labelled("step", summary)
     one = "one replica, rank r of it is stage r:" if layout.dp > 1 else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,8 +16,8 @@ from torch.utils._pytree import tree_map
 from shardwise.errors import ModelError
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import Batch, LossFunction, objective
-from shardwise.trace.randomness import Scope
-from shardwise.trace.record import GlueLooks, Recorder
+from shardwise.trace.randomness import Scope, python_streams
+from shardwise.trace.record import GlueLooks, Recorder, glue_key
 from shardwise.trace.tape import Tape
 from shardwise.trace.units import choose_units
 
@@ -55,9 +57,12 @@ def capture(
         chosen = choose_units(model, named=units, whole=whole)
         try:
             with recorded(model, chosen, scope=scope) as recorder:
-                with watch(recorder) if watch is not None else contextlib.nullcontext():
+                streams = python_streams(glue_key(recorder.scope))
+                with streams, watch(recorder) if watch is not None else contextlib.nullcontext():
+                    before = random.getstate(), np.random.get_state()[1:3]
                     value = objective(model, copy, loss)
                     captured = Captured(recorder, chosen, value)
+                    captured.tape.host_random = not _same_host_state(before)
                     if watch is not None and value.requires_grad:
                         recorder.phase = "backward"
                         torch.autograd.backward([value])
@@ -69,6 +74,12 @@ def capture(
                     "around it as a unit"
                 ) from looks
             whole.add(looks.module)
+
+
+def _same_host_state(before: tuple[Any, Any]) -> bool:
+    now = np.random.get_state()[1:3]
+    same_numpy = now[1] == before[1][1] and bool(np.array_equal(now[0], before[1][0]))
+    return same_numpy and random.getstate() == before[0]
 
 
 @contextlib.contextmanager

@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardwise.describe.flow import Dataflow, Node, NodeKind, Value
 from shardwise.trace.extras import changed_attributes, grown_containers, place_of
 from shardwise.trace.functions import as_one_function, grouped_mm_like, is_constructor, name_of
+from shardwise.trace.keys import key_of
 from shardwise.trace.origins import Born, Origin, Origins
 from shardwise.trace.randomness import Scope, draw, is_random
 from shardwise.trace.tape import Fixed, FromArgument, HookedCall, Leaf, Made, Place, Record, Structure, Tape, Unseen, stand_in
 
-__all__ = ["DataDependent", "GlueLooks", "Recorder"]
+__all__ = ["DataDependent", "GlueLooks", "Recorder", "glue_key"]
 
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _SHAPED_BY_VALUES = frozenset(
@@ -87,6 +88,11 @@ class _Op:
     random: bool = False
 
 
+def glue_key(scope: Scope) -> int:
+    """The key of everything that glue draws in one micro-batch: the same on every stage."""
+    return key_of(scope.seed, scope.step, scope.micro_batch, "glue")
+
+
 class Recorder:
     """Records one forward. Use `with recorder.active(): loss = forward()`, then `recorder.tape(loss)`."""
 
@@ -108,7 +114,7 @@ class Recorder:
         self._names = dict(parameters)
         self._buffer_names = dict(buffers)
         self._modules = modules
-        self._scope = scope
+        self.scope = scope
         self._origins = Origins()
         self._nodes: list[Node] = []
         self._values: list[Value] = []
@@ -163,7 +169,7 @@ class Recorder:
         try:
             if is_random(func, args, kwargs):
                 op.random = True
-                out = draw(func, args, kwargs, scope=self._scope, index=len(self._nodes))
+                out = draw(func, args, kwargs, scope=self.scope, index=len(self._nodes))
             else:
                 out = self._function(func, args, kwargs)
         except DataDependent as error:

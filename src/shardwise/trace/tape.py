@@ -136,6 +136,12 @@ class Tape:
     stand_ins: list[Absent]  # one for every value
     queries: frozenset[Any]  # functions that neither read nor make tensors: never recorded
     units: tuple[str, ...]
+    host_random: bool = False  # glue draws from numpy or `random`
+
+    @property
+    def random(self) -> bool:
+        """Whether anything in the forward draws random numbers."""
+        return self.host_random or any(record.random or record.host_random for record in self.records)
 
     @property
     def looks(self) -> tuple[tuple[int, object], ...]:

@@ -1,0 +1,1 @@
+"""Values that describe a model, its dataflow and its costs. Never imports torch."""

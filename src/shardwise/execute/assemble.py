@@ -1,0 +1,106 @@
+"""From a model, a layout and one micro-batch to a `Program` on this rank.
+
+Every rank traces the same micro-batch and derives the same stages from it; nobody sends a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from shardwise.comm.point_to_point import Transport
+from shardwise.errors import LayoutError
+from shardwise.execute.program import Place, Program, build
+from shardwise.layout import Layout
+from shardwise.plan.partition import place as place_calls
+from shardwise.trace.capture import capture
+from shardwise.trace.count import Counter
+from shardwise.trace.objective import LossFunction
+from shardwise.trace.profile import profile_of
+
+__all__ = ["Fill", "assemble", "fill_from"]
+
+Fill = Callable[[nn.Module, Sequence[str]], None]
+
+
+def assemble(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    layout: Layout,
+    rank: int,
+    loss: LossFunction | None = None,
+    units: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    fill: Fill | None = None,
+    transport: Transport | None = None,
+) -> Program:
+    """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
+
+    `fill(model, names)` gives parameters their values where the model has none yet. Collective. Raises `LayoutError`
+    if the rank is none of the layout's.
+    """
+    if not 0 <= rank < layout.world_size:
+        raise LayoutError(
+            f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} ranks"
+        )
+    counters: list[Counter] = []
+
+    def watch(recorder: Any) -> Any:
+        counters.append(Counter())
+        return counters[-1].watching(recorder)
+
+    captured = _whole_path(model, inputs, loss, units, watch)
+    profile = profile_of(model, captured, counters[-1])
+    stages = place_calls(profile, layout)
+    placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
+    return build(
+        model,
+        place=Place(rank=rank, dp=layout.dp, pp=layout.pp),
+        tape=captured.tape,
+        placement=placement,
+        schedule=layout.schedule,
+        loss=loss,
+        seed=layout.seed,
+        device=device,
+        units=units,
+        transport=transport,
+        fill=fill,
+    )
+
+
+def _whole_path(model: nn.Module, inputs: Any, loss: LossFunction | None, units: Sequence[str], watch: Any) -> Any:
+    """A recording in which no unit is dropped: where the glue decides by random numbers, that of evaluation."""
+    captured = capture(model, inputs, loss=loss, units=units, watch=watch)
+    if not (captured.tape.looks and captured.tape.random and model.training):
+        return captured
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return capture(model, inputs, loss=loss, units=units, watch=watch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def fill_from(values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], device: torch.device | str) -> Fill:
+    """A `fill` that asks `values(names)` for whole tensors, one parameter at a time."""
+
+    def fill(model: nn.Module, names: Sequence[str]) -> None:
+        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+        wanted = set(names)
+        made: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is None or canonical[id(parameter)] not in wanted:
+                    continue
+                if id(parameter) not in made:
+                    name = canonical[id(parameter)]
+                    value = values([name])[name].to(device=device, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                module._parameters[leaf] = made[id(parameter)]
+
+    return fill
