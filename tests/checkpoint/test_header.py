@@ -1,4 +1,4 @@
-"""The safetensors format: the format's own reader reads ours, ours reads its, and nothing malformed passes."""
+"""The safetensors format: the format's own reader reads ours, ours reads its, no malformed file passes."""
 
 import json
 from pathlib import Path

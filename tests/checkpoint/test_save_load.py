@@ -141,7 +141,7 @@ def test_rows_read_little_more_than_their_bytes(tmp_path: Path, bytes_read: list
 
 
 def test_ties_replicas_and_several_slices_of_one_rank(tmp_path: Path) -> None:
-    # A rank of two holds the upper or lower half of q, k and v in one packed (6, 2) tensor:  q0 k0 v0 | q1 k1 v1
+    # Each of two ranks holds its half of q, k and v in one packed (6, 2) tensor: q0 k0 v0 | q1 k1 v1
     whole = values((12, 2))
     folder = begin(tmp_path, 1)
     entries = []

@@ -6,8 +6,8 @@ import dataclasses
 import time
 
 import pytest
-from hand_profiles import chain
 
+from hand_profiles import chain
 from shardwise.describe.profile import ModelProfile, ParameterProfile, UnitProfile, bytes_per_element
 from shardwise.errors import ModelError
 

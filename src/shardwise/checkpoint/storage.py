@@ -123,6 +123,9 @@ def prune(root: Path | str, *, keep: int) -> tuple[Path, ...]:
     doomed += [path for path, found in _matching(root, _TEMPORARY) if int(found[1]) <= newest_step]
     for path in doomed:
         _delete(path)
+    with disk_errors("clean", root):
+        for path in root.glob(f"{_LATEST}.tmp-*"):  # of a pointer that was being replaced
+            path.unlink()
     return tuple(doomed)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import BinaryIO
 
 import torch
 
@@ -57,11 +58,7 @@ def write_tensors(
     with disk_errors("write", path), path.open("wb") as file:
         file.write(encode_header(specs, metadata={"format": "pt"}))
         for spec in specs:
-            data = _bytes_of(spec, makers[spec.key]())
-            blocks = [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]
-            for block in blocks:
-                file.write(block)
-            checksums[spec.key] = "".join(map(_checksum, blocks))
+            checksums[spec.key] = _write_one(file, spec, makers[spec.key], block_bytes=block_bytes)
         file.flush()
         os.fsync(file.fileno())
     return checksums
@@ -136,6 +133,17 @@ class TensorFile:
                     f"must have crc32 {expected or 'nothing'}, and have not; {DAMAGED}"
                 )
         return data[start - low : stop - low]
+
+
+def _write_one(
+    file: BinaryIO, spec: TensorSpec, make: Callable[[], torch.Tensor], *, block_bytes: int
+) -> str:
+    """Append one tensor's bytes; returns their checksums. Its memory is free when this returns."""
+    data = _bytes_of(spec, make())
+    blocks = [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]
+    for block in blocks:
+        file.write(block)
+    return "".join(map(_checksum, blocks))
 
 
 def read_exactly(file: FileIO, start: int, view: memoryview) -> None:

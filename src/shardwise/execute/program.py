@@ -83,9 +83,13 @@ class Program:
         gradients: GradientSum | None,
         edges: frozenset[tuple[int, int]],
         seed: int,
+        tape: Tape,
+        cut: Cut,
         stack: contextlib.ExitStack,
     ) -> None:
         self.model = model
+        self.tape = tape
+        self.cut = cut
         self.place = place
         self.holders = dict(holders)
         self.seed = seed
@@ -263,6 +267,8 @@ def build(
         gradients=gradients,
         edges=frozenset(cut.edges),
         seed=seed,
+        tape=tape,
+        cut=cut,
         stack=stack,
     )
 

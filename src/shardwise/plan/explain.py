@@ -48,7 +48,7 @@ def _labelled(label: str, text: str, *, indent: int = 0) -> list[str]:
 
 def _model(profile: ModelProfile) -> list[str]:
     parameters = format_count(profile.num_parameters, "parameters")
-    units = format_count(len(profile.units), "units")
+    units = _plural(len(profile.units), "unit")
     calls = "" if len(profile.calls) == len(profile.units) else f" called {len(profile.calls)} times"
     forward, backward = format_flops(profile.forward_flops), format_flops(profile.backward_flops)
     size = f"{parameters}, {format_bytes(profile.parameter_bytes)}"
@@ -61,9 +61,9 @@ def _model(profile: ModelProfile) -> list[str]:
 def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     schedule = estimate.schedule
     text = f"{layout}: {_plural(layout.dp, 'replica')} of {_plural(layout.pp, 'stage')}"
-    ranks = f"{_plural(layout.world_size, 'rank')}; schedule {schedule.name}"
+    ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
     micro_batches = _plural(schedule.num_micro_batches, "micro-batch", "micro-batches")
-    return _labelled("layout", f"{text} on {ranks}, {micro_batches} a replica and step")
+    return _labelled("layout", f"{text} on {ranks} with {micro_batches} a replica")
 
 
 def _stage(
@@ -99,8 +99,7 @@ def _memory(stage: StageEstimate) -> str:
         "activations": stage.activation_bytes,
     }
     text = " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
-    flying = _plural(stage.in_flight, "micro-batch", "micro-batches")
-    return f"{text} (of {flying} in flight)" if stage.activation_bytes else text
+    return f"{text} ({stage.in_flight} in flight)" if stage.activation_bytes else text
 
 
 def _edge(profile: ModelProfile, edge: EdgeEstimate) -> str:

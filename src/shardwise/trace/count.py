@@ -72,6 +72,7 @@ class Counter:
         self.reached: set[int] = set()  # nodes of which some backward ran
         self._makers: dict[int, int | None] = {}  # storage -> the node that made it
         self._saved: dict[int, int] = {}  # storage -> bytes
+        self._second: set[int] = set()  # nodes that are run a second time
         self._alive: list[object] = []  # storages stay, so that their addresses stay unique
         self._starts: list[int] = []  # autograd numbers at which a range of `_owners` starts
         self._owners: list[int] = []
@@ -83,6 +84,8 @@ class Counter:
 
         def observe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
             if recorder.phase == "forward":
+                if recorder.current is not None and recorder.current.for_real:
+                    self._start_over(recorder.current.node)
                 self._forward(recorder.place, func, args, kwargs, out)
             else:
                 self._backward(func, args, kwargs, out)
@@ -123,6 +126,15 @@ class Counter:
         flops = flops_of(func, args, kwargs, out)
         if flops:
             self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
+
+    def _start_over(self, node: int) -> None:
+        """Forget the first attempt of a unit that is run a second time."""
+        if node in self._second:
+            return
+        self._second.add(node)
+        self.forward_flops.pop(node, None)
+        for storage in [storage for storage, maker in self._makers.items() if maker == node]:
+            self._saved.pop(storage, None)
 
     def _made(self, tensor: torch.Tensor, node: int | None) -> None:
         storage = tensor.untyped_storage()

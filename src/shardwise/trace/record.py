@@ -73,6 +73,7 @@ class _Call:
     left: dict[int, Place] = dataclasses.field(default_factory=dict)  # id(tensor) -> where it is left
     random: bool = False
     changes: bool = False
+    for_real: bool = False  # the body is run again, on random real numbers
 
 
 @dataclasses.dataclass
@@ -309,6 +310,7 @@ class Recorder:
         except DataDependent:
             # The unit looks at its own values (a router, say): run this one unit on random real numbers for its shapes.
             self.current.hooked.clear()
+            self.current.for_real = True
             return self._for_real(module, body, args, kwargs)
 
     def _for_real(self, module: nn.Module, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -389,7 +391,7 @@ class Recorder:
         if self.phase == "forward" and context is not None:
             for tensor in inputs:
                 self._reading(tensor, context.reads, context.parameters, context.buffers)
-            if torch.Tag.nondeterministic_seeded in func.tags:
+            if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
                 context.random = True
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with self.fake:
@@ -587,6 +589,14 @@ def _real(leaf: object, back: dict[int, torch.Tensor]) -> object:
         real = real * 1
     back[id(real)] = leaf
     return real
+
+
+def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """False for attention whose dropout is 0."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -1,0 +1,72 @@
+"""The text of a plan says what the numbers say, in at most 100 columns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hand_profiles import chain
+from shardwise.describe.profile import ParameterProfile
+from shardwise.layout import Layout
+from shardwise.plan.cut import cut_stages
+from shardwise.plan.estimate import estimate
+from shardwise.plan.explain import explain
+from shardwise.plan.partition import place
+
+
+def explained(profile, layout, *, num_micro_batches=4):
+    cut = cut_stages(profile.flow, place(profile, layout), layout.pp)
+    found = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=1e6)
+    return explain(profile, layout, cut, found)
+
+
+def test_a_plan_reads() -> None:
+    assert explained(chain([10**6] * 4), Layout(dp=2, pp=2)) == PLAN
+
+
+PLAN = """\
+model         Chain: 16 parameters, 64 B, in 4 units
+              4 Mflops forward and 8 Mflops backward for the traced batch
+layout        dp=2,pp=2: 2 replicas of 2 stages on 4 ranks; 1f1b with 4 micro-batches a replica
+
+stage 0       ranks 0-1: 8 parameters, 528 B, 50% of the time (6 Mflops a micro-batch)
+  runs        layers.0-1
+  memory      parameters 32 B + gradients 32 B + optimizer 64 B + activations 400 B (2 in flight)
+  sends       to stage 1: 32 B forward and 32 B back a micro-batch: layers.1 float32[8]
+
+stage 1       ranks 2-3: 8 parameters, 360 B, 50% of the time (6 Mflops a micro-batch)
+  runs        layers.2-3
+  memory      parameters 32 B + gradients 32 B + optimizer 64 B + activations 232 B (1 in flight)
+
+step          30 s predicted, 20% of it waiting; busiest stage 1.00 × the mean; each rank sends 32 B
+              at most to average gradients
+one replica, rank r of it is stage r:
+rank 0  0>>>>>1>>>>>...........0<<<<<<<<<<<2>>>>>1<<<<<<<<<<<3>>>>>2<<<<<<<<<<......3<<<<<<<<<<<
+rank 1  ......0>>>>>0<<<<<<<<<<1>>>>>1<<<<<<<<<<<2>>>>>2<<<<<<<<<<<3>>>>>3<<<<<<<<<<............
+
+3> forward of micro-batch 3   3< backward of micro-batch 3   . idle"""
+
+
+def test_a_unit_on_several_stages_is_shown_by_its_calls_and_its_shared_parameters() -> None:
+    text = explained(chain([10**6] * 4, units=["layer"] * 4), Layout(pp=2))
+    assert "in 1 unit called 4 times" in text
+    assert "runs        layer#0-1" in text
+    assert "shared        layer.weight, 16 B: on stages 0, 1; gradients are summed" in text
+
+
+def test_parameters_that_no_stage_holds_are_named() -> None:
+    spare = {"spare": ParameterProfile(shape=(3,), dtype="float32")}
+    text = explained(dataclasses.replace(chain([10**6] * 2), glue_parameters=spare), Layout(pp=2))
+    assert "unused        spare: not read by the forward, held by no stage" in text
+
+
+def test_one_device_needs_no_drawing() -> None:
+    text = explained(chain([10**6] * 2), Layout())
+    assert "1 replica of 1 stage on 1 rank" in text
+    assert "rank 0  " not in text
+
+
+def test_no_line_is_longer_than_a_terminal() -> None:
+    units = [f"a.module.path.that.goes.rather.deep.blocks.{i}.inner" for i in range(40)]
+    text = explained(chain([10**6] * 40, units=units), Layout(dp=8, pp=12), num_micro_batches=24)
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(unit in text for unit in units)
