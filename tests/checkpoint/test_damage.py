@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shardwise.checkpoint.load import load_slices, verify_checkpoint
-from shardwise.checkpoint.save import Shard, write_rank
+from shardwise.checkpoint.save import Shard, save_checkpoint, write_rank
 from shardwise.checkpoint.slices import TensorSlice
 from shardwise.checkpoint.source import open_checkpoint, open_safetensors
 from shardwise.checkpoint.storage import begin, commit
@@ -104,9 +104,17 @@ def test_files_of_two_saves_cannot_be_mixed(saved: Path) -> None:
         load_slices(saved, {"w": TensorSlice(offsets=(4, 0), sizes=(4, 6))})
 
 
-def test_a_plain_model_that_is_damaged_is_refused_or_has_the_shapes_of_its_header(
-    tmp_path: Path, saved: Path
-) -> None:
+def test_a_file_of_another_model_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    ours, theirs = (
+        save_checkpoint(tmp_path / f"run_{rows}", 1, [Shard.whole("w", torch.ones(rows, 6))], state={})
+        for rows in (4, 2)
+    )
+    shutil.copy(theirs / "rank_0.safetensors", ours / "rank_0.safetensors")
+    with pytest.raises(CheckpointError, match=r"w as float32 \(4, 6\), but holds float32 \(2, 6\)"):
+        load_slices(ours, {"w": TensorSlice.whole((4, 6))})
+
+
+def test_a_plain_model_that_is_damaged_is_refused_or_has_the_shapes_of_its_header(tmp_path: Path, saved: Path) -> None:
     chance = random.Random(9)
     good = (saved / "rank_0.safetensors").read_bytes()
     path = tmp_path / "model.safetensors"

@@ -35,9 +35,7 @@ def source(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Source:
             region = TensorSlice(offsets=(rank * rows, 0), sizes=(rows, 4))
             half = tensor[rank * rows : (rank + 1) * rows]
             shards.append(
-                Shard(
-                    name=name, kind="parameter", global_shape=tuple(tensor.shape), region=region, tensor=half
-                )
+                Shard(name=name, kind="parameter", global_shape=tuple(tensor.shape), region=region, tensor=half)
             )
         if rank == 0:
             shards.append(Shard.whole("count", torch.tensor([7]), kind="buffer"))
@@ -86,9 +84,7 @@ def test_floats_are_converted_when_asked_and_integers_kept(tmp_path: Path, sourc
         export_safetensors(source, tmp_path / "other", dtype="int8")
 
 
-def test_one_tensor_at_a_time_is_in_memory(
-    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[StorageWeakRef] = []
     still_alive: list[int] = []
 

@@ -111,9 +111,7 @@ def test_what_is_no_manifest_is_refused_by_its_file_name(data: bytes) -> None:
         Manifest.from_bytes(data, path=PATH)
 
 
-@pytest.mark.parametrize(
-    "state", [{"a": (1, 2)}, {"a": float("nan")}, {"a": {1: 2}}, {"a": {2}}, {"a": b"x"}]
-)
+@pytest.mark.parametrize("state", [{"a": (1, 2)}, {"a": float("nan")}, {"a": {1: 2}}, {"a": {2}}, {"a": b"x"}])
 def test_a_state_that_json_would_change_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="JSON"):
         Manifest(step=0, tensors={}, state=state)

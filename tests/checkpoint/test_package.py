@@ -37,6 +37,4 @@ def test_nothing_in_the_package_can_unpickle() -> None:
 
 def test_the_pure_modules_never_import_torch() -> None:
     lines = "; ".join(f"import shardwise.checkpoint.{name}" for name in PURE)
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; {lines}; assert 'torch' not in sys.modules"], check=True
-    )
+    subprocess.run([sys.executable, "-c", f"import sys; {lines}; assert 'torch' not in sys.modules"], check=True)

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 class Tied(nn.Module):
-    """An embedding that shares its weight with the head, a parameter of the glue, a frozen unit, a spare one."""
+    """An embedding that shares its weight with the head, a parameter of the glue, a frozen unit, a spare."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -94,9 +94,7 @@ def _split(specs: list[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec
 
 def _write_file(source: Source, path: Path, specs: list[TensorSpec]) -> None:
     temporary = path.with_name(temporary_name(path.name))
-    write_tensors(
-        temporary, [(spec, partial(_load, source, spec)) for spec in specs], block_bytes=BLOCK_BYTES
-    )
+    write_tensors(temporary, [(spec, partial(_load, source, spec)) for spec in specs], block_bytes=BLOCK_BYTES)
     with disk_errors("write", path):
         os.replace(temporary, path)
         sync_folder(path.parent)

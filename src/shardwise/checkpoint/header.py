@@ -66,8 +66,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise CheckpointError(
-                f"safetensors holds {', '.join(_DTYPES)}, but {self.key} is {self.dtype}; convert it before "
-                "saving"
+                f"safetensors holds {', '.join(_DTYPES)}, but {self.key} is {self.dtype}; convert it before saving"
             )
 
     @property
@@ -95,9 +94,7 @@ def encode_header(specs: Sequence[TensorSpec], *, metadata: Mapping[str, str]) -
     for spec in specs:
         end = start + spec.num_bytes
         if spec.key in entries:
-            raise CheckpointError(
-                f"keys in a file are unique, but {spec.key!r} stands twice; rename one tensor"
-            )
+            raise CheckpointError(f"keys in a file are unique, but {spec.key!r} stands twice; rename one tensor")
         entries[spec.key] = {
             "dtype": _DTYPES[spec.dtype][0],
             "shape": list(spec.shape),
@@ -126,9 +123,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         header = parse_object(file.read(header_bytes), path=path)
     data_start = 8 + header_bytes
-    stored = [
-        _parse_tensor(key, header.record(key), data_start) for key in header.fields if key != "__metadata__"
-    ]
+    stored = [_parse_tensor(key, header.record(key), data_start) for key in header.fields if key != "__metadata__"]
     _check_no_gaps(stored, path=path, data_start=data_start, file_bytes=file_bytes)
     return {tensor.spec.key: tensor for tensor in stored}
 

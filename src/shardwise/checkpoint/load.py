@@ -134,9 +134,7 @@ def verify_checkpoint(root_or_step: Path | str) -> int:
             for piece, dtype in pieces:
                 if piece.file == file:
                     _check_stored(opened, piece, dtype, manifest)
-                    num_bytes += opened.check(
-                        piece.key, checksums=piece.crc32, block_bytes=manifest.block_bytes
-                    )
+                    num_bytes += opened.check(piece.key, checksums=piece.crc32, block_bytes=manifest.block_bytes)
     return num_bytes
 
 
@@ -188,8 +186,7 @@ def _check_stored(file: TensorFile, piece: Piece, dtype: str, manifest: Manifest
     num_blocks = -(-stored.spec.num_bytes // manifest.block_bytes)
     if piece.crc32 and len(piece.crc32) != 8 * num_blocks:
         raise CheckpointError(
-            f"{piece.key} in {file.path} has {num_blocks} blocks, but {len(piece.crc32) // 8} checksums; "
-            f"{DAMAGED}"
+            f"{piece.key} in {file.path} has {num_blocks} blocks, but {len(piece.crc32) // 8} checksums; {DAMAGED}"
         )
 
 

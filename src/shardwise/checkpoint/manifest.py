@@ -73,13 +73,9 @@ class TensorEntry:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise CheckpointError(
-                f"a tensor's kind is one of {', '.join(KINDS)}, got {self.kind!r}; use one of them"
-            )
+            raise CheckpointError(f"a tensor's kind is one of {', '.join(KINDS)}, got {self.kind!r}; use one of them")
         if self.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"a tensor's dtype is one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}; convert it"
-            )
+            raise CheckpointError(f"a tensor's dtype is one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}; convert it")
 
     def to_json(self) -> dict[str, object]:
         pieces = [piece.to_json() for piece in self.pieces]

@@ -46,9 +46,7 @@ class Shard:
                 "slice"
             )
         if self.tensor.is_meta:
-            raise CheckpointError(
-                f"{self.name} has no values to save (device meta); save it where it is present"
-            )
+            raise CheckpointError(f"{self.name} has no values to save (device meta); save it where it is present")
 
     @classmethod
     def whole(cls, name: str, tensor: torch.Tensor, *, kind: str = "parameter") -> Shard:
@@ -93,9 +91,7 @@ def write_rank(folder: Path, rank: int, shards: Iterable[Shard]) -> dict[str, Te
     return entries
 
 
-def save_checkpoint(
-    root: Path | str, step: int, shards: Iterable[Shard], *, state: Mapping[str, object]
-) -> Path:
+def save_checkpoint(root: Path | str, step: int, shards: Iterable[Shard], *, state: Mapping[str, object]) -> Path:
     """The whole save of a single process: begin, write, commit. Returns the folder of the step."""
     folder = begin(root, step)
     return commit(folder, [write_rank(folder, 0, shards)], state=state)

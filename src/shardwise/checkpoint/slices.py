@@ -63,9 +63,7 @@ class TensorSlice:
 
     def is_inside(self, shape: Sequence[int]) -> bool:
         """Whether the box lies in a tensor of this shape, with the same number of dims."""
-        return len(shape) == len(self.sizes) and all(
-            stop <= size for stop, size in zip(self.stops, shape, strict=True)
-        )
+        return len(shape) == len(self.sizes) and all(stop <= size for stop, size in zip(self.stops, shape, strict=True))
 
     def intersection(self, other: TensorSlice) -> TensorSlice | None:
         """What both boxes share; None where they share no element."""
@@ -194,9 +192,7 @@ def _subtract(box: TensorSlice, cut: TensorSlice) -> list[TensorSlice]:
             if low < high:
                 side_offsets, side_sizes = (*offsets[:dim], low), (*sizes[:dim], high - low)
                 rest.append(
-                    TensorSlice(
-                        offsets=(*side_offsets, *offsets[dim + 1 :]), sizes=(*side_sizes, *sizes[dim + 1 :])
-                    )
+                    TensorSlice(offsets=(*side_offsets, *offsets[dim + 1 :]), sizes=(*side_sizes, *sizes[dim + 1 :]))
                 )
         offsets[dim], sizes[dim] = start, stop - start  # the next dims split only what is level with the cut
     return rest

@@ -43,9 +43,7 @@ def begin(root: Path | str, step: int) -> Path:
     return folder
 
 
-def commit(
-    folder: Path, entries_of_ranks: Iterable[Mapping[str, TensorEntry]], *, state: Mapping[str, object]
-) -> Path:
+def commit(folder: Path, entries_of_ranks: Iterable[Mapping[str, TensorEntry]], *, state: Mapping[str, object]) -> Path:
     """Finish a save: one rank gives what every rank's `write_rank` has returned, in rank order.
 
     Returns the final folder. Raises CheckpointError, and leaves what was saved before as it is, when the

@@ -85,10 +85,7 @@ class Record:
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             self.refuse(name, rule="must be a list of objects")
         place = self._place(name)
-        return [
-            Record(path=self.path, where=f"{place}[{number}]", fields=value)
-            for number, value in enumerate(values)
-        ]
+        return [Record(path=self.path, where=f"{place}[{number}]", fields=value) for number, value in enumerate(values)]
 
     def _place(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name

@@ -38,9 +38,7 @@ __all__ = ["BUFFER_BYTES", "TORCH_DTYPES", "TensorFile", "write_tensors"]
 BUFFER_BYTES = 8 << 20  # the most that one read spans
 _PAGE_RUN_BYTES = 64 << 10  # reading this much at once is as quick as skipping inside it
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {name: getattr(torch, name) for name in ITEM_BYTES}
-)
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name) for name in ITEM_BYTES})
 
 
 def write_tensors(
@@ -81,9 +79,7 @@ class TensorFile:
     ) -> None:
         self._file.close()
 
-    def read(
-        self, key: str, box: TensorSlice, out: torch.Tensor, *, checksums: str = "", block_bytes: int = 1
-    ) -> None:
+    def read(self, key: str, box: TensorSlice, out: torch.Tensor, *, checksums: str = "", block_bytes: int = 1) -> None:
         """Copy the box of tensor `key` into `out` (shape `box.sizes`, any dtype, strides and device).
 
         With `checksums`, reads whole blocks and raises CheckpointError when one is not what was written.
@@ -108,14 +104,10 @@ class TensorFile:
         """Read all of a tensor against its checksums; returns its bytes. CheckpointError on damage."""
         stored = self.tensors[key]
         for start in range(0, stored.spec.num_bytes, BUFFER_BYTES):
-            self._bytes(
-                stored, start, min(start + BUFFER_BYTES, stored.spec.num_bytes), checksums, block_bytes
-            )
+            self._bytes(stored, start, min(start + BUFFER_BYTES, stored.spec.num_bytes), checksums, block_bytes)
         return stored.spec.num_bytes
 
-    def _bytes(
-        self, stored: StoredTensor, start: int, stop: int, checksums: str, block_bytes: int
-    ) -> torch.Tensor:
+    def _bytes(self, stored: StoredTensor, start: int, stop: int, checksums: str, block_bytes: int) -> torch.Tensor:
         """Bytes start .. stop of a tensor, (stop - start,) uint8; whole blocks are read where checked."""
         low, high = start, stop
         if checksums:
@@ -135,9 +127,7 @@ class TensorFile:
         return data[start - low : stop - low]
 
 
-def _write_one(
-    file: BinaryIO, spec: TensorSpec, make: Callable[[], torch.Tensor], *, block_bytes: int
-) -> str:
+def _write_one(file: BinaryIO, spec: TensorSpec, make: Callable[[], torch.Tensor], *, block_bytes: int) -> str:
     """Append one tensor's bytes; returns their checksums. Its memory is free when this returns."""
     data = _bytes_of(spec, make())
     blocks = [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]

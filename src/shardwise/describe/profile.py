@@ -63,7 +63,7 @@ class ParameterProfile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitProfile:
-    """A module that is placed whole. `parameters` have the model's names; a tied one stands in all its units."""
+    """A module that is placed whole. A tied parameter stands in each of its units, under one name."""
 
     name: str
     class_name: str

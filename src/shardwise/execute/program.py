@@ -147,7 +147,8 @@ class Program:
         ]
         edges = self._edges.union(*(flow.cut.edges for flow in flows))
         row = self._row(len(micro_batches), edges, backward)
-        arm = (lambda _: self._gradients.arm()) if self._gradients is not None and backward else None
+        gradients = self._gradients
+        arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
         losses, moments = self._engine.run(row, works, before_last_backward=arm)
         if self._gradients is not None and backward:
             self._gradients.finish()

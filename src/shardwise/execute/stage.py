@@ -43,7 +43,9 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, received: torch.Tensor) -> torch.Tensor:
-        return torch.empty(0, dtype=received.dtype, device=received.device).set_(received.detach())  # type: ignore[call-overload]
+        alias = torch.empty(0, dtype=received.dtype, device=received.device)
+        alias.set_(received.detach())  # type: ignore[call-overload]
+        return alias
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ class _Arrive(torch.autograd.Function):
 
 def arrive(leaf: torch.Tensor) -> torch.Tensor:
     """The tensor that the glue sees for a received leaf."""
-    return _Arrive.apply(leaf) if leaf.requires_grad else leaf  # type: ignore[no-untyped-call,no-any-return]
+    return _Arrive.apply(leaf) if leaf.requires_grad else leaf  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(slots=True)
@@ -169,8 +171,8 @@ class StageRun:
 
     def _compute(self, index: int, record: Record, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
-            if record.random and is_random(func, args, kwargs):
-                out = draw(func, args, kwargs, scope=self.scope, index=index)
+            if record.random and is_random(func, tuple(args), kwargs):
+                out = draw(func, tuple(args), kwargs, scope=self.scope, index=index)
             else:
                 out = func(*args, **kwargs)
         except RuntimeError as error:
@@ -414,8 +416,8 @@ class StageRun:
         arguments = tree_flatten((args, kwargs))[0]
         for value, place in record.extras.items():
             match place:
-                case AtAttribute(module, name, path):
-                    _leave(self.modules[module], name, path, self._value(value))
+                case AtAttribute(owner, name, path):
+                    _leave(self.modules[owner], name, path, self._value(value))
                 case AtArgument(path, key):
                     box = follow((args, kwargs), path)
                     if isinstance(box, list):

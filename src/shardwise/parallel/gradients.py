@@ -50,7 +50,7 @@ class GradientSum:
         self._armed = False
         self._next = 0
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
             for bucket in self._buckets
             for parameter in bucket.parameters
         ]

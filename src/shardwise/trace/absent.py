@@ -33,7 +33,7 @@ class Absent(torch.Tensor):
         strides: Sequence[int] | None = None,
         requires_grad: bool = False,
     ) -> Absent:
-        tensor: Absent = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: Absent = torch.Tensor._make_wrapper_subclass(
             cls,
             tuple(shape),
             strides=None if strides is None else tuple(strides),
@@ -46,12 +46,12 @@ class Absent(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Absent({self.what}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default and isinstance(args[0], Absent):
             return _like(args[0])

@@ -59,10 +59,10 @@ def capture(
             with recorded(model, chosen, scope=scope) as recorder:
                 streams = python_streams(glue_key(recorder.scope))
                 with streams, watch(recorder) if watch is not None else contextlib.nullcontext():
-                    before = random.getstate(), np.random.get_state()[1:3]
+                    before = _host_state()
                     value = objective(model, copy, loss)
                     captured = Captured(recorder, chosen, value)
-                    captured.tape.host_random = not _same_host_state(before)
+                    captured.tape.host_random = not _same(before, _host_state())
                     if watch is not None and value.requires_grad:
                         recorder.phase = "backward"
                         torch.autograd.backward([value])
@@ -76,10 +76,12 @@ def capture(
             whole.add(looks.module)
 
 
-def _same_host_state(before: tuple[Any, Any]) -> bool:
-    now = np.random.get_state()[1:3]
-    same_numpy = now[1] == before[1][1] and bool(np.array_equal(now[0], before[1][0]))
-    return same_numpy and random.getstate() == before[0]
+def _host_state() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state(legacy=True)
+
+
+def _same(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
+    return before[0] == after[0] and before[1][2] == after[1][2] and bool(np.array_equal(before[1][1], after[1][1]))
 
 
 @contextlib.contextmanager

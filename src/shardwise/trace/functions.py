@@ -73,13 +73,13 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
         if mode is None:
             return inner(cls, *args, **kwargs)
         with torch.overrides._pop_mode_temporarily():
-            return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)
+            return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)  # type: ignore[no-untyped-call]
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 class _Apply:

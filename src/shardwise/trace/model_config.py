@@ -75,7 +75,8 @@ def read_config(config: Any) -> Any:
 def empty_model(config: Any, *, seed: int = 0) -> nn.Module:
     """The model of a config, in training mode: parameters fake, buffers real, experts of static shapes."""
     config = copy.deepcopy(config)
-    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+    starts = getattr(config, "decoder_start_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and starts is None:
         config.decoder_start_token_id = config.pad_token_id or 0  # labels are shifted behind it
     family = _family(config)
     blueprint = defer(lambda: family._from_config(config), seed=seed)

@@ -32,7 +32,19 @@ from shardwise.trace.functions import as_one_function, grouped_mm_like, is_const
 from shardwise.trace.keys import key_of
 from shardwise.trace.origins import Born, Origin, Origins
 from shardwise.trace.randomness import Scope, draw, is_random
-from shardwise.trace.tape import Fixed, FromArgument, HookedCall, Leaf, Made, Place, Record, Structure, Tape, Unseen, stand_in
+from shardwise.trace.tape import (
+    Fixed,
+    FromArgument,
+    HookedCall,
+    Leaf,
+    Made,
+    Place,
+    Record,
+    Structure,
+    Tape,
+    Unseen,
+    stand_in,
+)
 
 __all__ = ["DataDependent", "GlueLooks", "Recorder", "glue_key"]
 
@@ -43,7 +55,7 @@ _SHAPED_BY_VALUES = frozenset(
 DataDependent = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-class GlueLooks(Exception):
+class GlueLooks(Exception):  # noqa: N818  it is a finding, not a fault
     """Glue looked at a value that a unit computed; `module` is the innermost open module, empty for the model."""
 
     def __init__(self, module: str, what: str) -> None:
@@ -168,9 +180,9 @@ class Recorder:
             return func(*args, **kwargs)
         op = self.op = _Op()
         try:
-            if is_random(func, args, kwargs):
+            if is_random(func, tuple(args), kwargs):
                 op.random = True
-                out = draw(func, args, kwargs, scope=self.scope, index=len(self._nodes))
+                out = draw(func, tuple(args), kwargs, scope=self.scope, index=len(self._nodes))
             else:
                 out = self._function(func, args, kwargs)
         except DataDependent as error:
@@ -325,13 +337,15 @@ class Recorder:
         memo: dict[int, nn.Parameter] = {}
         for part in module.modules():
             for name, parameter in part._parameters.items():
-                if isinstance(parameter, FakeTensor):
-                    self.current.parameters.add(self._names[id(parameter)])
-                    swapped.append((part, name, parameter))
-                    if id(parameter) not in memo:
-                        memo[id(parameter)] = nn.Parameter(_random_like(parameter), requires_grad=parameter.requires_grad)
-                        self._names[id(memo[id(parameter)])] = self._names[id(parameter)]
-                    part._parameters[name] = memo[id(parameter)]
+                if parameter is None or id(parameter) not in self._names:
+                    continue
+                key = id(parameter)
+                self.current.parameters.add(self._names[key])
+                swapped.append((part, name, parameter))
+                if key not in memo:
+                    memo[key] = nn.Parameter(_random_like(parameter), requires_grad=parameter.requires_grad)
+                    self._names[id(memo[key])] = self._names[key]
+                part._parameters[name] = memo[key]
         try:
             real_args, real_kwargs = tree_unflatten(real_flat, spec)
             out = body(*real_args, **real_kwargs)
@@ -485,9 +499,9 @@ class Recorder:
         for leaf in tree_flatten(results)[0]:
             if isinstance(leaf, torch.Tensor):
                 for origin in self._origins.of(leaf):
-                    value = self._resolved(leaf, origin)
-                    if value is not None:
-                        wanted.add(value)
+                    result = self._resolved(leaf, origin)
+                    if result is not None:
+                        wanted.add(result)
         self._place_extras()
         self._mind_aliases()
         stand_ins = []
@@ -618,9 +632,9 @@ class _Glue(TorchFunctionMode):
         return self.recorder.glue(func, args, kwargs or {})
 
 
-class _Below(TorchDispatchMode):
+class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -43,7 +43,7 @@ def choose_units(
             taken.add(module)
             units[name] = module
             return
-        own = [parameter for parameter in module.parameters(recurse=False)]
+        own = list(module.parameters(recurse=False))
         if name and own and not isinstance(module, _CONTAINERS) and not list(module.children()):
             taken.add(module)
             units[name] = module

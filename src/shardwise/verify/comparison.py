@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -129,8 +129,8 @@ def errors_of(
     return tuple(errors)
 
 
-def _norm(tensors: Sequence[torch.Tensor | None] | object) -> float:
-    squares = [float(t.double().square().sum()) for t in tensors if isinstance(t, torch.Tensor)]  # type: ignore[attr-defined]
+def _norm(tensors: Iterable[torch.Tensor | None]) -> float:
+    squares = [float(t.double().square().sum()) for t in tensors if t is not None]
     return math.sqrt(sum(squares))
 
 

@@ -18,15 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.execute.assemble import assemble, fill_from
-from shardwise.execute.batches import MicroBatch, batch_size, split
+from shardwise.execute.batches import MicroBatch, split
 from shardwise.execute.program import Program
 from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
 from shardwise.trace.absent import Absent
-from shardwise.trace.deferred import Blueprint, defer
+from shardwise.trace.deferred import defer
 from shardwise.trace.objective import LossFunction, objective
-from shardwise.trace.placing import named_tensors
 from shardwise.trace.placing import place as place_values
 
 __all__ = ["Job", "Side", "Whole", "run_side", "run_whole"]
@@ -123,7 +122,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
     return Side(
         losses=losses,
         norm=norm,
-        gradients={name: g for name, g in gradients.items()},
+        gradients=gradients,
         updates={name: p.detach() - before[name] for name, p in owned.items()},
         calls=[(node.name, node.call) for node in program.tape.flow.calls],
         edges=_edges(program),
@@ -139,7 +138,7 @@ def run_whole(context: RankContext, job: Job) -> Whole:
         fill(model, [name for name, _ in model.named_parameters()])
     batch = _batch(job)
     loss = objective(model, batch, job.loss)
-    loss.backward()
+    torch.autograd.backward([loss])
     gradients = {name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters()}
     return Whole(loss=float(loss.detach()), gradients=gradients)
 
@@ -232,8 +231,3 @@ def _probing(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def blueprint_names(blueprint: Blueprint) -> list[str]:
-    """All parameters and buffers."""
-    return list(named_tensors(blueprint.module))

@@ -150,12 +150,13 @@ def _first_difference(reference: Side, sides: Sequence[Side], comparison: Compar
             scale = max(norm, 1e-12)
             off = max(abs(other_norm - norm), abs(other_sum - summed) / 10) / scale
             if not math.isfinite(off) or off > comparison.tolerance:
-                return f"the output of unit {unit} (call {call}, micro-batch {micro_batch}) diverges first, by {off:.1e}"
+                where = f"unit {unit} (call {call}, micro-batch {micro_batch})"
+                return f"the output of {where} diverges first, by {off:.1e}"
     bad = [tensor for tensor in comparison.tensors if _worst(tensor) > comparison.tolerance]
     for unit, _ in reversed(reference.calls):
         inside = [tensor for tensor in bad if tensor.name.startswith(unit + ".")]
         if inside:
-            return f"outputs are equal; in the backward, unit {unit} diverges first, at the gradient of {inside[0].name}"
+            return f"outputs are equal; backward, unit {unit} diverges first, at the gradient of {inside[0].name}"
     if bad:
         return f"outputs are equal; the gradient of {bad[0].name} diverges, which glue code reads"
     if comparison.micro_batch_error is not None and comparison.micro_batch_error > comparison.tolerance:
