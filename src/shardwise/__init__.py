@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardwise.errors import ShardwiseError as ShardwiseError
+    from shardwise.layout import Layout as Layout
+    from shardwise.trace.deferred import defer as defer
+    from shardwise.trace.profile import trace as trace
+    from shardwise.verify import Comparison as Comparison
+    from shardwise.verify import verify as verify
 
 __version__ = "0.1.0.dev0"
 
 PUBLIC_NAMES = MappingProxyType(
     {
+        "Comparison": "shardwise.verify",
+        "Layout": "shardwise.layout",
         "ShardwiseError": "shardwise.errors",
+        "defer": "shardwise.trace.deferred",
+        "trace": "shardwise.trace.profile",
+        "verify": "shardwise.verify",
     }
 )
 

@@ -152,15 +152,11 @@ def _model(job: Job) -> tuple[nn.Module, Any]:
         for parameter in model.parameters():
             parameter.grad = None
         return _own_values(model), None
-    blueprint = defer(job.model, seed=job.layout.seed, device=job.device)
+    factory = job.model
+    dtype = job.dtype
+    blueprint = defer(factory if dtype is None else lambda: factory().to(dtype), seed=job.layout.seed, device=job.device)
     model = blueprint.module
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
-    place_values(model, blueprint.materialize(buffers))
-    if job.dtype is not None:
-        dtype = job.dtype
-        for name, buffer in model.named_buffers():
-            if buffer.is_floating_point():
-                place_values(model, {name: buffer.to(dtype)})
+    place_values(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
     return model, fill_from(blueprint.materialize, job.device)
 
 

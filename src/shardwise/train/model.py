@@ -1,0 +1,124 @@
+"""The model of a run: a function that builds it, and where its initial values come from.
+
+Knows transformers' configs and classes, factories by name, and folders of safetensors. Refuses to know layouts:
+a value is asked for by name, and whoever asks holds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from shardwise.checkpoint.load import load_slices
+from shardwise.checkpoint.slices import TensorSlice
+from shardwise.checkpoint.source import Source
+from shardwise.errors import ConfigError
+from shardwise.trace.model_config import read_config
+from shardwise.trace.placing import named_tensors
+from shardwise.train.run_file import ModelOptions
+
+__all__ = ["Values", "model_factory", "names_in", "values_of"]
+
+Values = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
+
+
+def model_factory(options: ModelOptions) -> Callable[[], nn.Module]:
+    """A function that builds the model, in training mode. Nothing is built here, but names and config are checked.
+
+    Raises ConfigError for an unknown module, function, class or config, or where nothing says what to build.
+    """
+    if options.factory is not None:
+        return functools.partial(_from_factory, _found(options.factory), dict(options.options), options.factory)
+    config = options.config
+    if config is None and options.path is not None:
+        config = str(Path(options.path).expanduser() / "config.json")
+    if config is None:
+        raise ConfigError(
+            "a run says what to train: [model] has neither config nor path nor factory; add one of them"
+        )
+    read = read_config(config)
+    return functools.partial(_from_config, _class_of(read, options.class_name), read, getattr(torch, options.dtype))
+
+
+def values_of(source: Source, model: nn.Module) -> Values:
+    """Whole tensors by the model's names, out of a source; only their bytes are read.
+
+    Take it while the model still has its shapes. A tied tensor is found under any of its names, and a transformers
+    model's also without the prefix of its base model. Raises CheckpointError, when asked, for what is missing or of
+    another shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    saved = names_in(source, model)
+
+    def values(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        renamed = source.renamed({name: saved.get(name, name) for name in names})
+        wanted = {name: TensorSlice.whole(shapes[name]) for name in names}
+        return load_slices(renamed, wanted, global_shapes={name: shapes[name] for name in names})
+
+    return values
+
+
+def names_in(source: Source, model: nn.Module) -> dict[str, str]:
+    """Name of a parameter or buffer -> its name in the source, for those that it has."""
+    tensors = named_tensors(model)
+    tied: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        tied.setdefault(id(tensor), []).append(name)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        names = [name, *tied[id(tensor)]]
+        for candidate in [*names, *(each.removeprefix(prefix) for each in names)]:
+            if candidate in source.manifest.tensors:
+                found[name] = candidate
+                break
+    return found
+
+
+def _found(name: str) -> Callable[..., object]:
+    module, _, function = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"a factory {name!r} names a module and a function in it: {error}; correct it") from error
+    if not callable(factory):
+        raise ConfigError(f"a factory is a function, but {name!r} is a {type(factory).__name__}; name a function")
+    return factory  # type: ignore[no-any-return]
+
+
+def _from_factory(factory: Callable[..., object], options: Mapping[str, Any], name: str) -> nn.Module:
+    model = factory(**options)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a factory returns an nn.Module, but {name!r} returned a {type(model).__name__}; return one")
+    return model.train()
+
+
+def _class_of(config: Any, name: str | None) -> Any:
+    import transformers
+
+    if name is None:
+        models = transformers.AutoModelForCausalLM._model_mapping
+        if type(config) not in models:
+            raise ConfigError(
+                f"transformers has no causal language model for {type(config).__name__}; name the class: "
+                'class = "…" in [model]'
+            )
+        return models[type(config)]
+    found = getattr(transformers, name, None)
+    if found is None or not isinstance(found, type) or not issubclass(found, nn.Module):
+        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}; correct class")
+    return found
+
+
+def _from_config(family: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    model = family._from_config(config, dtype=dtype)
+    model.config.use_cache = False
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")  # shapes that do not depend on the routing
+    return model.train()  # type: ignore[no-any-return]

@@ -1,0 +1,41 @@
+"""A replica's share of a global batch, as micro-batches. Pure of (samples, replica): no rank asks another.
+
+    rows of the batch   0 1 2 3 │ 4 5 6 7 │ 8 9 …        micro-batch index = replica * num_micro_batches + m
+    replica, m             0, 0 │    0, 1 │ 1, 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from shardwise.execute.batches import MicroBatch
+from shardwise.tasks import Split, Task
+
+__all__ = ["share"]
+
+
+def share(
+    task: Task,
+    indices: Sequence[int],
+    *,
+    split: Split = "train",
+    replica: int,
+    replicas: int,
+    num_micro_batches: int,
+    device: torch.device | str = "cpu",
+) -> tuple[MicroBatch, ...]:
+    """The micro-batches of one replica out of the global batch of samples `indices`; only they are read.
+
+    Needs at least replicas * num_micro_batches samples; sizes differ by one sample at most. Samples are numbered by
+    their row in the global batch, on which dropout depends, and not by the layout.
+    """
+    parts = replicas * num_micro_batches
+    made: list[MicroBatch] = []
+    for index in range(replica * num_micro_batches, (replica + 1) * num_micro_batches):
+        rows = range(len(indices) * index // parts, len(indices) * (index + 1) // parts)
+        batch = task.samples([indices[row] for row in rows], split)
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        made.append(MicroBatch(index=index, samples=tuple(rows), inputs=inputs, weight=task.weight(batch)))
+    return tuple(made)
