@@ -12,7 +12,8 @@ from shardwise.testing import left_behind, observe
 pytest_plugins = ["shardwise.testing.plugin"]
 
 # set by pytest itself for each test, and by libraries once, when they are first imported
-NOT_OURS = frozenset({"PYTEST_CURRENT_TEST"})
+# torch._dynamo sets the last one when a fake tensor mode is first used
+NOT_OURS = frozenset({"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"})
 
 
 def environment() -> dict[str, str]:

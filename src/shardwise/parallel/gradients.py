@@ -110,21 +110,21 @@ class GradientSum:
 
 
 def _fill(parameters: Sequence[tuple[nn.Parameter, dist.ProcessGroup]], bucket_bytes: int) -> list[_Bucket]:
-    buckets: list[_Bucket] = []
-    filled = 0
+    """Buckets of one group and dtype. Each group is filled by itself: its members hold other parameters besides, and
+    must still agree on the group's buckets. The largest groups come last: they wait for other stages."""
+    by_group: dict[tuple[int, int, torch.dtype], list[nn.Parameter]] = {}
+    groups = {id(group): group for _, group in parameters}
     for parameter, group in parameters:
-        last = buckets[-1] if buckets else None
-        if (
-            last is None
-            or last.group is not group
-            or last.parameters[0].dtype != parameter.dtype
-            or filled >= bucket_bytes
-        ):
-            last = _Bucket(group, [])
-            buckets.append(last)
-            filled = 0
-        last.parameters.append(parameter)
-        filled += parameter.numel() * parameter.element_size()
+        by_group.setdefault((group.size(), id(group), parameter.dtype), []).append(parameter)
+    buckets: list[_Bucket] = []
+    for key in sorted(by_group, key=lambda key: key[0]):
+        filled = bucket_bytes
+        for parameter in by_group[key]:
+            if filled >= bucket_bytes:
+                buckets.append(_Bucket(groups[key[1]], []))
+                filled = 0
+            buckets[-1].parameters.append(parameter)
+            filled += parameter.numel() * parameter.element_size()
     return buckets
 
 

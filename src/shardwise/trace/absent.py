@@ -10,11 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.errors import DataflowError
 
 __all__ = ["Absent", "absent_parameter", "first_absent"]
+
+# Operations that ask a tensor for its shape, dtype and device only.
+_METADATA_ONLY = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "new_zeros new_ones new_empty new_full new_empty_strided "
+        "zeros_like ones_like empty_like full_like rand_like randn_like"
+    ).split()
+)
 
 
 class Absent(torch.Tensor):
@@ -55,12 +64,23 @@ class Absent(torch.Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default and isinstance(args[0], Absent):
             return _like(args[0])
+        if func.overloadpacket in _METADATA_ONLY:
+            leaves, spec = tree_flatten((args, dict(kwargs or {})))
+            plain, named = tree_unflatten([_unwritten(leaf) for leaf in leaves], spec)
+            return func(*plain, **named)
         absent = first_absent((args, kwargs))
         what = "an absent value" if absent is None else absent.what
         raise DataflowError(
             f"{what} is not on this stage, and {func} reads its value: the recorded dataflow does not say that it is "
             "needed here; trace the model again, or name the enclosing module as a unit"
         )
+
+
+def _unwritten(leaf: object) -> object:
+    """Memory of the same description, never read: for operations that take a tensor for its metadata."""
+    if not isinstance(leaf, Absent):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
 
 def _like(tensor: Absent) -> Absent:

@@ -446,7 +446,7 @@ class Recorder:
 
     def _reading(self, tensor: torch.Tensor, reads: set[int], parameters: set[str], buffers: set[str]) -> None:
         name = self._names.get(id(tensor))
-        if name is not None:
+        if name is not None and self._origins.value_of(tensor) is None:  # a view that glue made is a value of its own
             parameters.add(name)
             return
         buffer = self._buffer_names.get(id(tensor))

@@ -102,9 +102,11 @@ def errors_of(
     reference_updates: Mapping[str, torch.Tensor],
     *,
     by_sign: bool,
+    roundings: Mapping[str, float] | None = None,
 ) -> tuple[TensorError, ...]:
     """The errors of every parameter. `by_sign`: the optimizer normalises (AdamW), so that elements whose reference
-    gradient is below the floor have no meaningful update and are left out."""
+    gradient is below the floor have no meaningful update and are left out. `roundings`: norms that the stored weights'
+    own rounding may add to a difference of updates; less than that is no difference."""
     total = sum(update.numel() for update in reference_updates.values()) or 1
     norm = _norm(reference_gradients.values())
     update_norm = _norm(reference_updates.values())
@@ -122,7 +124,7 @@ def errors_of(
             TensorError(
                 name=name,
                 gradient=_error(gradients.get(name), gradient, share * norm),
-                update=_error(update, wanted, share * update_norm),
+                update=_error(update, wanted, share * update_norm, (roundings or {}).get(name, 0.0)),
                 left_out=left_out,
             )
         )
@@ -134,7 +136,7 @@ def _norm(tensors: Iterable[torch.Tensor | None]) -> float:
     return math.sqrt(sum(squares))
 
 
-def _error(a: torch.Tensor | None, b: torch.Tensor | None, floor: float) -> float:
+def _error(a: torch.Tensor | None, b: torch.Tensor | None, floor: float, rounding: float = 0.0) -> float:
     if a is None and b is None:
         return 0.0
     left = torch.zeros((), dtype=torch.float64) if a is None else a.double()
@@ -142,5 +144,6 @@ def _error(a: torch.Tensor | None, b: torch.Tensor | None, floor: float) -> floa
     difference = float((left - right).norm())
     if not math.isfinite(difference):
         return math.inf
+    difference = max(0.0, difference - rounding)
     scale = max(float(right.norm()), floor)
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)

@@ -58,6 +58,7 @@ class Side:
     norm: float
     gradients: dict[str, torch.Tensor | None]
     updates: dict[str, torch.Tensor]
+    roundings: dict[str, float]  # norm of one unit in the last place of every stored weight
     calls: list[tuple[str, int]]
     edges: list[tuple[int, int, int, str]]
     random: bool
@@ -124,11 +125,16 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
         norm=norm,
         gradients=gradients,
         updates={name: p.detach() - before[name] for name, p in owned.items()},
+        roundings={name: float(w.double().norm()) * _unit(w.dtype) * job.steps for name, w in before.items()},
         calls=[(node.name, node.call) for node in program.tape.flow.calls],
         edges=_edges(program),
         random=program.tape.random,
         outputs={},
     )
+
+
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def run_whole(context: RankContext, job: Job) -> Whole:

@@ -106,7 +106,12 @@ def _comparison(
         gradients.update(side.gradients)
         updates.update(side.updates)
     tensors = errors_of(
-        gradients, updates, reference.gradients, reference.updates, by_sign=job.optimizer == "adamw"
+        gradients,
+        updates,
+        reference.gradients,
+        reference.updates,
+        by_sign=job.optimizer == "adamw",
+        roundings=reference.roundings,
     )
     dtype = job.dtype or next((u.dtype for u in reference.updates.values()), torch.float32)
     tolerance, reason = _TOLERANCES.get(dtype, (2e-2, f"{dtype} rounds every value"))

@@ -1,0 +1,213 @@
+"""Makes the world of one rank from the description of a run: model, task, program, optimizer.
+
+Knows the order in which they are made. Only what this rank holds gets values: from a checkpoint where the run
+resumes, from a folder of safetensors, or from the model's own initialisation keyed by seed and name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+
+from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
+from shardwise.errors import ConfigError
+from shardwise.execute.assemble import assemble, fill_from
+from shardwise.execute.batches import MicroBatch
+from shardwise.execute.program import Place, Program
+from shardwise.launch import RankContext
+from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
+from shardwise.train.model import Values, model_factory, names_in, values_of
+from shardwise.train.optimizer import adamw
+from shardwise.train.plan import plan_of_model
+from shardwise.train.run_file import Run
+from shardwise.train.shares import share
+from shardwise.train.state import check_state, restore
+from shardwise.trace.deferred import defer
+from shardwise.trace.placing import place
+
+__all__ = ["Job", "World", "build", "build_model", "build_task", "check_vocabulary"]
+
+ModelLike = nn.Module | Callable[[], nn.Module]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told: the run, its prepared task, and objects that stand in for the run's own."""
+
+    run: Run
+    task_options: Mapping[str, object]
+    model: ModelLike | None = None
+    task: Task | None = None
+    resume: bool = False
+    started_s: float = 0.0  # of the monotonic clock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """What is live on one rank; `first_step` is the first one to do."""
+
+    run: Run
+    task: Task
+    program: Program
+    optimizer: torch.optim.Optimizer | None
+    device: torch.device
+    state: Mapping[str, object]
+    first_step: int = 0
+
+    def micro_batches(self, step: int) -> tuple[MicroBatch, ...]:
+        """This replica's share of a step's samples."""
+        training = self.run.training
+        return self._share("train", step=step, num_micro_batches=self.run.num_micro_batches, seed=training.seed)
+
+    def held_out(self, number: int, size: int) -> tuple[MicroBatch, ...]:
+        """This replica's share of evaluation batch `number`, of `size` held-out samples in their order."""
+        indices = range(number * size, (number + 1) * size)
+        num_micro_batches = min(self.run.num_micro_batches, size // self.run.layout.dp)
+        return self._shared(indices, "held_out", num_micro_batches)
+
+    def _share(self, split: Split, *, step: int, num_micro_batches: int, seed: int) -> tuple[MicroBatch, ...]:
+        indices = sample_indices(
+            seed=seed,
+            step=step,
+            global_batch=self.run.training.global_batch,
+            num_samples=self.task.num_samples(split),
+        )
+        return self._shared(indices, split, num_micro_batches)
+
+    def _shared(self, indices: Sequence[int], split: Split, num_micro_batches: int) -> tuple[MicroBatch, ...]:
+        place = self.program.place
+        return share(
+            self.task,
+            indices,
+            split=split,
+            replica=place.replica,
+            replicas=place.dp,
+            num_micro_batches=num_micro_batches,
+            device=self.device,
+        )
+
+
+def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | None = None) -> World:
+    """The world of this rank. Collective; rank 0 gives the plan in words to `on_plan` before the model is laid out.
+
+    Raises what a wrong run raises: ConfigError, ModelError, LayoutError, CheckpointError.
+    """
+    run, layout = job.run, job.run.seeded_layout
+    device = torch.device(run.device, context.local_rank) if run.device == "cuda" else torch.device("cpu")
+    task = build_task(job)
+    source = open_checkpoint(run.checkpoint_folder) if job.resume else None
+    state = _state(job, task)
+    if source is not None:
+        check_state(source, state)
+    model, values = build_model(job, source)
+    for name, buffer in model.named_buffers():
+        if buffer.device != device:
+            place(model, {name: buffer.to(device)})
+    inputs = _first_micro_batch(run, task, device)
+    if context.rank == 0 and on_plan is not None:
+        on_plan(plan_of_model(model, inputs, layout=layout, loss=task.loss, num_micro_batches=run.num_micro_batches))
+    program = assemble(
+        model,
+        inputs,
+        layout=layout,
+        rank=context.rank,
+        loss=task.loss,
+        device=device,
+        fill=fill_from(values, device) if values is not None else None,
+    )
+    training = run.training
+    optimizer = adamw(
+        program.parameters, betas=training.betas, epsilon=training.epsilon, weight_decay=training.weight_decay
+    )
+    if source is not None:
+        restore(source, program=program, optimizer=optimizer)
+    first_step = source.manifest.step if source is not None else 0
+    return World(
+        run=run, task=task, program=program, optimizer=optimizer, device=device, state=state, first_step=first_step
+    )
+
+
+def build_task(job: Job) -> Task:
+    """The task object that was given, or the one of the run."""
+    return job.task if job.task is not None else task_from(job.run.task.kind, job.task_options)
+
+
+def build_model(job: Job, source: Source | None = None) -> tuple[nn.Module, Values | None]:
+    """The model without values, its buffers real, and where its values come from; None: it has its own.
+
+    `source` is the checkpoint to go on from. Raises ConfigError, ModelError, CheckpointError.
+    """
+    if isinstance(job.model, nn.Module):
+        model = job.model.train()
+        return model, values_of(source, model) if source is not None else None
+    factory = job.model if job.model is not None else model_factory(job.run.model)
+    blueprint = defer(factory, seed=job.run.training.seed)
+    model = blueprint.module
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    place(model, blueprint.materialize(buffers))
+    path = job.run.model.path
+    if source is None and path is None:
+        return model, blueprint.materialize
+    if source is None and path is not None:
+        source = open_safetensors(path)
+    assert source is not None
+    values = values_of(source, model)
+    saved = names_in(source, model)
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(values([name])[name])
+    return model, values
+
+
+def check_vocabulary(job: Job) -> None:
+    """A language model has a row for every token of its corpus. Raises ConfigError with the numbers."""
+    config, task = job.run.model.config, build_task(job)
+    if job.model is None and isinstance(config, Mapping) and isinstance(task, LanguageModelling):
+        rows, tokens = config.get("vocab_size"), task.corpus.vocabulary_size
+        if isinstance(rows, int) and rows < tokens:
+            raise ConfigError(
+                f"a model has a row for every token, but vocab_size={rows} and the corpus has {tokens} tokens; set "
+                f"model.config.vocab_size={tokens} or task.vocabulary_size={rows}"
+            )
+    if task.num_samples("train") < 1:
+        raise ConfigError("a task has training samples, but this one has 0; give more data")
+
+
+def _first_micro_batch(run: Run, task: Task, device: torch.device) -> dict[str, torch.Tensor]:
+    """What every rank traces: the first micro-batch of the first replica at step 0."""
+    indices = sample_indices(
+        seed=run.training.seed,
+        step=0,
+        global_batch=run.training.global_batch,
+        num_samples=task.num_samples("train"),
+    )
+    first = Place(rank=0, dp=run.layout.dp, pp=run.layout.pp)
+    parts = share(
+        task,
+        indices,
+        replica=first.replica,
+        replicas=first.dp,
+        num_micro_batches=run.num_micro_batches,
+        device=device,
+    )
+    inputs: dict[str, torch.Tensor] = parts[0].inputs
+    return inputs
+
+
+def _state(job: Job, task: Task) -> dict[str, object]:
+    """What a resumed run must have in common with the one that was saved."""
+    training = job.run.training
+    return {"seed": training.seed, "global_batch": training.global_batch, "data": _fingerprint(job, task)}
+
+
+def _fingerprint(job: Job, task: Task) -> str:
+    if isinstance(task, LanguageModelling):
+        return f"{task.corpus.fingerprint}-{task.sequence_length}"
+    known = type(task).__qualname__ if job.task is not None else job.run.task.kind
+    text = json.dumps([known, dict(job.task_options), task.num_samples("train")], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,181 @@
+"""Trains what a run describes: starts the ranks of its layout here, or is one of those that torchrun, SLURM or MPI
+started. The process that starts ranks holds no model: it prepares the data, waits, and shows what rank 0 tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardwise.checkpoint.source import open_checkpoint
+from shardwise.errors import ConfigError, LayoutError
+from shardwise.events import Event, JsonlSink, Sink
+from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
+from shardwise.tasks import Task, prepare_task
+from shardwise.train.build import Job, ModelLike, build, check_vocabulary
+from shardwise.train.loop import run_steps
+from shardwise.train.model import model_factory
+from shardwise.train.progress import ProgressSink
+from shardwise.train.run_file import Run, load_run, run_from
+
+__all__ = ["Trained", "prepare", "train", "train_on_rank"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training leaves: `losses[i]` is that of step `first_step + i`, before its update."""
+
+    folder: Path
+    first_step: int
+    losses: tuple[float, ...]
+
+
+def train(
+    run: Run | Mapping[str, Any] | str | Path,
+    *,
+    model: ModelLike | None = None,
+    task: Task | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    progress: Sink | None = None,
+) -> Trained:
+    """Train a run: a `Run`, a mapping that reads like a run file, or the path of one.
+
+    model      instead of the run's: a function that makes one, or an `nn.Module` with its values
+    task       instead of the run's
+    resume     go on from the latest checkpoint of the run
+    progress   who is shown events; a bar or plain lines if not given
+
+    Callable from a script without a main guard. Raises ConfigError before anything is started, and the error of
+    the first rank that fails.
+    """
+    if not isinstance(run, Run):
+        run = run_from(run, overrides) if isinstance(run, Mapping) else load_run(run, overrides)
+    started_s = time.monotonic()
+    world = read_world()
+    sink = progress or ProgressSink()
+    try:
+        if world is None:
+            job = prepare(run, model=model, task=task, resume=resume, started_s=started_s)
+            return _on_own_ranks(job, sink)
+        context = context_of_world(world)
+        return _as_one_rank(context, run, model=model, task=task, resume=resume, started_s=started_s, sink=sink)
+    finally:
+        sink.close()
+
+
+def prepare(
+    run: Run,
+    *,
+    model: ModelLike | None = None,
+    task: Task | None = None,
+    resume: bool = False,
+    started_s: float = 0.0,
+) -> Job:
+    """Check the run and do the slow part of its task, in one process. Raises ConfigError, CheckpointError."""
+    if model is None:
+        model_factory(run.model)
+    if run.device == "cuda" and torch.cuda.device_count() == 0:
+        raise ConfigError('device = "cuda" needs a GPU, and torch sees 0 here; use device = "cpu"')
+    if resume:
+        open_checkpoint(run.checkpoint_folder)
+    elif run.checkpoint.every and (run.checkpoint_folder / "latest").exists():
+        saved = open_checkpoint(run.checkpoint_folder)
+        raise ConfigError(
+            f"a run that starts anew has a folder of its own, but {run.checkpoint_folder} holds a checkpoint of step "
+            f"{saved.manifest.step}; go on from it with --resume, give another folder, or delete it"
+        )
+    options = prepare_task(run.task.kind, run.task_options) if task is None else {}
+    job = Job(run=run, task_options=options, model=model, task=task, resume=resume, started_s=started_s)
+    check_vocabulary(job)
+    return job
+
+
+def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) -> Trained:
+    """One rank's part. Events go to its own file; those of rank 0 also to `sinks` and to who started the ranks."""
+    run = job.run
+    if run.layout.world_size > 1:
+        init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
+    with JsonlSink(run.events_folder, rank=context.rank) as file:
+        told: list[Callable[[Event], None]] = [file.emit]
+        if context.rank == 0:
+            told += [context.post, *(sink.emit for sink in sinks)]
+
+        def emit(kind: str, *, step: int | None = None, **data: object) -> None:
+            seconds = time.monotonic() - job.started_s
+            event = Event(kind=kind, rank=context.rank, step=step, seconds=seconds, data=data)
+            for tell in told:
+                tell(event)
+
+        world = build(job, context, on_plan=lambda text: emit("plan", text=text))
+        shapes = [parameter.numel() for parameter in world.program.model.parameters()]
+        emit(
+            "start",
+            steps=run.training.steps,
+            first_step=world.first_step,
+            layout=str(run.layout),
+            num_parameters=sum(shapes),
+            held_parameters=sum(parameter.numel() for parameter in world.program.parameters.values()),
+            ready_s=time.monotonic() - job.started_s,
+        )
+        start = time.monotonic()
+        losses = run_steps(world, emit)
+        emit(
+            "end",
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            train_s=time.monotonic() - start,
+        )
+        world.program.close()
+    return Trained(folder=Path(run.folder), first_step=world.first_step, losses=tuple(losses))
+
+
+def _on_own_ranks(job: Job, sink: Sink) -> Trained:
+    def show(_rank: int, value: object) -> None:
+        if isinstance(value, Event):
+            sink.emit(value)
+
+    preload = ("shardwise.train.run", *(("transformers",) if job.run.model.factory is None else ()))
+    return run_ranks(
+        train_on_rank, (job,), world_size=job.run.layout.world_size, on_message=show, preload=preload
+    )[0]
+
+
+def _as_one_rank(
+    context: RankContext,
+    run: Run,
+    *,
+    model: ModelLike | None,
+    task: Task | None,
+    resume: bool,
+    started_s: float,
+    sink: Sink,
+) -> Trained:
+    """The process is a rank already. Rank 0 prepares the data for all, on a folder that they share."""
+    if context.world_size != run.layout.world_size:
+        raise LayoutError(
+            f"a layout has as many ranks as were started, but {run.layout} has {run.layout.world_size} and there are "
+            f"{context.world_size}; start {run.layout.world_size}, or set layout"
+        )
+    if context.world_size > 1:
+        init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
+    if run.device == "cpu":
+        torch.set_num_threads(1)
+    told: list[Any] = [None]
+    if context.rank == 0:
+        told = [prepare(run, model=model, task=task, resume=resume, started_s=started_s).task_options]
+    if context.world_size > 1:
+        dist.broadcast_object_list(told, src=0)
+    job = Job(run=run, task_options=told[0], model=model, task=task, resume=resume, started_s=started_s)
+    trained = train_on_rank(context, job, [sink] if context.rank == 0 else [])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return trained
+
+

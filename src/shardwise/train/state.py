@@ -1,0 +1,125 @@
+"""Saving and resuming a run: parameters, optimizer state and buffers by name, each written by one rank.
+
+Tensors are saved whole under their names, so any layout resumes what any other saved. The state of the run is the
+step and what the order of data depends on; random numbers are keyed by the step and need nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from shardwise.checkpoint.load import load_slices
+from shardwise.checkpoint.manifest import TensorEntry
+from shardwise.checkpoint.save import Shard, write_rank
+from shardwise.checkpoint.slices import TensorSlice
+from shardwise.checkpoint.source import Source
+from shardwise.checkpoint.storage import begin, commit, prune
+from shardwise.errors import CheckpointError
+from shardwise.execute.program import Program
+
+__all__ = ["check_state", "restore", "save"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    program: Program,
+    optimizer: torch.optim.Optimizer | None,
+    state: Mapping[str, object],
+    keep: int,
+) -> None:
+    """Write a checkpoint of `step` finished steps. Every rank calls it, on a folder that all share.
+
+    It appears whole or not at all. Raises CheckpointError.
+    """
+    rank, world_size = program.place.rank, program.place.dp * program.place.pp
+    told = [str(begin(root, step)) if rank == 0 else ""]
+    if world_size > 1:
+        dist.broadcast_object_list(told, src=0)
+    folder = Path(told[0])
+    entries = write_rank(folder, rank, _shards(program, optimizer))
+    gathered: list[Mapping[str, TensorEntry] | None] = [entries]
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.gather_object(entries, gathered if rank == 0 else None, dst=0)
+    if rank == 0:
+        commit(folder, [each for each in gathered if each is not None], state=dict(state))
+        prune(root, keep=keep)
+
+
+def check_state(source: Source, state: Mapping[str, object]) -> None:
+    """A run continues only on the data, order and seed it began with. Raises CheckpointError with what differs."""
+    saved = source.manifest.state
+    differing = [f"{name}={value!r} instead of {saved.get(name)!r}" for name, value in state.items()
+                 if saved.get(name) != value]  # fmt: skip
+    if differing:
+        raise CheckpointError(
+            f"a resumed run has the seed, the global batch and the data it began with, but {source.folder} was saved "
+            f"by another: {'; '.join(differing)}; correct them, or start without resuming in another folder"
+        )
+
+
+def restore(source: Source, *, program: Program, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put the saved optimizer state and buffers where this rank has them; parameters were filled when built.
+
+    Raises CheckpointError where something is missing or of another shape.
+    """
+    saved = source.manifest.tensors
+    for name, buffer in program.model.named_buffers():
+        if name in saved:
+            buffer.copy_(_loaded(source, name, tuple(buffer.shape)))
+    if optimizer is None:
+        return
+    for name, parameter in program.parameters.items():
+        if parameter.requires_grad and _moment(name, "step") in saved:
+            shapes = {"step": ()} | {each: tuple(parameter.shape) for each in _MOMENTS[:2]}
+            optimizer.state[parameter] = {
+                each: _loaded(source, _moment(name, each), shapes[each]).to(parameter.device) for each in _MOMENTS
+            }
+
+
+def _loaded(source: Source, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return load_slices(source, {name: TensorSlice.whole(shape)}, global_shapes={name: shape})[name]
+
+
+def _shards(program: Program, optimizer: torch.optim.Optimizer | None) -> Iterator[Shard]:
+    """What this rank writes: of every tensor that several hold, the first holder writes it."""
+    for name, parameter in program.parameters.items():
+        if not program.owns(name):
+            continue
+        yield Shard.whole(name, parameter.detach())
+        moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for each in _MOMENTS:
+            if each in moments:
+                yield Shard.whole(_moment(name, each), moments[each], kind="optimizer")
+    for name, buffer in _persistent_buffers(program.model).items():
+        if _owns_buffer(program, name):
+            yield Shard.whole(name, buffer.detach(), kind="buffer")
+
+
+def _moment(name: str, each: str) -> str:
+    return f"optimizer/{each}/{name}"
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _owns_buffer(program: Program, name: str) -> bool:
+    """A buffer is written where the first parameter of its module is, or of the closest module that has one."""
+    prefix = name
+    while "." in prefix:
+        prefix = prefix.rpartition(".")[0]
+        near = [held for held in program.holders if held.startswith(prefix + ".")]
+        if near:
+            return program.owns(near[0])
+    return program.place.rank == 0
