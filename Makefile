@@ -10,7 +10,8 @@ STAMP := .venv/.installed
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
-	$(BIN)/shardwise train examples/demo.toml
+	$(BIN)/shardwise train examples/demo.toml --overwrite
+	$(BIN)/shardwise verify examples/demo.toml --trained
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from shardwise.layout import Layout as Layout
     from shardwise.trace.deferred import defer as defer
     from shardwise.trace.profile import trace as trace
+    from shardwise.trace.timing import measure as measure
+    from shardwise.train.run import train as train
     from shardwise.verify import Comparison as Comparison
     from shardwise.verify import verify as verify
 
@@ -28,7 +30,9 @@ PUBLIC_NAMES = MappingProxyType(
         "Layout": "shardwise.layout",
         "ShardwiseError": "shardwise.errors",
         "defer": "shardwise.trace.deferred",
+        "measure": "shardwise.trace.timing",
         "trace": "shardwise.trace.profile",
+        "train": "shardwise.train.run",
         "verify": "shardwise.verify",
     }
 )

@@ -121,11 +121,16 @@ class JsonlSink:
     """
 
     def __init__(self, path: str | Path, *, rank: int = 0) -> None:
-        path = Path(path)
-        self.path = path if path.suffix == ".jsonl" else path / f"rank-{rank:05d}.jsonl"
+        self.path = self.path_of(path, rank=rank)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")  # open as long as the sink is
+
+    @staticmethod
+    def path_of(path: str | Path, *, rank: int = 0) -> Path:
+        """The file that a sink of this rank writes."""
+        path = Path(path)
+        return path if path.suffix == ".jsonl" else path / f"rank-{rank:05d}.jsonl"
 
     def emit(self, event: Event) -> None:
         self._file.write(event.to_json() + "\n")

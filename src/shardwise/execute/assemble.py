@@ -5,6 +5,7 @@ Every rank traces the same micro-batch and derives the same stages from it; nobo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import Transport
+from shardwise.describe.profile import ModelProfile
 from shardwise.errors import LayoutError
 from shardwise.execute.program import Place, Program, build
 from shardwise.layout import Layout
@@ -37,10 +39,12 @@ def assemble(
     device: torch.device | str = "cpu",
     fill: Fill | None = None,
     transport: Transport | None = None,
+    measured: ModelProfile | None = None,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
-    `fill(model, names)` gives parameters their values where the model has none yet. Collective. Raises `LayoutError`
+    `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
+    (see `trace.timing`) where it is given, by counted work otherwise. Collective. Raises `LayoutError`
     if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
@@ -55,7 +59,7 @@ def assemble(
 
     captured = _whole_path(model, inputs, loss, units, watch)
     profile = profile_of(model, captured, counters[-1])
-    stages = place_calls(profile, layout)
+    stages = place_calls(_with_seconds(profile, measured), layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
     return build(
         model,
@@ -70,6 +74,25 @@ def assemble(
         transport=transport,
         fill=fill,
     )
+
+
+def _with_seconds(profile: ModelProfile, measured: ModelProfile | None) -> ModelProfile:
+    """The seconds of `measured` in `profile`; both must know the same unit calls."""
+    if measured is None:
+        return profile
+    seconds = {(call.unit, call.call): (call.forward_s, call.backward_s) for call in measured.calls}
+    missing = [call.unit for call in profile.calls if (call.unit, call.call) not in seconds]
+    if missing:
+        raise LayoutError(
+            f"measured seconds are of the same model: {len(missing)} unit calls such as {missing[0]} are not in them; "
+            "measure again with the same units"
+        )
+    calls = tuple(
+        dataclasses.replace(call, forward_s=f, backward_s=b)
+        for call in profile.calls
+        for f, b in [seconds[(call.unit, call.call)]]
+    )
+    return dataclasses.replace(profile, calls=calls)
 
 
 def _whole_path(model: nn.Module, inputs: Any, loss: LossFunction | None, units: Sequence[str], watch: Any) -> Any:

@@ -74,6 +74,11 @@ class Flows:
         known.append(self._made(tape))
         return known[-1]
 
+    @property
+    def random(self) -> bool:
+        """Whether a forward that has been met draws random numbers."""
+        return any(flow.random for flows in self._flows.values() for flow in flows)
+
     def _agrees(self, flow: Flow, micro_batch: MicroBatch, scope: Scope) -> bool:
         """Whether Python would see now what it saw when the tape was made: the glue runs with every unit absent."""
         looking = _looking(flow.tape.flow)

@@ -102,6 +102,11 @@ class Program:
         self._stack = stack
         self._world = place.dp * place.pp
 
+    @property
+    def random(self) -> bool:
+        """Whether a step that has been run drew random numbers."""
+        return self._flows.random
+
     # -- parameters -----------------------------------------------------------------------------
 
     @property

@@ -21,16 +21,16 @@ from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
 from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
+from shardwise.trace.deferred import defer
+from shardwise.trace.placing import place
 from shardwise.train.model import Values, model_factory, names_in, values_of
 from shardwise.train.optimizer import adamw
 from shardwise.train.plan import plan_of_model
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
 from shardwise.train.state import check_state, restore
-from shardwise.trace.deferred import defer
-from shardwise.trace.placing import place
 
-__all__ = ["Job", "World", "build", "build_model", "build_task", "check_vocabulary"]
+__all__ = ["Job", "World", "build", "build_model", "build_task", "check_vocabulary", "first_micro_batch"]
 
 ModelLike = nn.Module | Callable[[], nn.Module]
 
@@ -108,7 +108,7 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
     for name, buffer in model.named_buffers():
         if buffer.device != device:
             place(model, {name: buffer.to(device)})
-    inputs = _first_micro_batch(run, task, device)
+    inputs = first_micro_batch(run, task, device)
     if context.rank == 0 and on_plan is not None:
         on_plan(plan_of_model(model, inputs, layout=layout, loss=task.loss, num_micro_batches=run.num_micro_batches))
     program = assemble(
@@ -178,7 +178,7 @@ def check_vocabulary(job: Job) -> None:
         raise ConfigError("a task has training samples, but this one has 0; give more data")
 
 
-def _first_micro_batch(run: Run, task: Task, device: torch.device) -> dict[str, torch.Tensor]:
+def first_micro_batch(run: Run, task: Task, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """What every rank traces: the first micro-batch of the first replica at step 0."""
     indices = sample_indices(
         seed=run.training.seed,

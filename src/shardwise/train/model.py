@@ -39,9 +39,7 @@ def model_factory(options: ModelOptions) -> Callable[[], nn.Module]:
     if config is None and options.path is not None:
         config = str(Path(options.path).expanduser() / "config.json")
     if config is None:
-        raise ConfigError(
-            "a run says what to train: [model] has neither config nor path nor factory; add one of them"
-        )
+        raise ConfigError("a run says what to train: [model] has neither config nor path nor factory; add one of them")
     read = read_config(config)
     return functools.partial(_from_config, _class_of(read, options.class_name), read, getattr(torch, options.dtype))
 

@@ -45,7 +45,9 @@ class ProgressSink:
                 told = "".join(f"  {figure}" for figure in figures)
                 self._print(f"evaluation after step {_number(event)}: held-out loss {data['loss']:.4f}{told}")
             case "checkpoint":
-                self._print(f"checkpoint of step {_number(event)} in {data['folder']} ({format_seconds(data['step_s'])})")
+                self._print(
+                    f"checkpoint of step {_number(event)} in {data['folder']} ({format_seconds(data['step_s'])})"
+                )
             case "end":
                 self._end(data)
 

@@ -1,11 +1,11 @@
 """The learning rate of a step: a pure function, so that a resumed run needs no state of a scheduler.
 
-    rate  │    ╭──╮
-          │   ╱    ╲
-          │  ╱      ╰──╮      cosine, to final_fraction of the peak at the last step
-          │ ╱          ╰───
-          └──────────────────
-            warm-up       step
+rate  │    ╭──╮
+      │   ╱    ╲
+      │  ╱      ╰──╮      cosine, to final_fraction of the peak at the last step
+      │ ╱          ╰───
+      └──────────────────
+        warm-up       step
 """
 
 from __future__ import annotations

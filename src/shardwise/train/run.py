@@ -5,6 +5,7 @@ started. The process that starts ranks holds no model: it prepares the data, wai
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def train(
     task: Task | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    overwrite: bool = False,
     progress: Sink | None = None,
 ) -> Trained:
     """Train a run: a `Run`, a mapping that reads like a run file, or the path of one.
@@ -50,6 +52,7 @@ def train(
     model      instead of the run's: a function that makes one, or an `nn.Module` with its values
     task       instead of the run's
     resume     go on from the latest checkpoint of the run
+    overwrite  begin anew where the run's folder holds checkpoints: they are deleted
     progress   who is shown events; a bar or plain lines if not given
 
     Callable from a script without a main guard. Raises ConfigError before anything is started, and the error of
@@ -60,6 +63,8 @@ def train(
     started_s = time.monotonic()
     world = read_world()
     sink = progress or ProgressSink()
+    if overwrite and not resume and (world is None or world.rank == 0):
+        shutil.rmtree(run.checkpoint_folder, ignore_errors=True)
     try:
         if world is None:
             job = prepare(run, model=model, task=task, resume=resume, started_s=started_s)
@@ -89,7 +94,7 @@ def prepare(
         saved = open_checkpoint(run.checkpoint_folder)
         raise ConfigError(
             f"a run that starts anew has a folder of its own, but {run.checkpoint_folder} holds a checkpoint of step "
-            f"{saved.manifest.step}; go on from it with --resume, give another folder, or delete it"
+            f"{saved.manifest.step}; go on from it with --resume, give another folder, or --overwrite it"
         )
     options = prepare_task(run.task.kind, run.task_options) if task is None else {}
     job = Job(run=run, task_options=options, model=model, task=task, resume=resume, started_s=started_s)
@@ -102,6 +107,8 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
     run = job.run
     if run.layout.world_size > 1:
         init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
+    if not job.resume:
+        JsonlSink.path_of(run.events_folder, rank=context.rank).unlink(missing_ok=True)
     with JsonlSink(run.events_folder, rank=context.rank) as file:
         told: list[Callable[[Event], None]] = [file.emit]
         if context.rank == 0:
@@ -142,9 +149,7 @@ def _on_own_ranks(job: Job, sink: Sink) -> Trained:
             sink.emit(value)
 
     preload = ("shardwise.train.run", *(("transformers",) if job.run.model.factory is None else ()))
-    return run_ranks(
-        train_on_rank, (job,), world_size=job.run.layout.world_size, on_message=show, preload=preload
-    )[0]
+    return run_ranks(train_on_rank, (job,), world_size=job.run.layout.world_size, on_message=show, preload=preload)[0]
 
 
 def _as_one_rank(
@@ -177,5 +182,3 @@ def _as_one_rank(
     if dist.is_initialized():
         dist.destroy_process_group()
     return trained
-
-

@@ -1,7 +1,7 @@
 """A replica's share of a global batch, as micro-batches. Pure of (samples, replica): no rank asks another.
 
-    rows of the batch   0 1 2 3 │ 4 5 6 7 │ 8 9 …        micro-batch index = replica * num_micro_batches + m
-    replica, m             0, 0 │    0, 1 │ 1, 0
+rows of the batch   0 1 2 3 │ 4 5 6 7 │ 8 9 …        micro-batch index = replica * num_micro_batches + m
+replica, m             0, 0 │    0, 1 │ 1, 0
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
         roundings={name: float(w.double().norm()) * _unit(w.dtype) * job.steps for name, w in before.items()},
         calls=[(node.name, node.call) for node in program.tape.flow.calls],
         edges=_edges(program),
-        random=program.tape.random,
+        random=program.random,
         outputs={},
     )
 

@@ -1,0 +1,130 @@
+"""Runs the contenders in turn on two ranks, prints a table, writes the results, ends with one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.pipeline.contenders import CONTENDERS, OURS, PEERS, TORCH
+from benchmarks.pipeline.model import SHAPES
+from benchmarks.pipeline.ranks import missing_peers, peak_bytes, timed_steps
+from shardwise.launch import RankPool, RankStarter
+
+__all__ = ["main"]
+
+FULL = {"tiny": 200, "large-64": 25, "large-256": 9}  # shape -> rounds
+QUICK = {"tiny": 40, "quick": 5}
+ALWAYS = (OURS, "shardwise gpipe", *TORCH)
+PRELOAD = ("torch.distributed.pipelining", "shardwise.execute.assemble")
+
+Seconds = Mapping[str, Sequence[float]]  # contender -> of its steps, in order of rounds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the tiny shape and one that stands in for the large ones")
+    parser.add_argument("--output", type=Path, help="a file for the results, instead of one in results/")
+    options = parser.parse_args(arguments)
+    rounds = QUICK if options.quick else FULL
+    with RankStarter(preload=PRELOAD) as starter:
+        missed = {} if options.quick else _missed(starter)
+        for name, reason in missed.items():
+            print(f"missed: {name}: {reason}")
+        names = [name for name in CONTENDERS if name in ALWAYS or not (options.quick or name in missed)]
+        timings = {shape: _timings(starter, names, shape, number) for shape, number in rounds.items()}
+        memory_shape = "quick" if options.quick else "large-256"
+        memory = {name: _memory(starter, name, memory_shape) for name in (OURS, *TORCH)}
+    figures = _figures(timings, memory)
+    record = {**_circumstances(), "missed": missed, "medians_s": _medians(timings), "figures": figures}
+    record["ratios"] = {shape: _ratios(seconds) for shape, seconds in timings.items()}
+    record["memory_bytes"] = memory
+    output = options.output or _file(record["date"], quick=options.quick)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"peak resident set of the ranks, {memory_shape} (MiB; rise above the process without a model)")
+    for name, ranks in memory.items():
+        print(f"  {name:16}", "  ".join(f"{p / 2**20:7.1f} (+{(p - b) / 2**20:.1f})" for p, b in ranks))
+    print(f"written to {output}")
+    print(json.dumps(figures))
+
+
+def _missed(starter: RankStarter) -> dict[str, str]:
+    """Peers that cannot be made, each tried in ranks of its own: what it breaks breaks nobody else."""
+    missed: dict[str, str] = {}
+    for name in PEERS:
+        if name not in TORCH:
+            with RankPool(2, num_threads=1, starter=starter) as pool:
+                missed.update(pool.run(missing_peers, [name], timeout_s=120)[0])
+    return missed
+
+
+def _timings(starter: RankStarter, names: Sequence[str], shape: str, rounds: int) -> Seconds:
+    """Seconds of each step: those of the slower rank."""
+    with RankPool(2, num_threads=1, starter=starter) as pool:
+        first, second = pool.run(timed_steps, names, SHAPES[shape], rounds, timeout_s=1800)
+    seconds = {name: [max(pair) for pair in zip(first[name], second[name], strict=True)] for name in names}
+    print(f"{shape}: median of {rounds} steps; ratio to {OURS}, median of rounds")
+    for name in names:
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds[OURS], seconds[name], strict=True))
+        print(f"  {name:16} {statistics.median(seconds[name]) * 1e3:9.2f} ms  {ratio:6.3f}", flush=True)
+    return seconds
+
+
+def _memory(starter: RankStarter, name: str, shape: str) -> list[tuple[int, int]]:
+    with RankPool(2, num_threads=1, starter=starter) as pool:
+        return pool.run(peak_bytes, name, SHAPES[shape], timeout_s=600)
+
+
+def _ratios(seconds: Seconds) -> dict[str, float]:
+    """Peer -> median of ours / theirs, step by step."""
+    return {
+        name: round(statistics.median(o / t for o, t in zip(seconds[OURS], seconds[name], strict=True)), 4)
+        for name in seconds
+        if name in PEERS
+    }
+
+
+def _figures(timings: Mapping[str, Seconds], memory: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, float]:
+    ratios = {shape: _ratios(seconds) for shape, seconds in timings.items()}
+    large = [shape for shape in ratios if shape != "tiny"]
+    leaner = [min(memory[name][rank][0] for name in TORCH) for rank in range(2)]
+    return {
+        "tiny_vs_torch": max(ratios["tiny"][name] for name in TORCH),
+        "large_vs_torch": max(ratios[shape][name] for shape in large for name in TORCH),
+        "large_vs_best_peer": max(ratio for shape in large for ratio in ratios[shape].values()),
+        "peak_memory_vs_torch": round(max(memory[OURS][rank][0] / leaner[rank] for rank in range(2)), 4),
+    }
+
+
+def _medians(timings: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
+    return {
+        shape: {name: statistics.median(steps) for name, steps in seconds.items()} for shape, seconds in timings.items()
+    }
+
+
+def _circumstances() -> dict[str, Any]:
+    cores = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", "-m", "benchmarks.pipeline", *sys.argv[1:]]),
+        "machine": f"{len(cores)} x {cores[0].partition(': ')[2] if cores else platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": found.stdout.strip() or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _file(date: str, *, quick: bool) -> Path:
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{date[:19].replace(':', '')}{'-quick' if quick else ''}.json"
