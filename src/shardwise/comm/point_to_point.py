@@ -62,11 +62,13 @@ class Expected:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    compact_shape: tuple[int, ...] = dataclasses.field(init=False)  # every broadcast dim (stride 0) narrowed to 1
 
-    @property
-    def compact_shape(self) -> tuple[int, ...]:
-        """The shape with every broadcast dim (stride 0) narrowed to 1."""
-        return tuple(1 if stride == 0 and size > 1 else size for size, stride in zip(self.shape, self.strides, strict=True))
+    def __post_init__(self) -> None:
+        dims = zip(self.shape, self.strides, strict=True)
+        object.__setattr__(
+            self, "compact_shape", tuple(1 if stride == 0 and size > 1 else size for size, stride in dims)
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -107,21 +109,14 @@ class Incoming:
                 )
         # gloo: a second wait for one receive waits for another message, so the header's is not waited for again
         _wait(self.works[-1:], f"waiting for {self.expected.what} from rank {self.peer}")
+        if self.expected.compact_shape == self.expected.shape:
+            return self.buffer
         return self.buffer.expand(self.expected.shape)
 
 
 def send(transport: Transport, tensor: torch.Tensor, expected: Expected, peer: int, *, headers: bool) -> Outgoing:
     """Start sending `tensor`; it must not be written until the result has been waited for."""
-    compact = tensor.detach()
-    for dim, (narrow, size) in enumerate(zip(expected.compact_shape, expected.shape, strict=True)):
-        if narrow != size:
-            if compact.stride(dim) != 0:
-                raise TransferError(
-                    f"{expected.what} was traced as repeated along dim {dim} and is not: its strides are not "
-                    "determined by the signature; make it contiguous in the model"
-                )
-            compact = compact.narrow(dim, 0, 1)
-    compact = compact.contiguous()
+    compact = _compacted(tensor.detach(), expected).contiguous()
     works: list[Waitable] = []
     tensors = [compact]
     if headers:
@@ -142,6 +137,21 @@ def receive(transport: Transport, expected: Expected, peer: int, *, device: torc
     buffer = torch.empty(expected.compact_shape, dtype=expected.dtype, device=device)
     works.append(transport.irecv(buffer, peer))
     return Incoming(works, buffer, header, expected, peer)
+
+
+def _compacted(tensor: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """The tensor with every dim along which it is repeated narrowed to 1."""
+    if expected.compact_shape == expected.shape:
+        return tensor
+    for dim, (narrow, size) in enumerate(zip(expected.compact_shape, expected.shape, strict=True)):
+        if narrow != size:
+            if tensor.stride(dim) != 0:
+                raise TransferError(
+                    f"{expected.what} was traced as repeated along dim {dim} and is not: its strides are not "
+                    "determined by the signature; make it contiguous in the model"
+                )
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _header(expected: Expected) -> torch.Tensor:

@@ -93,6 +93,7 @@ class Engine:
         self._transport = transport
         self.device = device
         self._modules = dict(model.named_modules())
+        self._messages: dict[tuple[int, int, int, bool], list[tuple[int, Expected]]] = {}
 
     def run(
         self,
@@ -100,14 +101,19 @@ class Engine:
         works: Sequence[Work],
         *,
         before_last_backward: Callable[[int], None] | None = None,
+        after_last_forward: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> tuple[dict[int, torch.Tensor], list[Moment]]:
         """Interpret `row`. Returns the losses of the micro-batches whose loss stage is here (unweighted, detached),
-        and when every action ran. Gradients accumulate in the parameters.
+        and when every action ran. Gradients accumulate in the parameters. `after_last_forward` is given the losses once
+        they are all known, `before_last_backward` the stage.
 
         Raises `TransferError` and `DataflowError`.
         """
         state = _State(works)
         last = {action.stage: i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.B}
+        last_forward = max(
+            (i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.F), default=-1
+        )
         for position, action in enumerate(row):
             if isinstance(action, Transfer):
                 self._transfer(state, action)
@@ -115,6 +121,8 @@ class Engine:
             start = time.perf_counter()
             if action.kind is Kind.F:
                 self._forward(state, action)
+                if after_last_forward is not None and position == last_forward:
+                    after_last_forward(state.losses)
             elif action.kind is Kind.B:
                 if before_last_backward is not None and last[action.stage] == position:
                     before_last_backward(action.stage)
@@ -132,9 +140,8 @@ class Engine:
         work = state.works[transfer.micro_batch]
         source, target, gradient = transfer.source, transfer.target, transfer.gradient
         first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
-        for value in _crossing(work.flow, first, second, gradient):
+        for value, expected in self._messages_of(work.flow, first, second, gradient):
             key = (first, second, transfer.micro_batch, value, gradient)
-            expected = self._expected(work, first, second, value, gradient, transfer.micro_batch)
             if transfer.kind is TransferKind.RECV:
                 peer = self.rank_of_stage[source]
                 state.incoming[key] = receive(
@@ -145,19 +152,13 @@ class Engine:
                 peer = self.rank_of_stage[target]
                 state.outgoing.append(send(self._transport, tensor, expected, peer, headers=work.headers))
 
-    def _expected(self, work: Work, first: int, second: int, value: int, gradient: bool, micro_batch: int) -> Expected:
-        stand_in = work.flow.tape.stand_ins[value]
-        what = "the gradient of " if gradient else ""
-        strides = tuple(stand_in.stride())
-        if gradient:  # a gradient is never broadcast
-            strides = tuple(stride or 1 for stride in strides)
-        return Expected(
-            what=f"{what}{stand_in.what} on edge stage {first} -> stage {second}, micro-batch {micro_batch}",
-            check=(work.flow.digest + value * 2 + gradient) & (2**62 - 1),
-            shape=tuple(stand_in.shape),
-            strides=strides,
-            dtype=stand_in.dtype,
-        )
+    def _messages_of(self, flow: Flow, first: int, second: int, gradient: bool) -> Sequence[tuple[int, Expected]]:
+        """What crosses the edge first -> second in every micro-batch of a flow; made once."""
+        key = (flow.digest, first, second, gradient)
+        if key not in self._messages:
+            crossing = _crossing(flow, first, second, gradient)
+            self._messages[key] = [(value, _expected(flow, first, second, value, gradient)) for value in crossing]
+        return self._messages[key]
 
     def _to_send(self, state: _State, key: tuple[int, int, int, int, bool], expected: Expected) -> torch.Tensor:
         first, second, micro_batch, value, gradient = key
@@ -247,6 +248,18 @@ class Engine:
             if gradient is not None:
                 sums[value] = sums[value] + gradient if value in sums else gradient
         return sums
+
+
+def _expected(flow: Flow, first: int, second: int, value: int, gradient: bool) -> Expected:
+    stand_in = flow.tape.stand_ins[value]
+    strides = tuple(stand_in.stride())
+    return Expected(
+        what=f"{'the gradient of ' if gradient else ''}{stand_in.what} on edge stage {first} -> stage {second}",
+        check=(flow.digest + value * 2 + gradient) & (2**62 - 1),
+        shape=tuple(stand_in.shape),
+        strides=tuple(stride or 1 for stride in strides) if gradient else strides,  # a gradient is never broadcast
+        dtype=stand_in.dtype,
+    )
 
 
 def _crossing(flow: Flow, first: int, second: int, gradient: bool) -> list[int]:

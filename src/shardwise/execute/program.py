@@ -68,6 +68,29 @@ class StepResult:
     sent_bytes: int
 
 
+class _MeanLoss:
+    """The mean loss of a step, summed over all ranks while the last backwards run."""
+
+    def __init__(self, factors: Sequence[float], *, device: torch.device, alone: bool) -> None:
+        self._factors = factors
+        self._alone = alone
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._pending: dist.Work | None = None
+
+    def start(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Begin, with the losses that this rank has; every rank calls it once a step."""
+        if losses:
+            factors = torch.tensor([self._factors[m] for m in losses], dtype=torch.float64, device=self._sum.device)
+            self._sum = torch.stack(list(losses.values())).to(factors).dot(factors)
+        if not self._alone:
+            self._pending = dist.all_reduce(self._sum, async_op=True)
+
+    def wait(self) -> float:
+        if self._pending is not None:
+            self._pending.wait()
+        return float(self._sum.item())
+
+
 class Program:
     """One rank's share of a model under a layout. Use `build` to make one and `close()` to take it apart."""
 
@@ -154,17 +177,17 @@ class Program:
         row = self._row(len(micro_batches), edges, backward)
         gradients = self._gradients
         arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
-        losses, moments = self._engine.run(row, works, before_last_backward=arm)
+        mean = _MeanLoss([work.factor for work in works], device=self._engine_device, alone=self._world == 1)
+        _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
         if self._gradients is not None and backward:
             self._gradients.finish()
         for flow in flows:
             flow.met += 1
-        loss = sum((losses[m].double() * works[m].factor for m in losses), torch.zeros((), dtype=torch.float64))
-        return StepResult(self._sum(loss), weight, moments, _sent_bytes(works, self.place.stage))
+        return StepResult(mean.wait(), weight, moments, _sent_bytes(works, self.place.stage))
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
-        if self._world == 1:
+        if self.place.dp == 1:  # every rank has the same micro-batches
             return total, None
         # Every stage of a replica counts the same micro-batches, so the sum over the world is pp times too large.
         total /= self.place.pp
@@ -173,12 +196,6 @@ class Program:
     @property
     def _engine_device(self) -> torch.device:
         return self._engine.device
-
-    def _sum(self, local: torch.Tensor) -> float:
-        local = local.to(self._engine_device)
-        if self._world > 1:
-            dist.all_reduce(local)
-        return float(local.item())
 
     def _row(self, num_micro_batches: int, edges: frozenset[tuple[int, int]], backward: bool) -> Row:
         key = (num_micro_batches, edges, backward)
@@ -252,6 +269,8 @@ def build(
     stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
     held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
     groups = _groups(place, holders)
+    for group in groups.values():
+        stack.callback(dist.destroy_process_group, group)
     gradients = GradientSum(held, {n: groups[holders[n]] for n in held if holders[n] in groups}) if groups else None
     engine = Engine(
         model,

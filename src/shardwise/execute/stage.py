@@ -29,7 +29,7 @@ from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
 from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
 from shardwise.trace.record import glue_key
-from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, Made, Record, Structure, Tape
+from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, FromArgument, Made, Record, Structure, Tape
 
 __all__ = ["Leave", "Programme", "StageRun", "arrive", "programme"]
 
@@ -63,8 +63,10 @@ class Programme:
 
     computes: list[bool]
     sends: list[tuple[int, ...]]  # values to send, of each node
-    receives: frozenset[int]
+    plain: list[int | None]  # the value that is the whole answer, where an answer is one
+    places: list[bool]  # whether an answer or a write asks for the arguments
     random: bool
+    writes: bool  # something in the forward writes in place
 
 
 def programme(tape: Tape, cut: StageCut) -> Programme:
@@ -74,7 +76,26 @@ def programme(tape: Tape, cut: StageCut) -> Programme:
     for value in sorted({value for value, _ in cut.sends}):
         node = tape.flow.values[value].node
         sends[node] = (*sends[node], value)
-    return Programme(computes, sends, frozenset(value for value, _ in cut.receives), tape.random)
+    answers = [record.answer for record in tape.records]
+    return Programme(
+        computes,
+        sends,
+        plain=[_only_value(record) for record in tape.records],
+        places=[
+            bool(record.writes) or any(isinstance(leaf, FromArgument) for leaf in answer.leaves)
+            for record, answer in zip(tape.records, answers, strict=True)
+        ],
+        random=tape.random,
+        writes=any(record.changes for record in tape.records),
+    )
+
+
+def _only_value(record: Record) -> int | None:
+    """The value that a node answers with, if that is all there is to its answer."""
+    leaves = record.answer.leaves
+    if record.changes or record.writes or not record.answer.spec.is_leaf() or len(leaves) != 1:
+        return None
+    return leaves[0].value if isinstance(leaves[0], Made) else None
 
 
 class StageRun:
@@ -104,7 +125,7 @@ class StageRun:
         self.position = 0
         self.inside = False
         self.sent: dict[int, torch.Tensor] = {}
-        self.received = {value: arrive(leaf) for value, leaf in received.items()}
+        self.received = {value: arrive(leaf) for value, leaf in received.items()} if table.writes else dict(received)
         self._stale: dict[int, str] = {}  # storage -> the write that this stage has skipped
         self._keep: list[torch.Tensor] = []
         self._values: dict[int, int] = {}  # id(tensor) -> value, when checked
@@ -164,7 +185,7 @@ class StageRun:
             out = self._compute(index, record, func, args, kwargs)
             if record.look is not None or self.tape.flow.nodes[index].kind is NodeKind.READ:
                 self._compare_look(index, record, out)
-            if self.table.sends[index] or self.checked or self.table.receives:
+            if self.table.sends[index] or self.checked:
                 out = self._made(index, record, out, args, kwargs)
         self._after(index)
         return out
@@ -172,7 +193,7 @@ class StageRun:
     def _compute(self, index: int, record: Record, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
             if record.random and is_random(func, tuple(args), kwargs):
-                out = draw(func, tuple(args), kwargs, scope=self.scope, index=index)
+                out = draw(func, tuple(args), kwargs, scope=self.scope, index=record.draw)
             else:
                 out = func(*args, **kwargs)
         except RuntimeError as error:
@@ -204,9 +225,12 @@ class StageRun:
             raise self._mismatch(f"Python saw {seen} where the trace saw {record.look}")
 
     def _answer(self, index: int, record: Record, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        plain = self.table.plain[index]
+        if plain is not None:
+            return self._value(plain)
         if record.changes:
             self._skip_write(index, args, kwargs)
-        arguments = tree_flatten((args, kwargs))[0]
+        arguments = tree_flatten((args, kwargs))[0] if self.table.places[index] else ()
         out = record.answer.build(arguments, self._value)
         for position, value in record.writes:
             if value in self.received:  # everyone who still holds the old object sees the new value
@@ -263,7 +287,7 @@ class StageRun:
 
     def _made(self, index: int, record: Record, out: Any, args: Any, kwargs: Any) -> Any:
         """Keep what is sent, note identities when checked."""
-        leaves, spec = tree_flatten(out)
+        leaves = [out] if isinstance(out, torch.Tensor) else tree_flatten(out)[0]
         sends = self.table.sends[index]
         for place, leaf in enumerate(leaves):
             answer = record.answer.leaves[place] if place < len(record.answer.leaves) else None
@@ -295,8 +319,11 @@ class StageRun:
         """A unit call: run here, or answered."""
         if self.inside:
             return body(*args, **kwargs)
-        with _out_of_glue():
+        glue = torch.overrides._pop_mode()  # inside a unit the glue's mode is off: no cost for its operations
+        try:
             out = self._call(unit, body, args, kwargs)
+        finally:
+            torch.overrides._push_mode(glue)
         self._after(self.position)
         return out
 
@@ -315,7 +342,8 @@ class StageRun:
                 self._refuse_stale(index, (args, kwargs))
             return self._run(index, record, unit, body, args, kwargs)
         out = self._answer(index, record, args, kwargs)
-        self._feed(record, args, kwargs)
+        if record.extras or record.hooked:
+            self._feed(record, args, kwargs)
         return out
 
     def _run(
@@ -330,7 +358,7 @@ class StageRun:
         taken: dict[int, torch.Tensor] = {}
         self.inside = True
         try:
-            with self._watched(record, taken):
+            with self._watched(record, taken) if record.extras else contextlib.nullcontext():
                 if record.random or record.host_random:
                     out = self._run_random(record, unit, self.tape.flow.nodes[index].call, body, args, kwargs)
                 else:
@@ -457,13 +485,6 @@ def _leave(module: nn.Module, name: str, path: Sequence[object], tensor: torch.T
             box.append(tensor)
     else:
         raise DataflowError(f"attribute {name!r} of an absent unit is a {type(box).__name__}; it cannot be filled")
-
-
-@contextlib.contextmanager
-def _out_of_glue() -> Iterator[None]:
-    """Inside a unit the glue's mode is off: no cost for its operations."""
-    with torch.overrides._pop_mode_temporarily():
-        yield
 
 
 class _GlueMode(TorchFunctionMode):

@@ -24,6 +24,7 @@ from shardwise.testing.leaks import Observation, left_behind, observe
 __all__ = ["NamedTest", "Verdict", "run_named_test"]
 
 _NAME = re.compile(r"\b[A-Za-z_]\w*\b")
+_SET_BY_LIBRARIES = frozenset({"TORCHINDUCTOR_CACHE_DIR"})  # once, when they are first imported
 _MAX_SHOWN = 400  # characters of one local value
 
 
@@ -73,7 +74,8 @@ def _observe() -> Observation:
         "torch threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }
-    return observe(environment_snapshot(), settings)
+    environment = {n: v for n, v in environment_snapshot().items() if n not in _SET_BY_LIBRARIES}
+    return observe(environment, settings)
 
 
 def _explain(error: AssertionError) -> None:

@@ -133,6 +133,7 @@ class Recorder:
         self._values: list[Value] = []
         self._tensors: list[torch.Tensor | None] = []  # of each value, for its metadata
         self._records: list[Record] = []
+        self._num_draws = 0  # of the glue
         self._queries: set[Any] = set()
         self._recorded: set[Any] = set()
         self._counts: dict[str, int] = {}
@@ -182,7 +183,7 @@ class Recorder:
         try:
             if is_random(func, tuple(args), kwargs):
                 op.random = True
-                out = draw(func, tuple(args), kwargs, scope=self.scope, index=len(self._nodes))
+                out = draw(func, tuple(args), kwargs, scope=self.scope, index=self._num_draws)
             else:
                 out = self._function(func, args, kwargs)
         except DataDependent as error:
@@ -277,9 +278,11 @@ class Recorder:
                 changes=bool(written),
                 writes=tuple(writes),
                 random=op.random,
+                draw=self._num_draws,
                 look=look,
             )
         )
+        self._num_draws += op.random
 
     # -- units ----------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ class Record:
     writes: tuple[tuple[int, int], ...] = ()  # (position among the flattened arguments, value it becomes)
     written_later: bool = False  # something it made is overwritten later: a send must copy
     random: bool = False  # draws from a torch generator
+    draw: int = 0  # glue: its number among the draws of the glue, which does not depend on how samples are dealt
     host_random: bool = False  # draws from numpy or `random`
     look: object = None  # of a READ: what Python saw
 

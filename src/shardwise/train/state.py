@@ -53,6 +53,8 @@ def save(
     if rank == 0:
         commit(folder, [each for each in gathered if each is not None], state=dict(state))
         prune(root, keep=keep)
+    if world_size > 1:
+        dist.barrier()  # nobody goes on, nor looks for the latest, before it is whole
 
 
 def check_state(source: Source, state: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -78,14 +79,16 @@ def verify(
 def _compare(job: Job, exempt: str, starter: RankStarter, timeout_s: float) -> Comparison:
     alone = Layout(seed=job.layout.seed)
     whole: Whole | None = None
-    with RankPool(1, starter=starter) as pool:
+    # One number of threads on both sides: kernels that split a sum among threads round it differently.
+    threads = max(1, len(os.sched_getaffinity(0)) // job.layout.world_size)
+    with RankPool(1, starter=starter, num_threads=threads) as pool:
         all_parts = job.micro_batches * job.layout.dp
         reference: Side = pool.run(run_side, job, alone, all_parts, False, timeout_s=timeout_s)[0]
         if reference.random:
             exempt = exempt or "the model draws random numbers, which are keyed by micro-batch or drawn by our code"
         if not exempt:
             whole = pool.run(run_whole, job, timeout_s=timeout_s)[0]
-        with RankPool(job.layout.world_size, starter=starter) as ranks:
+        with RankPool(job.layout.world_size, starter=starter, num_threads=threads) as ranks:
             sides: list[Side] = ranks.run(
                 run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s
             )
@@ -202,4 +205,5 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _preload(model: nn.Module | Callable[[], nn.Module]) -> tuple[str, ...]:
     """Modules that every rank needs and that are slow to import."""
-    return ("transformers",) if type(model).__module__.startswith("transformers.") else ()
+    own = type(model).__module__
+    return (run_side.__module__, *([own] if own.startswith("transformers.") else []))

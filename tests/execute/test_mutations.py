@@ -1,0 +1,48 @@
+"""A dataflow that forgets one read is noticed while running: it never gives a loss.
+
+    embed ─v0─► layers.0 ─v1─► layers.1 ─► …        delete any one arrow, cut again, run:
+            └────── add ◄──────┘                    an error that names what is missing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from models import MODELS, make
+from one_process import Traced, traced
+
+from shardwise.errors import DataflowError, LayoutError
+from shardwise.plan.cut import cut_stages
+
+
+def edges(trace: Traced) -> list[tuple[int, int]]:
+    """(node, value it reads), of all nodes that some stage computes."""
+    cut = trace.cut(2)
+    computed = set().union(*(stage.computes for stage in cut.stages))
+    return [(node.index, read) for node in trace.tape.flow.nodes if node.index in computed for read in node.reads]
+
+
+def silent(trace: Traced, node: int, value: int) -> bool:
+    """Whether the stages answer a loss although `node` is not known to read `value`."""
+    placed = {call: stage.stage for stage in trace.cut(2).stages for call in stage.calls}
+    flow = trace.tape.flow.without_edge(node, value)
+    mutant = dataclasses.replace(trace, tape=dataclasses.replace(trace.tape, flow=flow))
+    try:
+        mutant.run(cut_stages(flow, placed, 2, idle=True))
+    except (DataflowError, LayoutError):
+        return False
+    finally:
+        for parameter in trace.example.model.parameters():
+            parameter.grad = None
+    return True
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_edge_can_be_forgotten_in_silence(name: str) -> None:
+    trace = traced(make(name))
+    all_edges = edges(trace)
+    assert len(all_edges) > 15
+    unnoticed = [edge for edge in all_edges if silent(trace, *edge)]
+    nodes, values = trace.tape.flow.nodes, trace.tape.flow.values
+    assert [(nodes[node].label, nodes[values[value].node].label) for node, value in unnoticed] == []
