@@ -23,6 +23,7 @@ class MegatronPipeline:
 
     def __init__(self, model: Decoder, shape: Shape, rank: int) -> None:
         from megatron.core import parallel_state
+        from megatron.core.enums import ModelType
         from megatron.core.pipeline_parallel import p2p_communication, schedules
         from megatron.core.transformer import TransformerConfig
 
@@ -42,6 +43,7 @@ class MegatronPipeline:
             pipeline_model_parallel_size=2,
             pipeline_dtype=torch.float32,
         )
+        self._part.model_type = ModelType.encoder_or_decoder
         self._part.set_input_tensor = self._take
         self._received: torch.Tensor | None = None
 

@@ -28,11 +28,12 @@ TOLERANCE = 1e-5  # float32: other orders of summation over eight micro-batches
 
 
 def missing_peers(context: RankContext, names: Sequence[str]) -> dict[str, str]:
-    """Contender -> why it cannot be made here; each is tried with the tiny shape."""
+    """Contender -> why it cannot run here; each takes one step of the tiny shape."""
     missed: dict[str, str] = {}
+    shape = SHAPES["tiny"]
     for name in names:
         try:
-            _made(name, _decoder(SHAPES["tiny"]), SHAPES["tiny"], context.rank)
+            _timed(_made(name, _decoder(shape), shape, context.rank), _batch(shape))
         except Exception as error:
             missed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return missed

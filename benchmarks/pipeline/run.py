@@ -18,6 +18,7 @@ import torch
 from benchmarks.pipeline.contenders import CONTENDERS, OURS, PEERS, TORCH
 from benchmarks.pipeline.model import SHAPES
 from benchmarks.pipeline.ranks import missing_peers, peak_bytes, timed_steps
+from shardwise.errors import LaunchError
 from shardwise.launch import RankPool, RankStarter
 
 __all__ = ["main"]
@@ -34,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the tiny shape and one that stands in for the large ones")
+    parser.add_argument("--share", type=float, default=1.0, help="of the rounds, for a busy machine; at least three")
     parser.add_argument("--output", type=Path, help="a file for the results, instead of one in results/")
     options = parser.parse_args(arguments)
-    rounds = QUICK if options.quick else FULL
+    chosen = QUICK if options.quick else FULL
+    rounds = {shape: max(3, round(number * options.share)) for shape, number in chosen.items()}
     with RankStarter(preload=PRELOAD) as starter:
         missed = {} if options.quick else _missed(starter)
         for name, reason in missed.items():
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory_shape = "quick" if options.quick else "large-256"
         memory = {name: _memory(starter, name, memory_shape) for name in (OURS, *TORCH)}
     figures = _figures(timings, memory)
-    record = {**_circumstances(), "missed": missed, "medians_s": _medians(timings), "figures": figures}
+    record: dict[str, Any] = {**_circumstances(), "rounds": rounds, "missed": missed, "medians_s": _medians(timings), "figures": figures}
     record["ratios"] = {shape: _ratios(seconds) for shape, seconds in timings.items()}
     record["memory_bytes"] = memory
     output = options.output or _file(record["date"], quick=options.quick)
@@ -64,7 +67,10 @@ def _missed(starter: RankStarter) -> dict[str, str]:
     for name in PEERS:
         if name not in TORCH:
             with RankPool(2, num_threads=1, starter=starter) as pool:
-                missed.update(pool.run(missing_peers, [name], timeout_s=120)[0])
+                try:
+                    missed.update(pool.run(missing_peers, [name], timeout_s=60)[0])
+                except LaunchError as error:
+                    missed[name] = str(error).splitlines()[0]
     return missed
 
 

@@ -55,6 +55,7 @@ class _Alive:
     sent: dict[int, torch.Tensor]
     leaves: dict[int, torch.Tensor]
     loss: torch.Tensor | None
+    outgoing: dict[tuple[int, int], Outgoing] = dataclasses.field(default_factory=dict)  # (value, target)
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,7 +94,7 @@ class Engine:
         self._transport = transport
         self.device = device
         self._modules = dict(model.named_modules())
-        self._messages: dict[tuple[int, int, int, bool], list[tuple[int, Expected]]] = {}
+        self._messages: dict[tuple[int, int, int, int, bool], list[tuple[int, Expected]]] = {}
 
     def run(
         self,
@@ -138,9 +139,10 @@ class Engine:
 
     def _transfer(self, state: _State, transfer: Transfer) -> None:
         work = state.works[transfer.micro_batch]
+        values = work.flow.tape.flow.values
         source, target, gradient = transfer.source, transfer.target, transfer.gradient
         first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
-        for value, expected in self._messages_of(work.flow, first, second, gradient):
+        for value, expected in self._messages_of(work.flow, first, second, transfer.micro_batch, gradient):
             key = (first, second, transfer.micro_batch, value, gradient)
             if transfer.kind is TransferKind.RECV:
                 peer = self.rank_of_stage[source]
@@ -150,14 +152,21 @@ class Engine:
             else:
                 tensor = self._to_send(state, key, expected)
                 peer = self.rank_of_stage[target]
-                state.outgoing.append(send(self._transport, tensor, expected, peer, headers=work.headers))
+                outgoing = send(self._transport, tensor, expected, peer, headers=work.headers)
+                if gradient or not (values[value].requires_grad and torch.is_grad_enabled()):
+                    state.outgoing.append(outgoing)
+                else:  # its gradient will tell that it has arrived
+                    state.alive[(first, transfer.micro_batch)].outgoing[(value, second)] = outgoing
 
-    def _messages_of(self, flow: Flow, first: int, second: int, gradient: bool) -> Sequence[tuple[int, Expected]]:
-        """What crosses the edge first -> second in every micro-batch of a flow; made once."""
-        key = (flow.digest, first, second, gradient)
+    def _messages_of(
+        self, flow: Flow, first: int, second: int, micro_batch: int, gradient: bool
+    ) -> Sequence[tuple[int, Expected]]:
+        """What crosses the edge first -> second; the same in every step of a flow, so it is made once."""
+        key = (flow.digest, first, second, micro_batch, gradient)
         if key not in self._messages:
             crossing = _crossing(flow, first, second, gradient)
-            self._messages[key] = [(value, _expected(flow, first, second, value, gradient)) for value in crossing]
+            where = f"edge stage {first} -> stage {second}, micro-batch {micro_batch}"
+            self._messages[key] = [(value, _expected(flow, value, gradient, where)) for value in crossing]
         return self._messages[key]
 
     def _to_send(self, state: _State, key: tuple[int, int, int, int, bool], expected: Expected) -> torch.Tensor:
@@ -224,7 +233,11 @@ class Engine:
         if alive.loss is not None and alive.loss.requires_grad:
             roots.append(alive.loss)
             gradients.append(torch.full_like(alive.loss, work.factor))
-        for value, gradient in self._arrived_gradients(state, work, plan, action).items():
+        arrived = self._arrived_gradients(state, work, plan, action)
+        for outgoing in alive.outgoing.values():
+            outgoing.wait()
+        alive.outgoing.clear()
+        for value, gradient in arrived.items():
             if alive.sent[value].requires_grad:
                 roots.append(alive.sent[value])
                 gradients.append(gradient)
@@ -250,11 +263,11 @@ class Engine:
         return sums
 
 
-def _expected(flow: Flow, first: int, second: int, value: int, gradient: bool) -> Expected:
+def _expected(flow: Flow, value: int, gradient: bool, where: str) -> Expected:
     stand_in = flow.tape.stand_ins[value]
     strides = tuple(stand_in.stride())
     return Expected(
-        what=f"{'the gradient of ' if gradient else ''}{stand_in.what} on edge stage {first} -> stage {second}",
+        what=f"{'the gradient of ' if gradient else ''}{stand_in.what} on {where}",
         check=(flow.digest + value * 2 + gradient) & (2**62 - 1),
         shape=tuple(stand_in.shape),
         strides=tuple(stride or 1 for stride in strides) if gradient else strides,  # a gradient is never broadcast

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent, first_absent
+from shardwise.trace.checkpointing import Contexts, noticed
 from shardwise.trace.extras import follow
 from shardwise.trace.functions import as_one_function, name_of
 from shardwise.trace.install import Switch
@@ -124,6 +127,8 @@ class StageRun:
         self.checked = checked
         self.position = 0
         self.inside = False
+        self._recomputes = False  # the unit that is called next is checkpointed
+        self._mode: RandomMode | None = None  # of the unit that runs
         self.sent: dict[int, torch.Tensor] = {}
         self.received = {value: arrive(leaf) for value, leaf in received.items()} if table.writes else dict(received)
         self._stale: dict[int, str] = {}  # storage -> the write that this stage has skipped
@@ -138,7 +143,8 @@ class StageRun:
         """Run the objective as this stage; the loss on the loss stage, None elsewhere."""
         glue = _GlueMode(self)
         streams = python_streams(glue_key(self.scope)) if self.table.random else contextlib.nullcontext()
-        with streams, switch.on(self), as_one_function(lambda: None if self.inside else glue), glue:
+        one_function = as_one_function(lambda: None if self.inside else glue)
+        with streams, switch.on(self), one_function, noticed(self), glue:
             try:
                 loss = run()
             except Leave:
@@ -319,11 +325,11 @@ class StageRun:
         """A unit call: run here, or answered."""
         if self.inside:
             return body(*args, **kwargs)
-        glue = torch.overrides._pop_mode()  # inside a unit the glue's mode is off: no cost for its operations
+        glue = torch.overrides._pop_mode()  # type: ignore[no-untyped-call]  # inside a unit the glue's mode is off: no cost for its operations
         try:
             out = self._call(unit, body, args, kwargs)
         finally:
-            torch.overrides._push_mode(glue)
+            torch.overrides._push_mode(glue)  # type: ignore[no-untyped-call]
         self._after(self.position)
         return out
 
@@ -359,6 +365,8 @@ class StageRun:
         self.inside = True
         try:
             with self._watched(record, taken) if record.extras else contextlib.nullcontext():
+                if self._recomputes:
+                    body = functools.partial(checkpoint, body, use_reentrant=False)
                 if record.random or record.host_random:
                     out = self._run_random(record, unit, self.tape.flow.nodes[index].call, body, args, kwargs)
                 else:
@@ -385,12 +393,25 @@ class StageRun:
         key = key_of(scope.seed, scope.step, scope.micro_batch, unit, number)
         host = (random.getstate(), np.random.get_state()) if record.host_random else None
         try:
-            with python_streams(key), RandomMode(scope):
+            with python_streams(key), RandomMode(scope) as self._mode:
                 return body(*args, **kwargs)
         finally:
+            self._mode = None
             if host is not None:
                 random.setstate(host[0])
                 np.random.set_state(host[1])
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[Contexts | None]:
+        """Checkpointing around a unit is done inside it; the repetition draws what the forward drew."""
+        if self.inside:
+            yield lambda: (contextlib.nullcontext(), _repeated(self._mode))
+            return
+        self._recomputes = torch.is_grad_enabled()
+        try:
+            yield None
+        finally:
+            self._recomputes = False
 
     @contextlib.contextmanager
     def _watched(self, record: Record, taken: dict[int, torch.Tensor]) -> Iterator[None]:
@@ -485,6 +506,27 @@ def _leave(module: nn.Module, name: str, path: Sequence[object], tensor: torch.T
             box.append(tensor)
     else:
         raise DataflowError(f"attribute {name!r} of an absent unit is a {type(box).__name__}; it cannot be filled")
+
+
+def _repeated(mode: RandomMode | None) -> contextlib.AbstractContextManager[Any]:
+    """Draws of the torch, numpy and Python generators from here on, for a part that is run a second time."""
+    if mode is None:
+        return contextlib.nullcontext()
+    again, host = mode.again(), (random.getstate(), np.random.get_state())
+
+    @contextlib.contextmanager
+    def repeated() -> Iterator[None]:
+        now = random.getstate(), np.random.get_state()
+        random.setstate(host[0])
+        np.random.set_state(host[1])
+        try:
+            with again:
+                yield
+        finally:
+            random.setstate(now[0])
+            np.random.set_state(now[1])
+
+    return repeated()
 
 
 class _GlueMode(TorchFunctionMode):

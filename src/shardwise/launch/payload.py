@@ -10,15 +10,20 @@ do. It knows no process and no socket. It is spoken between our own processes on
 
 from __future__ import annotations
 
+import importlib
 import io
 import mmap
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import cloudpickle
 import torch
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from shardwise.errors import LaunchError
 
@@ -37,7 +42,40 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
             return _typed_storage, (obj._untyped_storage, obj.dtype)
         if type(obj) is torch.UntypedStorage and obj.device.type == "cpu":
             return _storage_over, (pickle.PickleBuffer(_bytes_of(obj)),)
+        if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
+            content = {**vars(obj), "parametrizations": obj.parametrizations}
+            return _bare, (type_before_parametrizations(obj),), content, None, None, _parametrize
+        name = _name_of_global(obj)
+        if name is not None:
+            return _global, (type(obj).__module__, name)
         return super().reducer_override(obj)
+
+
+def _bare(cls: type[torch.nn.Module]) -> torch.nn.Module:
+    return cls.__new__(cls)
+
+
+def _parametrize(module: torch.nn.Module, content: dict[str, object]) -> None:
+    """Fill a module whose tensors are computed by parametrizations (weight_norm): its class is made when it is."""
+    module.__dict__.update(content)
+    module.__dict__.pop("parametrizations", None)
+    parametrize._inject_new_class(module)  # type: ignore[no-untyped-call]
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        parametrize._inject_property(module, name)  # type: ignore[no-untyped-call]
+
+
+def _name_of_global(obj: object) -> str | None:
+    """The name of an object that belongs to its process (it holds a context variable) and stands in its module."""
+    held = getattr(obj, "__dict__", None)
+    if not isinstance(held, dict) or not any(type(value) is ContextVar for value in held.values()):
+        return None
+    module = sys.modules.get(type(obj).__module__)
+    found = [name for name, value in vars(module).items() if value is obj] if module is not None else []
+    return found[0] if found else None
+
+
+def _global(module: str, name: str) -> object:
+    return getattr(importlib.import_module(module), name)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:

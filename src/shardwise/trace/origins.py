@@ -99,7 +99,9 @@ class Origins:
             origins.add(storage.creator)
         if storage is not None:
             later = [origin for time, origin in storage.writers if time > since]
-            origins.update(later[-1:])  # the last write reads the ones before it
+            if later and named is None:
+                origins.clear()
+            origins.update(later[-1:])  # the last write reads the ones before it, and what the storage was at first
         return origins
 
     def written(self) -> dict[int, list[Origin]]:

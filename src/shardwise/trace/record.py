@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.describe.flow import Dataflow, Node, NodeKind, Value
+from shardwise.errors import ModelError
+from shardwise.trace.checkpointing import Contexts, noticed
 from shardwise.trace.extras import changed_attributes, grown_containers, place_of
 from shardwise.trace.functions import as_one_function, grouped_mm_like, is_constructor, name_of
 from shardwise.trace.keys import key_of
@@ -147,11 +149,29 @@ class Recorder:
         entered = nn.modules.module.register_module_forward_pre_hook(self._enter_module)
         handle = nn.modules.module.register_module_forward_hook(self._saw_module, with_kwargs=True)
         try:
-            with _Glue(self) as glue, _Below(self), as_one_function(lambda: glue if self._in_glue() else None):
+            with (
+                _Glue(self) as glue,
+                _Below(self),
+                as_one_function(lambda: glue if self._in_glue() else None),
+                noticed(self),
+            ):
                 yield
         finally:
             handle.remove()
             entered.remove()
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[Contexts | None]:
+        """A checkpointed call runs once, everything kept; around several units it is refused."""
+        before = len(self.calls)
+        yield None
+        around = [call.unit for call in self.calls[before:]] if self._in_glue() else []
+        if len(around) > 1:
+            raise ModelError(
+                f"activation checkpointing stands inside one unit or around it, and a checkpointed call of this model "
+                f"holds {len(around)}: {', '.join(around[:4])}; name the module around them as a unit, or switch the "
+                "model's checkpointing off"
+            )
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if self.current is None and module in self._modules:

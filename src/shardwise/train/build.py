@@ -24,7 +24,7 @@ from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task
 from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
 from shardwise.train.model import Values, model_factory, names_in, values_of
-from shardwise.train.optimizer import adamw
+from shardwise.train.optimizer import optimizer_over
 from shardwise.train.plan import plan_of_model
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
@@ -121,8 +121,12 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         fill=fill_from(values, device) if values is not None else None,
     )
     training = run.training
-    optimizer = adamw(
-        program.parameters, betas=training.betas, epsilon=training.epsilon, weight_decay=training.weight_decay
+    optimizer = optimizer_over(
+        program.parameters,
+        name=training.optimizer,
+        betas=training.betas,
+        epsilon=training.epsilon,
+        weight_decay=training.weight_decay,
     )
     if source is not None:
         restore(source, program=program, optimizer=optimizer)

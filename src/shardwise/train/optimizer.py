@@ -1,4 +1,5 @@
-"""AdamW over the parameters that a rank holds. Knows parameters and options; refuses to know who else holds what."""
+"""The optimizer over the parameters that a rank holds. Knows parameters and options; refuses to know who else holds
+what."""
 
 from __future__ import annotations
 
@@ -7,14 +8,20 @@ from collections.abc import Mapping
 import torch
 import torch.nn as nn
 
-__all__ = ["adamw", "set_rate"]
+__all__ = ["optimizer_over", "set_rate"]
 
 
-def adamw(
-    parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], epsilon: float, weight_decay: float
-) -> torch.optim.AdamW | None:
-    """Fused AdamW; biases, norms and other parameters of one dim do not decay. None where nothing is trained here.
+def optimizer_over(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    name: str = "adamw",
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer | None:
+    """AdamW ("adamw", fused) or plain gradient descent ("sgd"); None where nothing is trained here.
 
+    Biases, norms and other parameters of one dim do not decay. The rate is set before every step (`set_rate`).
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
@@ -23,7 +30,11 @@ def adamw(
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=0.0, betas=betas, eps=epsilon, fused=True) if filled else None
+    if not filled:
+        return None
+    if name == "sgd":
+        return torch.optim.SGD(filled, lr=0.0, fused=True)
+    return torch.optim.AdamW(filled, lr=0.0, betas=betas, eps=epsilon, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

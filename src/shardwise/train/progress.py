@@ -97,7 +97,8 @@ class ProgressSink:
         self.close()
         if data["first_loss"] is not None:
             self._print(
-                f"loss {data['first_loss']:.4f} -> {data['last_loss']:.4f} in {format_duration(data['train_s'])}"
+                f"loss {data['first_loss']:.4f} -> {data['last_loss']:.4f} (mean of the last 10 steps) in "
+                f"{format_duration(data['train_s'])}"
             )
 
 

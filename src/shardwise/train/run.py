@@ -5,6 +5,8 @@ started. The process that starts ranks holds no model: it prepares the data, wai
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,8 @@ from shardwise.train.progress import ProgressSink
 from shardwise.train.run_file import Run, load_run, run_from
 
 __all__ = ["Trained", "prepare", "train", "train_on_rank"]
+
+_LAST = 10  # steps whose mean loss is told at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             steps=run.training.steps,
             first_step=world.first_step,
             layout=str(run.layout),
+            pid=os.getpid(),
             num_parameters=sum(shapes),
             held_parameters=sum(parameter.numel() for parameter in world.program.parameters.values()),
             ready_s=time.monotonic() - job.started_s,
@@ -136,8 +141,9 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
         emit(
             "end",
             first_loss=losses[0] if losses else None,
-            last_loss=losses[-1] if losses else None,
+            last_loss=sum(losses[-_LAST:]) / len(losses[-_LAST:]) if losses else None,
             train_s=time.monotonic() - start,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         world.program.close()
     return Trained(folder=Path(run.folder), first_step=world.first_step, losses=tuple(losses))

@@ -70,6 +70,7 @@ class TrainingOptions(_Table):
     """[training]: how it is trained.
 
     steps, global_batch  optimizer steps in all; samples of one step, over all replicas and micro-batches
+    optimizer            "adamw", or "sgd" without momentum, which keeps no state
     warm_up              steps in which the learning rate rises to `learning_rate`
     schedule             "cosine" falls from there to `final_fraction` of it at the last step; or "constant"
     weight_decay         of parameters of two dims and more (not of biases and norms)
@@ -81,6 +82,7 @@ class TrainingOptions(_Table):
 
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     warm_up: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,7 @@ def _model(job: Job) -> tuple[nn.Module, Any]:
             model = model.to(job.dtype)
         for parameter in model.parameters():
             parameter.grad = None
+        _as_constructed(model)
         return _own_values(model), None
     factory = job.model
     dtype = job.dtype
@@ -164,6 +166,18 @@ def _model(job: Job) -> tuple[nn.Module, Any]:
     model = blueprint.module
     place_values(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
     return model, fill_from(blueprint.materialize, job.device)
+
+
+def _as_constructed(model: nn.Module) -> None:
+    """Unpickling constructs nothing, and transformers notes only of constructed classes which outputs they record."""
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    registry = vars(recording).get("_CAN_RECORD_REGISTRY") if recording is not None else None
+    if registry is None:
+        return
+    for module in model.modules():
+        recorded = getattr(module, "_can_record_outputs", None)
+        if isinstance(recorded, dict):
+            registry[module] = recorded
 
 
 def _own_values(model: nn.Module) -> nn.Module:

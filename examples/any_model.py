@@ -1,0 +1,66 @@
+"""Proves on real gradients that a model split over processes is the model on one device.
+
+    python examples/any_model.py --model t5 --layout pp=2
+    python examples/any_model.py --all                       every model, on pp=2, pp=3 and dp=2,pp=2
+
+Prints what `shardwise.verify` found: the errors of loss, gradients and updated weights, and what crosses between the
+stages. The exit status is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import transformers
+from models import MODELS, make
+
+import shardwise as sw
+
+LAYOUTS = ("pp=2", "pp=3", "dp=2,pp=2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), action="append", help="may be given several times")
+    parser.add_argument("--all", action="store_true", help="every model")
+    parser.add_argument("--layout", action="append", help='such as "dp=2,pp=2"; may be given several times')
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps after which weights are compared")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    options = parser.parse_args(arguments)
+    if not (options.all or options.model):
+        parser.error("name a --model, or give --all")
+    transformers.logging.set_verbosity_error()
+    names = list(MODELS) if options.all else options.model
+    layouts = options.layout or (LAYOUTS if options.all else LAYOUTS[:1])
+    rows = list(_verified(names, layouts, options.steps, options.dtype, details=not options.all))
+    print()
+    print(f"{'model':18s} {'layout':12s} {'gradient error':>14s}   {'seconds':>7s}")
+    for name, layout, comparison, seconds in rows:
+        verdict = "" if comparison.equal else f"   NOT EQUAL: {comparison.first_difference}"
+        print(f"{name:18s} {layout:12s} {comparison.gradient_error:14.1e}   {seconds:7.1f}{verdict}")
+    return 0 if all(comparison.equal for _, _, comparison, _ in rows) else 1
+
+
+def _verified(
+    names: Sequence[str], layouts: Sequence[str], steps: int, dtype: str, *, details: bool
+) -> Iterator[tuple[str, str, sw.Comparison, float]]:
+    for name in names:
+        example = make(name)
+        for layout in layouts:
+            start = time.perf_counter()
+            comparison = sw.verify(
+                example.model, example.batch, layout=layout, loss=example.loss, steps=steps, dtype=dtype
+            )
+            seconds = time.perf_counter() - start
+            if details or not comparison.equal:
+                print(f"{name} on {comparison}\n", flush=True)
+            else:
+                print(f"{name:18s} {layout:12s} equal, worst gradient error {comparison.gradient_error:.1e}", flush=True)
+            yield name, layout, comparison, seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

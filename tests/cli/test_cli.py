@@ -1,0 +1,106 @@
+"""The command line as a newcomer meets it: help, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shardwise.cli import VERBS, run_command
+
+RUN = """
+folder = "{folder}"
+layout = "pp=2"
+[model.config]
+model_type = "llama"
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+vocab_size = 64
+[task]
+kind = "random_tokens"
+[training]
+steps = 2
+global_batch = 8
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path) -> str:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.format(folder=tmp_path / "run"))
+    return str(file)
+
+
+def test_help_names_every_verb(capsys) -> None:
+    assert run_command(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(verb in told for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys) -> None:
+    assert run_command([verb, "--help"]) == 0
+    assert f"shardwise {verb}" in capsys.readouterr().out
+
+
+def test_a_schedule_is_drawn(capsys) -> None:
+    assert run_command(["draw", "1f1b", "--stages", "2", "--micro-batches", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["rank 0  0>1>....0<<<2>1<<<..2<<<", "rank 1  ..0>0<<<1>1<<<2>2<<<...."]
+
+
+def test_a_wrong_command_line_has_status_2(capsys) -> None:
+    assert run_command(["train"]) == 2
+    assert run_command(["draw", "1f1b", "--stages", "none"]) == 2
+    assert run_command(["trian"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["draw", "2f2b"], 'a schedule is one of naive, gpipe, 1f1b, but got "2f2b"'),
+        (["plan"], "a run file or of --model-config"),
+        (["train", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_an_error_of_ours_is_one_line_without_a_traceback_and_status_1(arguments, told, capsys) -> None:
+    assert run_command(arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("layout=pp=9", "pp=9"),
+        ("training.stepss=3", "write steps"),
+        ("model.class=LlamaForNothing", "no model class 'LlamaForNothing'"),
+        ("task.vocabulary=3", "vocabulary"),
+        ("task.kind=chess", "chess"),
+    ],
+)
+def test_a_wrong_run_is_refused_before_a_rank_is_started(run_file, override, told, capsys) -> None:
+    assert run_command(["plan", run_file, "--set", override]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_is_planned_without_starting_anything(run_file, capsys) -> None:
+    assert run_command(["plan", run_file, "--layout", "dp=2,pp=2"]) == 0
+    told = capsys.readouterr().out
+    assert "LlamaForCausalLM" in told
+    assert "stage 1" in told
+    assert "rank 1" in told
+
+
+def test_a_bare_config_is_planned_with_the_seconds_and_the_memory_it_took(tmp_path, capsys) -> None:
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 2, "vocab_size": 64}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert run_command(["plan", "--layout", "pp=4", "--model-config", str(file)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("traced ")
+    assert "this process held" in last

@@ -1,0 +1,51 @@
+"""Progress: plain lines where there is no terminal, with loss, speed, memory of every rank and what is left."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from shardwise.events import Event
+from shardwise.train.progress import ProgressSink
+
+
+def shown(*events: Event, terminal: bool = False) -> str:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=200, highlight=False)
+    sink = ProgressSink(console, plain_every_s=0.0)
+    for event in events:
+        sink.emit(event)
+    sink.close()
+    return text.getvalue()
+
+
+def event(kind: str, step: int | None = None, **data: object) -> Event:
+    return Event(kind=kind, rank=0, seconds=0.0, step=step, data=data)
+
+
+START = event("start", steps=10, first_step=4, layout="dp=2", num_parameters=5_000_000, ready_s=3.0)
+STEP = event("step", 4, loss=3.25, weight=1000.0, step_s=2.0, memory_bytes=[2**20, 2**21])
+
+
+def test_a_step_is_one_line_with_everything_that_is_asked_for() -> None:
+    lines = shown(START, STEP).splitlines()
+    assert lines[0] == "training 5 M parameters for 10 steps on dp=2, resumed after step 4; ready after 3 s"
+    assert lines[1] == "step 5/10  loss 3.2500  500 tokens/s  memory 1 MiB 2 MiB  ETA 10 s"
+
+
+def test_evaluations_and_checkpoints_are_told() -> None:
+    text = shown(
+        START,
+        event("evaluation", 5, loss=2.5, weight=10.0, perplexity=12.18),
+        event("checkpoint", 5, folder="there", step_s=0.5),
+        event("end", first_loss=4.0, last_loss=2.0, train_s=61.0),
+        event("a kind of another version"),
+    )
+    assert "evaluation after step 6: held-out loss 2.5000  perplexity 12.18" in text
+    assert "checkpoint of step 6 in there (500 ms)" in text
+    assert "loss 4.0000 -> 2.0000 (mean of the last 10 steps) in 1 min 01 s" in text
+
+
+def test_on_a_terminal_there_is_a_bar_and_it_is_taken_off() -> None:
+    assert "step 5/10" in shown(START, STEP, terminal=True)
