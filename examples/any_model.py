@@ -58,7 +58,9 @@ def _verified(
             if details or not comparison.equal:
                 print(f"{name} on {comparison}\n", flush=True)
             else:
-                print(f"{name:18s} {layout:12s} equal, worst gradient error {comparison.gradient_error:.1e}", flush=True)
+                print(
+                    f"{name:18s} {layout:12s} equal, worst gradient error {comparison.gradient_error:.1e}", flush=True
+                )
             yield name, layout, comparison, seconds
 
 

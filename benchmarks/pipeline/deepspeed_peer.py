@@ -5,6 +5,7 @@ Its step is `train_batch` with the optimizer's step taken out: gradients stay, a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,24 +27,24 @@ class _Rotary(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(x, self.cos, self.sin)
+        out: torch.Tensor = self.block(x, self.cos, self.sin)
+        return out
 
 
 class DeepSpeedPipeline:
     """Layers are dealt uniformly but for the head: `partition_method` is given the same halves as everyone's."""
 
     def __init__(self, model: Decoder, shape: Shape, rank: int) -> None:
-        import deepspeed
-        from deepspeed.pipe import PipelineModule
-        from deepspeed.runtime.pipe import schedule
-
+        deepspeed: Any = importlib.import_module("deepspeed")
+        base: Any = importlib.import_module("deepspeed.pipe").PipelineModule
+        instructions: Any = importlib.import_module("deepspeed.runtime.pipe.schedule")
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
         blocks = [_Rotary(block, model.cos, model.sin) for block in model.layers]
         layers = [model.embed, *blocks, model.norm, model.head]
         half = 1 + shape.blocks // 2
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-        class Halves(PipelineModule):
+        class Halves(base):  # type: ignore[misc]
             def _partition_layers(self, method: str = "uniform") -> None:
                 stage = self._topo.get_coord(self.global_rank).pipe
                 self.parts = [0, half, len(layers)]
@@ -63,7 +64,7 @@ class DeepSpeedPipeline:
                 "steps_per_print": 10**9,
             },
         )
-        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: lambda *_, **__: None}
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instructions.OptimizerStep: lambda *_, **__: None}
         self._engine: Any = engine
 
     @property
@@ -71,5 +72,5 @@ class DeepSpeedPipeline:
         return self._parameters
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> float | None:
-        batches = zip(batch["ids"].split(1), batch["labels"].split(1), strict=True)
+        batches = zip(torch.split(batch["ids"], 1), torch.split(batch["labels"], 1), strict=True)
         return float(self._engine.train_batch(data_iter=batches).item())

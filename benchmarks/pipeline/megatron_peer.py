@@ -1,11 +1,12 @@
 """Megatron Core's 1F1B on CPU tensors. Megatron is imported when one is made: it lives in an environment of its own.
 
 Its schedule and its transfers name the accelerator; in these two modules `torch` is a copy that answers with the CPU.
-Transfers are (sequence, micro-batch, hidden) there; one micro-batch of `sequence` tokens is given as (1, tokens, hidden).
+Transfers are (sequence, micro-batch, hidden) there; a micro-batch of one sequence is given as (1, tokens, hidden).
 """
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,10 +23,11 @@ class MegatronPipeline:
     """`forward_backward_pipelining_without_interleaving` with the half that this rank runs."""
 
     def __init__(self, model: Decoder, shape: Shape, rank: int) -> None:
-        from megatron.core import parallel_state
-        from megatron.core.enums import ModelType
-        from megatron.core.pipeline_parallel import p2p_communication, schedules
-        from megatron.core.transformer import TransformerConfig
+        parallel_state: Any = importlib.import_module("megatron.core.parallel_state")
+        schedules: Any = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+        p2p_communication: Any = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+        config_class: Any = importlib.import_module("megatron.core.transformer").TransformerConfig
+        model_type: Any = importlib.import_module("megatron.core.enums").ModelType
 
         schedules.torch = p2p_communication.torch = _torch_on_cpu()
         if not parallel_state.model_parallel_is_initialized():
@@ -35,26 +37,24 @@ class MegatronPipeline:
         self._run = schedules.forward_backward_pipelining_without_interleaving
         self._shape = shape
         self._first = rank == 0
-        self._part: Any = Part(model, rank)
-        self._part.config = TransformerConfig(
+        part: Any = Part(model, rank)
+        self.parameters: Mapping[str, nn.Parameter] = dict(part.named_parameters())
+        self._part = part
+        self._part.config = config_class(
             num_layers=shape.blocks,
             hidden_size=shape.hidden,
             num_attention_heads=shape.heads,
             pipeline_model_parallel_size=2,
             pipeline_dtype=torch.float32,
         )
-        self._part.model_type = ModelType.encoder_or_decoder
+        self._part.model_type = model_type.encoder_or_decoder
         self._part.set_input_tensor = self._take
         self._received: torch.Tensor | None = None
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        return dict(self._part.named_parameters())
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> float | None:
         losses = self._run(
             forward_step_func=self._forward,
-            data_iterator=zip(batch["ids"].split(1), batch["labels"].split(1), strict=True),
+            data_iterator=zip(torch.split(batch["ids"], 1), torch.split(batch["labels"], 1), strict=True),
             model=self._part,
             num_microbatches=self._shape.micro_batches,
             seq_length=1,

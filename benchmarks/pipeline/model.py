@@ -1,4 +1,4 @@
-"""The model of this benchmark and its shapes. Knows no pipeline; the cut into parts is the one that all contenders use."""
+"""The model of this benchmark, its shapes, and the cut that all contenders use. Knows no pipeline."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Block(nn.Module):
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).reshape(batch, tokens, hidden))
         y = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        mixed: torch.Tensor = self.down(F.silu(self.gate(y)) * self.up(y))
+        return x + mixed
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -87,6 +88,9 @@ class Decoder(nn.Module):
         cos, sin = _tables(shape)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    cos: torch.Tensor  # (tokens, head_dim)
+    sin: torch.Tensor
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)

@@ -118,7 +118,8 @@ def _same(
     got = contender.step(batch)
     assert got is None or abs(got - loss) <= TOLERANCE * abs(loss), f"{name}: loss {got}, one process {loss}"
     parameters = contender.parameters
-    assert parameters and set(parameters) <= set(expected), f"{name}: parameters {sorted(parameters)}"
+    assert parameters, f"{name} has no parameters on this rank"
+    assert set(parameters) <= set(expected), f"{name}: parameters {sorted(parameters)}"
     scale = statistics.fmean(gradient.norm().item() for gradient in expected.values())
     for parameter, value in parameters.items():
         assert value.grad is not None, f"{name}: {parameter} has no gradient"

@@ -35,23 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the tiny shape and one that stands in for the large ones")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(FULL), help="only these; the figures speak of these alone")
     parser.add_argument("--share", type=float, default=1.0, help="of the rounds, for a busy machine; at least three")
     parser.add_argument("--output", type=Path, help="a file for the results, instead of one in results/")
     options = parser.parse_args(arguments)
     chosen = QUICK if options.quick else FULL
-    rounds = {shape: max(3, round(number * options.share)) for shape, number in chosen.items()}
+    shapes = [shape for shape in chosen if options.shapes is None or shape in options.shapes]
+    rounds = {shape: max(3, round(chosen[shape] * options.share)) for shape in shapes}
     with RankStarter(preload=PRELOAD) as starter:
-        missed = {} if options.quick else _missed(starter)
+        missed = {} if options.quick else _missed()
         for name, reason in missed.items():
             print(f"missed: {name}: {reason}")
         names = [name for name in CONTENDERS if name in ALWAYS or not (options.quick or name in missed)]
         timings = {shape: _timings(starter, names, shape, number) for shape, number in rounds.items()}
-        memory_shape = "quick" if options.quick else "large-256"
+        memory_shape = shapes[-1]
         memory = {name: _memory(starter, name, memory_shape) for name in (OURS, *TORCH)}
     figures = _figures(timings, memory)
-    record: dict[str, Any] = {**_circumstances(), "rounds": rounds, "missed": missed, "medians_s": _medians(timings), "figures": figures}
-    record["ratios"] = {shape: _ratios(seconds) for shape, seconds in timings.items()}
-    record["memory_bytes"] = memory
+    record: dict[str, Any] = {
+        **_circumstances(),
+        "rounds": rounds,
+        "missed": missed,
+        "figures": figures,
+        "ratios": {shape: _ratios(seconds) for shape, seconds in timings.items()},
+        "medians_s": _medians(timings),
+        "memory_bytes": memory,
+    }
     output = options.output or _file(record["date"], quick=options.quick)
     output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"peak resident set of the ranks, {memory_shape} (MiB; rise above the process without a model)")
@@ -61,12 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(figures))
 
 
-def _missed(starter: RankStarter) -> dict[str, str]:
+def _missed() -> dict[str, str]:
     """Peers that cannot be made, each tried in ranks of its own: what it breaks breaks nobody else."""
     missed: dict[str, str] = {}
     for name in PEERS:
         if name not in TORCH:
-            with RankPool(2, num_threads=1, starter=starter) as pool:
+            with RankPool(2, num_threads=1, preload=PRELOAD) as pool:
                 try:
                     missed.update(pool.run(missing_peers, [name], timeout_s=60)[0])
                 except LaunchError as error:
@@ -79,9 +87,9 @@ def _timings(starter: RankStarter, names: Sequence[str], shape: str, rounds: int
     with RankPool(2, num_threads=1, starter=starter) as pool:
         first, second = pool.run(timed_steps, names, SHAPES[shape], rounds, timeout_s=1800)
     seconds = {name: [max(pair) for pair in zip(first[name], second[name], strict=True)] for name in names}
-    print(f"{shape}: median of {rounds} steps; ratio to {OURS}, median of rounds")
+    print(f"{shape}: median of {rounds} steps; {OURS} / it, median of rounds")
     for name in names:
-        ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds[OURS], seconds[name], strict=True))
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds[OURS], seconds[name], strict=True))
         print(f"  {name:16} {statistics.median(seconds[name]) * 1e3:9.2f} ms  {ratio:6.3f}", flush=True)
     return seconds
 
@@ -100,14 +108,16 @@ def _ratios(seconds: Seconds) -> dict[str, float]:
     }
 
 
-def _figures(timings: Mapping[str, Seconds], memory: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, float]:
+def _figures(
+    timings: Mapping[str, Seconds], memory: Mapping[str, Sequence[tuple[int, int]]]
+) -> dict[str, float | None]:
     ratios = {shape: _ratios(seconds) for shape, seconds in timings.items()}
     large = [shape for shape in ratios if shape != "tiny"]
     leaner = [min(memory[name][rank][0] for name in TORCH) for rank in range(2)]
     return {
-        "tiny_vs_torch": max(ratios["tiny"][name] for name in TORCH),
-        "large_vs_torch": max(ratios[shape][name] for shape in large for name in TORCH),
-        "large_vs_best_peer": max(ratio for shape in large for ratio in ratios[shape].values()),
+        "tiny_vs_torch": max((ratios["tiny"][name] for name in TORCH if "tiny" in ratios), default=None),
+        "large_vs_torch": max((ratios[shape][name] for shape in large for name in TORCH), default=None),
+        "large_vs_best_peer": max((ratio for name in large for ratio in ratios[name].values()), default=None),
         "peak_memory_vs_torch": round(max(memory[OURS][rank][0] / leaner[rank] for rank in range(2)), 4),
     }
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn as nn
 from models import Example, make
-from one_process import Gradients, traced, worst_error
 from torch.utils.checkpoint import checkpoint
 
+from one_process import Gradients, traced, worst_error
 from shardwise.errors import ModelError
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MODELS, make
-from one_process import run_whole, traced, worst_error
 
+from one_process import run_whole, traced, worst_error
 from shardwise.verify import verify
 
 TOLERANCE = 1e-5
@@ -66,9 +66,7 @@ def test_the_router_loss_of_every_layer_reaches_the_loss() -> None:
     assert not torch.allclose(gradients[gate], without[gate], rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name, layout", [("bert", "dp=2,pp=2"), ("t5", "pp=2"), ("clip", "pp=2"), ("unet", "pp=3")]
-)
+@pytest.mark.parametrize("name, layout", [("bert", "dp=2,pp=2"), ("t5", "pp=2"), ("clip", "pp=2"), ("unet", "pp=3")])
 def test_real_ranks_are_one_device(name: str, layout: str) -> None:
     example = make(name)
     comparison = verify(example.model, example.batch, layout=layout, loss=example.loss, timeout_s=60)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import typer
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import LaunchError, ShardwiseError
 
 __all__ = ["VERBS", "main", "run_command"]
 
@@ -59,6 +59,11 @@ def run_command(arguments: Sequence[str]) -> int:
         print(f"shardwise: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"({note})", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not isinstance(error.__cause__, LaunchError):
+            raise
+        print(f"shardwise: {error.__cause__}", file=sys.stderr)  # raised on a rank: its own traceback says where
         return 1
     except KeyboardInterrupt:
         print("shardwise: interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.describe.flow import Dataflow, NodeKind
-from shardwise.errors import DataflowError, LayoutError
+from shardwise.errors import DataflowError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch, signature
 from shardwise.execute.stage import Programme, StageRun, programme
 from shardwise.plan.cut import Cut, StageCut, cut_stages
@@ -101,6 +101,8 @@ class Flows:
     def _made(self, tape: Tape) -> Flow:
         stages = {node.index: self._stage(node.name, node.call) for node in tape.flow.calls}
         cut = cut_stages(tape.flow, stages, self.num_stages, idle=True)
+        if self.num_stages > 1:
+            _refuse_state(tape)
         text = repr((tape.flow.nodes, tape.flow.values, sorted(stages.items())))
         return Flow(
             tape=tape,
@@ -122,6 +124,16 @@ class Flows:
             f"every unit call has a stage: {unit} was not called when the layout was made; name its stage, or make the "
             "layout from a batch that uses it"
         )
+
+
+def _refuse_state(tape: Tape) -> None:
+    """Stages run different parts of the glue, and leave it early: a state that glue keeps would drift apart."""
+    for node, record in zip(tape.flow.nodes, tape.records, strict=True):
+        if record.buffers_written:
+            raise ModelError(
+                f"code between the units keeps no state: {node.label} writes buffer {record.buffers_written[0]} in place, "
+                "which stages would do differently often; name the module around it as a unit"
+            )
 
 
 def _looking(flow: Dataflow) -> StageCut:

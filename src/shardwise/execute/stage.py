@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
@@ -32,6 +32,7 @@ from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
 from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
 from shardwise.trace.record import glue_key
+from shardwise.trace.substitute import Undo, put_back, substitute
 from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, FromArgument, Made, Record, Structure, Tape
 
 __all__ = ["Leave", "Programme", "StageRun", "arrive", "programme"]
@@ -127,6 +128,7 @@ class StageRun:
         self.checked = checked
         self.position = 0
         self.inside = False
+        self._undo: Undo = []  # what is hidden from the node that runs
         self._recomputes = False  # the unit that is called next is checkpointed
         self._mode: RandomMode | None = None  # of the unit that runs
         self.sent: dict[int, torch.Tensor] = {}
@@ -134,6 +136,7 @@ class StageRun:
         self._stale: dict[int, str] = {}  # storage -> the write that this stage has skipped
         self._keep: list[torch.Tensor] = []
         self._values: dict[int, int] = {}  # id(tensor) -> value, when checked
+        self._live: dict[int, torch.Tensor] = {}  # value -> tensor, when checked
         self._written: dict[int, int] = {}  # storage -> value of its last write here, when checked
         self._replaced: dict[int, torch.Tensor] = {}
 
@@ -188,7 +191,10 @@ class StageRun:
                 args, kwargs = self._only_listed(index, args, kwargs)
             if self._stale:
                 self._refuse_stale(index, (args, kwargs))
-            out = self._compute(index, record, func, args, kwargs)
+            try:
+                out = self._compute(index, record, func, args, kwargs)
+            finally:
+                put_back(self._undo)
             if record.look is not None or self.tape.flow.nodes[index].kind is NodeKind.READ:
                 self._compare_look(index, record, out)
             if self.table.sends[index] or self.checked:
@@ -214,9 +220,8 @@ class StageRun:
             arguments = tree_flatten((args, kwargs))[0]
             for position, value in record.writes:
                 target = arguments[position]
-                self._values[id(target)] = value
+                self._note(value, target)
                 self._written[target.untyped_storage()._cdata] = value
-                self._keep.append(target)
         return out
 
     def _unrecorded(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -250,14 +255,23 @@ class StageRun:
         if tensor is None:
             return self.tape.stand_ins[value]
         if self.checked:
-            self._values[id(tensor)] = value
+            self._note(value, tensor)
         return tensor
+
+    def _note(self, value: int, tensor: torch.Tensor) -> None:
+        self._values[id(tensor)] = value
+        self._live[value] = tensor
+        self._keep.append(tensor)
 
     def _skip_write(self, index: int, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         target = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)), None)
         if target is not None and not isinstance(target, Absent):
             self._stale[target.untyped_storage()._cdata] = self.tape.flow.nodes[index].label
             self._keep.append(target)
+        for value in self.tape.records[index].touches if self.checked else ():  # the target may be an absent view
+            live = self._live.get(value)
+            if live is not None and not isinstance(live, Absent):
+                self._stale[live.untyped_storage()._cdata] = self.tape.flow.nodes[index].label
 
     def _refuse_stale(self, index: int, tree: object) -> None:
         for leaf in tree_flatten(tree)[0]:
@@ -271,25 +285,23 @@ class StageRun:
                     )
 
     def _with_replacements(self, args: Any, kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        return tree_unflatten([self._replaced.get(id(leaf), leaf) for leaf in leaves], spec)
+        return substitute((args, kwargs), lambda leaf: self._replaced.get(id(leaf), leaf), [])
 
     # -- what is checked in the first step of a signature -----------------------------------------
 
     def _only_listed(self, index: int, args: Any, kwargs: Any) -> Any:
         """The arguments, with every value that the dataflow does not list for this node made absent."""
         listed = self.tape.flow.nodes[index].reads
-        leaves, spec = tree_flatten((args, kwargs))
-        changed = False
-        for place, leaf in enumerate(leaves):
+
+        def visible(leaf: torch.Tensor) -> torch.Tensor:
             value = self._values.get(id(leaf))
-            if self._written and isinstance(leaf, torch.Tensor) and not isinstance(leaf, Absent):
+            if self._written and not isinstance(leaf, Absent):
                 last = self._written.get(leaf.untyped_storage()._cdata)
-                value = last if last is not None and last not in listed else value
-            if value is not None and value not in listed:
-                leaves[place] = self.tape.stand_ins[value]
-                changed = True
-        return tree_unflatten(leaves, spec) if changed else (args, kwargs)
+                if last is not None and last not in listed and (value is None or value < last):
+                    value = last
+            return leaf if value is None or value in listed else self.tape.stand_ins[value]
+
+        return substitute((args, kwargs), visible, self._undo)
 
     def _made(self, index: int, record: Record, out: Any, args: Any, kwargs: Any) -> Any:
         """Keep what is sent, note identities when checked."""
@@ -300,8 +312,7 @@ class StageRun:
             if not isinstance(answer, Made) or not isinstance(leaf, torch.Tensor):
                 continue
             if self.checked:
-                self._values[id(leaf)] = answer.value
-                self._keep.append(leaf)
+                self._note(answer.value, leaf)
             if answer.value in sends:
                 self._send(answer.value, leaf, record)
         return out
@@ -346,10 +357,13 @@ class StageRun:
                 args, kwargs = self._only_listed(index, args, kwargs)
             if self._stale:
                 self._refuse_stale(index, (args, kwargs))
-            return self._run(index, record, unit, body, args, kwargs)
+            try:
+                return self._run(index, record, unit, body, args, kwargs)
+            finally:
+                put_back(self._undo)
         out = self._answer(index, record, args, kwargs)
         if record.extras or record.hooked:
-            self._feed(record, args, kwargs)
+            self._feed(unit, record, args, kwargs)
         return out
 
     def _run(
@@ -378,8 +392,7 @@ class StageRun:
             if tensor is None:
                 tensor = self._pick_up(record, value, args, kwargs)
             if self.checked:
-                self._values[id(tensor)] = value
-                self._keep.append(tensor)
+                self._note(value, tensor)
             if value in self.table.sends[index]:
                 self._send(value, tensor, record)
         if self.table.sends[index] or self.checked:
@@ -460,7 +473,7 @@ class StageRun:
             )
         return found
 
-    def _feed(self, record: Record, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _feed(self, unit: str, record: Record, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Feed the collectors of an absent unit in order: hooks inside it, attributes it sets, containers it fills."""
         arguments = tree_flatten((args, kwargs))[0]
         for value, place in record.extras.items():
@@ -481,11 +494,17 @@ class StageRun:
             output = self._fill(hooked.output, arguments)
             wanted = any(isinstance(leaf, Made) for leaf in hooked.output.leaves)
             for hook_id, hook in list(module._forward_hooks.items()):
-                with contextlib.nullcontext() if wanted else contextlib.suppress(DataflowError):
+                try:
                     if hook_id in module._forward_hooks_with_kwargs:
                         hook(module, given, {}, output)
                     else:
                         hook(module, given, output)
+                except DataflowError as error:
+                    if wanted or record.out_of_reach:
+                        raise DataflowError(
+                            f"a hook on {hooked.module} computes with what unit {unit} made, and stage {self.cut.stage} "
+                            "does not hold that; let the hook keep the tensor as it is, and compute with it in the model"
+                        ) from error
 
     def _fill(self, structure: Structure, arguments: Sequence[object]) -> Any:
         return structure.build(arguments, self._value)

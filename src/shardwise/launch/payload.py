@@ -59,9 +59,9 @@ def _parametrize(module: torch.nn.Module, content: dict[str, object]) -> None:
     """Fill a module whose tensors are computed by parametrizations (weight_norm): its class is made when it is."""
     module.__dict__.update(content)
     module.__dict__.pop("parametrizations", None)
-    parametrize._inject_new_class(module)  # type: ignore[no-untyped-call]
+    parametrize._inject_new_class(module)
     for name in module.parametrizations:  # type: ignore[union-attr]
-        parametrize._inject_property(module, name)  # type: ignore[no-untyped-call]
+        parametrize._inject_property(module, name)
 
 
 def _name_of_global(obj: object) -> str | None:

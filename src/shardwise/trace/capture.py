@@ -17,7 +17,7 @@ from shardwise.errors import ModelError
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import Batch, LossFunction, objective
 from shardwise.trace.randomness import Scope, python_streams
-from shardwise.trace.record import GlueLooks, Recorder, glue_key
+from shardwise.trace.record import DataDependent, GlueLooks, Recorder, glue_key
 from shardwise.trace.tape import Tape
 from shardwise.trace.units import choose_units
 
@@ -65,7 +65,8 @@ def capture(
                     captured.tape.host_random = not _same(before, _host_state())
                     if watch is not None and value.requires_grad:
                         recorder.phase = "backward"
-                        torch.autograd.backward([value])
+                        with contextlib.suppress(*DataDependent):  # what it has not reached is estimated
+                            torch.autograd.backward([value])
                 return captured
         except GlueLooks as looks:
             if not looks.module or looks.module in whole:

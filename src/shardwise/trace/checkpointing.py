@@ -48,15 +48,13 @@ def noticed(watcher: Checkpoints) -> Iterator[None]:
                 return
             if contexts is not torch_checkpoint.noop_context_fn:
                 chosen = _both(contexts, chosen)
-            yield from original(
-                function, preserve, chosen, determinism_check, debug, early_stop, *args, **kwargs
-            )
+            yield from original(function, preserve, chosen, determinism_check, debug, early_stop, *args, **kwargs)
 
     def apply(function: Any, preserve: bool, *args: Any) -> Any:
         return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
-    torch_checkpoint._checkpoint_without_reentrant_generator = generator
-    reentrant.apply = apply
+    torch_checkpoint._checkpoint_without_reentrant_generator = generator  # type: ignore[assignment]
+    reentrant.apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,7 @@ class Recorder:
         self._modules = modules
         self.scope = scope
         self._origins = Origins()
+        self._stale: set[int | None] = set()  # real storages into which fake values were written: fake from then on
         self._nodes: list[Node] = []
         self._values: list[Value] = []
         self._tensors: list[torch.Tensor | None] = []  # of each value, for its metadata
@@ -154,7 +156,10 @@ class Recorder:
                 _Below(self),
                 as_one_function(lambda: glue if self._in_glue() else None),
                 noticed(self),
+                warnings.catch_warnings(),
             ):
+                # a fake twin of a real tensor that was written asks also for its gradient
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 yield
         finally:
             handle.remove()
@@ -297,6 +302,9 @@ class Recorder:
                 answer=Structure(spec, tuple(answer)),
                 changes=bool(written),
                 writes=tuple(writes),
+                buffers_written=tuple(
+                    self._buffer_names[id(tensor)] for tensor in written if id(tensor) in self._buffer_names
+                ),
                 random=op.random,
                 draw=self._num_draws,
                 look=look,
@@ -430,7 +438,12 @@ class Recorder:
                 self._reading(tensor, context.reads, context.parameters, context.buffers)
             if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
                 context.random = True
-        if any(isinstance(tensor, FakeTensor) for tensor in inputs):
+        if any(isinstance(tensor, FakeTensor) for tensor in inputs) or self._reads_stale(func, inputs):
+            self._stale.update(
+                self._origins.storage(tensor)
+                for tensor in (_written(func, args, kwargs) if func._schema.is_mutable else ())
+                if not isinstance(tensor, FakeTensor)
+            )
             with self.fake:
                 out = grouped_mm_like(*args, **kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
         else:
@@ -440,6 +453,12 @@ class Recorder:
         if self.phase == "forward" and context is not None:
             self._made(func, args, kwargs, out, inputs)
         return out
+
+    def _reads_stale(self, func: Any, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether a real computation would use what fake values were written into; views go on being real."""
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            return False
+        return any(self._origins.storage(tensor) in self._stale for tensor in inputs)
 
     def _made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, inputs: list[torch.Tensor]) -> None:
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
@@ -562,6 +581,7 @@ class Recorder:
             for value, tensor in call.promoted.items():
                 place = place_of(value, tensor, record.hooked, call.left)
                 if place is None:
+                    record.out_of_reach = True
                     self._values[value] = dataclasses.replace(self._values[value], crossable=False)
                 else:
                     extras[value] = place
@@ -578,6 +598,10 @@ class Recorder:
             values = sorted(by_storage.get(key, []))
             if not values:
                 continue
+            for writer in writers:
+                node = writer.node if isinstance(writer, Born) else self._values[writer].node
+                before = {value for value in values if self._values[value].node < node}
+                self._records[node].touches = tuple(sorted({*self._records[node].touches, *before}))
             written = [w for w in writers if isinstance(w, int)]
             for value in values[:1]:
                 self._records[self._values[value].node].written_later = True

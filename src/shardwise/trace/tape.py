@@ -121,6 +121,9 @@ class Record:
     extras: Mapping[int, Place] = dataclasses.field(default_factory=dict)  # value -> where it is left
     changes: bool = False  # writes into a tensor that existed before
     writes: tuple[tuple[int, int], ...] = ()  # (position among the flattened arguments, value it becomes)
+    out_of_reach: bool = False  # something it made is read outside, and is not left where it can be picked up
+    touches: tuple[int, ...] = ()  # values made before it that share the memory it writes
+    buffers_written: tuple[str, ...] = ()
     written_later: bool = False  # something it made is overwritten later: a send must copy
     random: bool = False  # draws from a torch generator
     draw: int = 0  # glue: its number among the draws of the glue, which does not depend on how samples are dealt

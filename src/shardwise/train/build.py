@@ -99,6 +99,8 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
     """
     run, layout = job.run, job.run.seeded_layout
     device = torch.device(run.device, context.local_rank) if run.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     task = build_task(job)
     source = open_checkpoint(run.checkpoint_folder) if job.resume else None
     state = _state(job, task)

@@ -62,11 +62,13 @@ def evaluate(world: World, emit: Emit, step: int) -> None:
     if size < world.run.layout.dp:
         return
     total = weight = 0.0
+    modes = [(module, module.training) for module in program.model.modules()]
     program.model.eval()
     for number in range(min(options.evaluate_batches, available // size)):
         result = program.evaluate(world.held_out(number, size), step=step)
         total, weight = total + result.loss * result.weight, weight + result.weight
-    program.model.train()
+    for module, training in modes:
+        module.training = training
     loss = total / weight if weight else 0.0
     emit("evaluation", step=step, loss=loss, weight=weight, **world.task.metrics(loss))
 

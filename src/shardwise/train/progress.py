@@ -95,7 +95,9 @@ class ProgressSink:
 
     def _end(self, data: Mapping[str, Any]) -> None:
         self.close()
-        if data["first_loss"] is not None:
+        if data["first_loss"] is None:
+            self._print(f"nothing left to train: all {self._total} steps are done")
+        else:
             self._print(
                 f"loss {data['first_loss']:.4f} -> {data['last_loss']:.4f} (mean of the last 10 steps) in "
                 f"{format_duration(data['train_s'])}"
