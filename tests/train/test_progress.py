@@ -24,14 +24,15 @@ def event(kind: str, step: int | None = None, **data: object) -> Event:
     return Event(kind=kind, rank=0, seconds=0.0, step=step, data=data)
 
 
-START = event("start", steps=10, first_step=4, layout="dp=2", num_parameters=5_000_000, ready_s=3.0)
+START = event("start", steps=10, first_step=4, layout="dp=2", num_parameters=5_000_000, ready_s=3.0, data="7 samples")
 STEP = event("step", 4, loss=3.25, weight=1000.0, step_s=2.0, memory_bytes=[2**20, 2**21])
 
 
 def test_a_step_is_one_line_with_everything_that_is_asked_for() -> None:
     lines = shown(START, STEP).splitlines()
-    assert lines[0] == "training 5 M parameters for 10 steps on dp=2, resumed after step 4; ready after 3 s"
-    assert lines[1] == "step 5/10  loss 3.2500  500 tokens/s  memory 1 MiB 2 MiB  ETA 10 s"
+    assert lines[0] == "data: 7 samples"
+    assert lines[1] == "training 5 M parameters for 10 steps on dp=2, resumed after step 4; ready after 3 s"
+    assert lines[2] == "step 5/10  loss 3.2500  500 tokens/s  memory 1 MiB 2 MiB  ETA 10 s"
 
 
 def test_evaluations_and_checkpoints_are_told() -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, cast
+from uuid import uuid4
 
 from shardwise.errors import LaunchError
 from shardwise.launch.collect import OnMessage, collect
@@ -60,7 +61,6 @@ class RankPool:
         self._owns_starter = starter is None
         self._starter = starter or RankStarter(preload=preload)
         self._ranks: list[RankProcess] = []
-        self._generation = 0
 
     def __enter__(self) -> Self:
         return self
@@ -127,8 +127,7 @@ class RankPool:
         """Starts the ranks, unless they run: what the first call does by itself."""
         if self._ranks:
             return
-        self._generation += 1
-        meeting = Path(self._starter.folder) / f"meeting-{id(self)}-{self._generation}"
+        meeting = Path(self._starter.folder) / f"meeting-{uuid4().hex}"
         try:
             for rank in range(self.world_size):
                 process = self._starter.start_rank(rank)

@@ -20,6 +20,7 @@ from shardwise.execute.assemble import assemble, fill_from
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
+from shardwise.quantities import format_bytes, format_count
 from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
 from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
@@ -30,7 +31,7 @@ from shardwise.train.run_file import Run
 from shardwise.train.shares import share
 from shardwise.train.state import check_state, restore
 
-__all__ = ["Job", "World", "build", "build_model", "build_task", "check_vocabulary", "first_micro_batch"]
+__all__ = ["Job", "World", "about", "build", "build_model", "build_task", "check_vocabulary", "first_micro_batch"]
 
 ModelLike = nn.Module | Callable[[], nn.Module]
 
@@ -168,6 +169,16 @@ def build_model(job: Job, source: Source | None = None) -> tuple[nn.Module, Valu
         if name in saved:
             buffer.copy_(values([name])[name])
     return model, values
+
+
+def about(task: Task) -> str:
+    """A task's data in words."""
+    samples = format_count(task.num_samples("train"), "samples")
+    if not isinstance(task, LanguageModelling):
+        return samples
+    corpus = task.corpus
+    tokens = format_count(corpus.num_train_tokens, "tokens")
+    return f"{samples}, {tokens} of {format_bytes(corpus.num_bytes)} of text in {corpus.num_documents} documents"
 
 
 def check_vocabulary(job: Job) -> None:

@@ -62,6 +62,7 @@ class ProgressSink:
 
     def _start(self, data: Mapping[str, Any]) -> None:
         self._total, self._first = int(data["steps"]), int(data["first_step"])
+        self._print(f"data: {data['data']}")
         resumed = f", resumed after step {self._first}" if self._first else ""
         self._print(
             f"training {format_count(data['num_parameters'], 'parameters')} for {self._total} steps on "

@@ -21,7 +21,7 @@ from shardwise.errors import ConfigError, LayoutError
 from shardwise.events import Event, JsonlSink, Sink
 from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
 from shardwise.tasks import Task, prepare_task
-from shardwise.train.build import Job, ModelLike, build, check_vocabulary
+from shardwise.train.build import Job, ModelLike, about, build, check_vocabulary
 from shardwise.train.loop import run_steps
 from shardwise.train.model import model_factory
 from shardwise.train.progress import ProgressSink
@@ -131,6 +131,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             steps=run.training.steps,
             first_step=world.first_step,
             layout=str(run.layout),
+            data=about(world.task),
             pid=os.getpid(),
             num_parameters=sum(shapes),
             held_parameters=sum(parameter.numel() for parameter in world.program.parameters.values()),
