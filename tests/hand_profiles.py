@@ -63,7 +63,5 @@ def chain(
             for i, name in enumerate(names)
         ),
         flow=Dataflow(nodes=tuple(nodes), values=tuple(values), results=(last,)),
-        glue=(GlueProfile(node=last, forward_flops=0, backward_flops=0, saved_bytes=glue_saved),)
-        if glue_saved
-        else (),
+        glue=(GlueProfile(node=last, forward_flops=0, backward_flops=0, saved_bytes=glue_saved),) if glue_saved else (),
     )

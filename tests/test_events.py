@@ -35,9 +35,7 @@ def test_an_event_comes_back_from_its_line(event: Event) -> None:
 
 
 def test_a_loss_that_is_not_a_number_can_be_recorded() -> None:
-    event = Event.from_json(
-        Event(kind="step", rank=0, step=1, seconds=0.0, data={"loss": math.nan}).to_json()
-    )
+    event = Event.from_json(Event(kind="step", rank=0, step=1, seconds=0.0, data={"loss": math.nan}).to_json())
     assert math.isnan(event.data["loss"])  # type: ignore[arg-type]
 
 

@@ -28,10 +28,7 @@ def test_importing_shardwise_imports_nothing_heavy() -> None:
 
 
 def test_importing_shardwise_imports_no_other_file_of_its_own() -> None:
-    assert (
-        run_python("import sys, shardwise; print(*[n for n in sys.modules if n.startswith('shardwise.')])")
-        == ""
-    )
+    assert run_python("import sys, shardwise; print(*[n for n in sys.modules if n.startswith('shardwise.')])") == ""
 
 
 def test_every_public_name_is_an_object_also_after_a_package_of_the_same_name_was_imported() -> None:
@@ -58,9 +55,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_known_ones() -> No
 
 def test_the_table_and_the_block_for_type_checkers_name_the_same_objects() -> None:
     tree = ast.parse(Path(shardwise.__file__).read_text(encoding="utf-8"))
-    block = next(
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     named = {alias.name: node.module for node in imports for alias in node.names}
     assert named == dict(shardwise.PUBLIC_NAMES)

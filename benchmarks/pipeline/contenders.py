@@ -68,9 +68,7 @@ class Ours:
 class TorchPipeline:
     """torch.distributed.pipelining, with the half that this rank runs."""
 
-    def __init__(
-        self, model: Decoder, shape: Shape, rank: int, kind: type[Schedule1F1B] | type[ScheduleGPipe]
-    ) -> None:
+    def __init__(self, model: Decoder, shape: Shape, rank: int, kind: type[Schedule1F1B] | type[ScheduleGPipe]) -> None:
         self._part = Part(model, rank)
         stage = PipelineStage(self._part, rank, 2, torch.device("cpu"))
         self._schedule = kind(stage, n_microbatches=shape.micro_batches, loss_fn=loss_of)

@@ -31,9 +31,7 @@ class MegatronPipeline:
 
         schedules.torch = p2p_communication.torch = _torch_on_cpu()
         if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(
-                pipeline_model_parallel_size=2, create_gloo_process_groups=False
-            )
+            parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, create_gloo_process_groups=False)
         self._run = schedules.forward_backward_pipelining_without_interleaving
         self._shape = shape
         self._first = rank == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from shardwise.comm.point_to_point import Expected, ProcessGroupTransport, receive, send
 from shardwise.errors import TransferError
 from shardwise.launch import RankContext
@@ -12,7 +13,9 @@ from shardwise.testing import on_ranks
 CPU = torch.device("cpu")
 
 
-def edge(*shape: int, strides: tuple[int, ...] | None = None, check: int = 7, dtype: torch.dtype = torch.float32) -> Expected:
+def edge(
+    *shape: int, strides: tuple[int, ...] | None = None, check: int = 7, dtype: torch.dtype = torch.float32
+) -> Expected:
     return Expected(
         what="layers.1#0 output 0",
         check=check,
@@ -65,7 +68,9 @@ def test_another_shape_is_an_error_that_names_the_edge(rank: RankContext) -> Non
         send(transport, torch.zeros(2, 3), edge(2, 3), 1, headers=True).wait()
     else:
         incoming = receive(transport, edge(3, 2), 0, device=CPU, headers=True)
-        with pytest.raises(TransferError, match=r"for layers.1#0 output 0 it sent float32 \(2, 3\).*where float32 \(3, 2\)"):
+        with pytest.raises(
+            TransferError, match=r"for layers.1#0 output 0 it sent float32 \(2, 3\).*where float32 \(3, 2\)"
+        ):
             incoming.wait()
 
 

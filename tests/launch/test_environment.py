@@ -83,9 +83,7 @@ def test_open_mpi_and_pmi_are_read() -> None:
 
 
 def test_an_address_of_ipv6_is_bracketed() -> None:
-    assert context_of_world(world_of(PMI | {"MASTER_ADDR": "fe80::1"})).rendezvous.startswith(
-        "tcp://[fe80::1]:"
-    )
+    assert context_of_world(world_of(PMI | {"MASTER_ADDR": "fe80::1"})).rendezvous.startswith("tcp://[fe80::1]:")
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from shardwise.errors import ConfigError, LaunchError
 from shardwise.launch.outcome import Failure, failure_of_call
 
-LOST = Failure(
-    rank=0, text="Traceback …\nRuntimeError: Connection closed by peer [127.0.0.1]", error=RuntimeError("x")
-)
+LOST = Failure(rank=0, text="Traceback …\nRuntimeError: Connection closed by peer [127.0.0.1]", error=RuntimeError("x"))
 WRONG = Failure(rank=1, text="Traceback …\nConfigError: no such file", error=ConfigError("no such file"))
 KILLED = Failure(rank=2, text="was killed by signal 9 (SIGKILL)", died=True)
 

@@ -97,7 +97,5 @@ def test_functions_and_classes_made_on_the_spot_arrive() -> None:
 
 
 def test_what_cannot_travel_is_named() -> None:
-    with pytest.raises(
-        LaunchError, match="dict cannot travel between processes.*lock.*keep open files, locks"
-    ):
+    with pytest.raises(LaunchError, match="dict cannot travel between processes.*lock.*keep open files, locks"):
         pack({"lock": threading.Lock()})

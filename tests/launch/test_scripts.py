@@ -65,9 +65,7 @@ def test_a_script_without_a_main_guard_runs_its_classes_on_ranks(tmp_path: Path)
 
 def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     with parent.stdout:
         pids = [int(parent.stdout.readline()) for _ in range(2)]

@@ -16,9 +16,7 @@ RATE = 1e6  # flops a second, and so many flops a call: forward 1 s, backward 2 
 
 def estimated(profile, layout, *, num_micro_batches=1, flops_per_s=RATE, **options):
     cut = cut_stages(profile.flow, place(profile, layout), layout.pp)
-    return estimate(
-        profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=flops_per_s, **options
-    )
+    return estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=flops_per_s, **options)
 
 
 def test_one_device_holds_everything_and_never_waits() -> None:

@@ -29,9 +29,7 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, Edges]:
     needs = _dependencies(num_stages, num_micro_batches, edges, split)
     rows: dict[int, list[Action]] = {r: [] for r in ranks}
     while needs:
-        kind, stage, m = node = draw(
-            st.sampled_from([n for n, before in needs.items() if not before & needs.keys()])
-        )
+        kind, stage, m = node = draw(st.sampled_from([n for n, before in needs.items() if not before & needs.keys()]))
         del needs[node]
         rows[owner[stage]].append(Action(kind=kind, stage=stage, micro_batch=m))
     schedule = Schedule(
@@ -44,9 +42,7 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, Edges]:
     return schedule, edges
 
 
-def _dependencies(
-    num_stages: int, num_micro_batches: int, edges: Edges, split: set[int]
-) -> dict[Node, set[Node]]:
+def _dependencies(num_stages: int, num_micro_batches: int, edges: Edges, split: set[int]) -> dict[Node, set[Node]]:
     needs: dict[Node, set[Node]] = {}
     for m in range(num_micro_batches):
         back = Kind.I if m in split else Kind.B

@@ -42,9 +42,7 @@ def test_the_stage_that_acts_is_written_first() -> None:
     assert there.edge == back.edge == (0, 1)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "2F", "F0", "2X0", "02F0", "2F00", "2f0", "2F0 ", "0S1I3", "0S1F", "-1F0", "²F0"]
-)
+@pytest.mark.parametrize("text", ["", "2F", "F0", "2X0", "02F0", "2F00", "2f0", "2F0 ", "0S1I3", "0S1F", "-1F0", "²F0"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ScheduleError, match="write for example 2F0"):
         parse(text)

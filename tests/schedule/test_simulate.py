@@ -93,9 +93,7 @@ def test_every_time_is_the_longest_path_that_leads_to_it(
     assert found == _longest_paths(schedule, edges, costs, prefetch)
 
 
-def _longest_paths(
-    schedule: Schedule, edges: Edges, costs: Costs, prefetch: int
-) -> dict[str, tuple[float, float]]:
+def _longest_paths(schedule: Schedule, edges: Edges, costs: Costs, prefetch: int) -> dict[str, tuple[float, float]]:
     """By recursion from each action to all it waits for."""
     rows = with_transfers(schedule, edges, prefetch=prefetch)
     owners = schedule.owners

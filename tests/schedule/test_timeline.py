@@ -15,9 +15,7 @@ def span(rank: int, action: str, start_s: float, end_s: float) -> Span:
 
 
 def test_idle_time_is_what_no_action_fills() -> None:
-    recorded = Timeline(
-        num_ranks=2, spans=(span(0, "0F0", 10, 11), span(0, "0S1F0", 11, 13), span(1, "1F0", 13, 14))
-    )
+    recorded = Timeline(num_ranks=2, spans=(span(0, "0F0", 10, 11), span(0, "0S1F0", 11, 13), span(1, "1F0", 13, 14)))
     assert recorded.seconds == 4
     assert recorded.busy_seconds == (1, 1)
     assert recorded.bubble_fraction == 0.75
@@ -32,9 +30,7 @@ def test_a_timeline_in_which_nothing_happens_has_no_bubble() -> None:
 @given(schedules())
 def test_a_timeline_survives_json(made: tuple[Schedule, Edges]) -> None:
     schedule, edges = made
-    timeline = simulate(
-        schedule, edges, costs=Costs.uniform(schedule.num_stages, forward=1 / 3, backward=0.7)
-    )
+    timeline = simulate(schedule, edges, costs=Costs.uniform(schedule.num_stages, forward=1 / 3, backward=0.7))
     assert Timeline.from_json(timeline.to_json()) == timeline
 
 

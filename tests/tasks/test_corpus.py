@@ -83,9 +83,7 @@ def test_the_standard_library_is_at_least_five_megabytes_of_source() -> None:
 
 @settings(max_examples=60)
 @given(
-    documents=st.lists(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True
-    ),
+    documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True),
     fraction=st.floats(0, 0.5),
 )
 def test_a_split_is_disjoint_and_loses_no_text(documents: list[str], fraction: float) -> None:

@@ -21,9 +21,7 @@ SEQUENCE_LENGTH = 16
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(60):
-        (folder / f"{i:02}.txt").write_text(
-            f"document {i}: " + f"{i * i} words and some more\n" * (1 + i % 7)
-        )
+        (folder / f"{i:02}.txt").write_text(f"document {i}: " + f"{i * i} words and some more\n" * (1 + i % 7))
     return folder
 
 

@@ -38,9 +38,7 @@ def test_tokens_are_uniform_over_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("fraction, expected", [(0.0, 15.0), (0.5, 8.0), (1.0, 1.0)])
-def test_ignored_labels_make_samples_weigh_differently_but_never_nothing(
-    fraction: float, expected: float
-) -> None:
+def test_ignored_labels_make_samples_weigh_differently_but_never_nothing(fraction: float, expected: float) -> None:
     task = RandomTokens(ignored_fraction=fraction)
     weights = [task.weight(task.samples([i], "train")) for i in range(256)]
     assert sum(weights) / 256 == pytest.approx(expected, abs=0.5)  # 4 standard errors of the mean

@@ -59,12 +59,9 @@ def test_a_loss_per_sample_is_refused() -> None:
 def test_logits_are_scored_against_the_next_label(wrap: "type[Returned]") -> None:
     logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     expected = (
-        F.cross_entropy(logits[0, 0:1], torch.tensor([2]))
-        + F.cross_entropy(logits[0, 2:3], torch.tensor([3]))
+        F.cross_entropy(logits[0, 0:1], torch.tensor([2])) + F.cross_entropy(logits[0, 2:3], torch.tensor([3]))
     ) / 2
-    assert next_token_loss(wrap(logits), {"labels": LABELS}).item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )
+    assert next_token_loss(wrap(logits), {"labels": LABELS}).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_mean_over_a_batch_is_the_weighted_mean_over_its_parts() -> None:

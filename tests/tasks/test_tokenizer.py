@@ -102,9 +102,7 @@ def test_a_loaded_tokenizer_neither_truncates_nor_pads(tmp_path: Path, trained: 
 
 
 @pytest.mark.parametrize("token", ["a", {"content": "a"}])
-def test_the_end_of_text_is_the_one_the_checkpoint_names(
-    tmp_path: Path, trained: TextTokenizer, token: object
-) -> None:
+def test_the_end_of_text_is_the_one_the_checkpoint_names(tmp_path: Path, trained: TextTokenizer, token: object) -> None:
     folder = saved(tmp_path / "checkpoint", trained, {"eos_token": token})
     vocabulary = trained.live.get_vocab()
     assert load_tokenizer(folder).end_of_text == vocabulary["a"]

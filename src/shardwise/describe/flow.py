@@ -102,7 +102,13 @@ class Dataflow:
         """The inverse of `to_json`; raises `ModelError` where a field is missing or of the wrong kind."""
         try:
             nodes = tuple(
-                Node(**{**node, "kind": NodeKind(node["kind"]), **_tuples(node, "reads", "makes", "parameters", "buffers")})
+                Node(
+                    **{
+                        **node,
+                        "kind": NodeKind(node["kind"]),
+                        **_tuples(node, "reads", "makes", "parameters", "buffers"),
+                    }
+                )
                 for node in data["nodes"]  # type: ignore[attr-defined]
             )
             values = tuple(Value(**{**value, **_tuples(value, "shape")}) for value in data["values"])  # type: ignore[attr-defined]

@@ -49,7 +49,8 @@ def assemble(
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
-            f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} ranks"
+            f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} "
+            "ranks"
         )
     counters: list[Counter] = []
 

@@ -86,8 +86,9 @@ def _sample_dim(name: str, leaf: Any, size: int, named: Mapping[str, int]) -> in
     if size > 1 and leaf.shape[0] > 1 and (leaf.shape[0] % size == 0 or (leaf.dim() > 1 and leaf.shape[1] == size)):
         at = 1 if leaf.dim() > 1 and leaf.shape[1] == size else 0
         raise BatchError(
-            f"a tensor is cut along its samples or shared, and {name} of shape {tuple(leaf.shape)} could be either with "
-            f"{size} samples; add batch_dims = {{{name} = {at}}} if dim {at} are samples, or {{{name} = -1}} to share it"
+            f"a tensor is cut along its samples or shared, and {name} of shape {tuple(leaf.shape)} could be either "
+            f"with {size} samples; add batch_dims = {{{name} = {at}}} if dim {at} are samples, or {{{name} = -1}} to "
+            "share it"
         )
     return None
 
@@ -110,8 +111,8 @@ def split(
     parts = micro_batches * replicas
     if size < parts:
         raise BatchError(
-            f"every micro-batch has a sample: {replicas} replicas x {micro_batches} micro-batches need {parts} samples, "
-            f"the batch has {size}; use at most {max(1, size // replicas)} micro-batches"
+            f"every micro-batch has a sample: {replicas} replicas x {micro_batches} micro-batches need {parts} "
+            f"samples, the batch has {size}; use at most {max(1, size // replicas)} micro-batches"
         )
     bounds = [size * part // parts for part in range(parts + 1)]
     made: list[MicroBatch] = []
@@ -135,4 +136,6 @@ def signature(inputs: Any, training: bool) -> tuple[object, ...]:
 
 def _named(batch: Batch) -> list[tuple[str, Any]]:
     pairs, _ = tree_flatten_with_path(batch)
-    return [(".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in pairs]
+    return [
+        (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in pairs
+    ]

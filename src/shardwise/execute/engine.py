@@ -146,9 +146,7 @@ class Engine:
             key = (first, second, transfer.micro_batch, value, gradient)
             if transfer.kind is TransferKind.RECV:
                 peer = self.rank_of_stage[source]
-                state.incoming[key] = receive(
-                    self._transport, expected, peer, device=self.device, headers=work.headers
-                )
+                state.incoming[key] = receive(self._transport, expected, peer, device=self.device, headers=work.headers)
             else:
                 tensor = self._to_send(state, key, expected)
                 peer = self.rank_of_stage[target]

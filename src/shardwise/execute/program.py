@@ -170,7 +170,13 @@ class Program:
             pending.wait()
         weight = float(total.item())
         works = [
-            Work(mb, flow, mb.weight / weight if weight else 0.0, scope, headers=flow.met == 0 and len(flow.cut.stages) > 1)
+            Work(
+                mb,
+                flow,
+                mb.weight / weight if weight else 0.0,
+                scope,
+                headers=flow.met == 0 and len(flow.cut.stages) > 1,
+            )
             for mb, flow, scope in zip(micro_batches, flows, scopes, strict=True)
         ]
         edges = self._edges.union(*(flow.cut.edges for flow in flows))

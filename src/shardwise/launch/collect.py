@@ -116,9 +116,7 @@ def _note_deaths(
             heard[process.rank] = Failure(rank=process.rank, text=how, died=True)
 
 
-def _overdue(
-    silent: Sequence[RankProcess], starter: RankStarter, *, world_size: int, timeout_s: float | None
-) -> str:
+def _overdue(silent: Sequence[RankProcess], starter: RankStarter, *, world_size: int, timeout_s: float | None) -> str:
     for process in silent:
         starter.signal_rank(process.pid, signal.SIGUSR1)
     time.sleep(_STACKS_S)

@@ -44,9 +44,7 @@ class RankContext:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise LaunchError(
-                f"rank {self.rank} is not one of {self.world_size}; use 0 to {self.world_size - 1}"
-            )
+            raise LaunchError(f"rank {self.rank} is not one of {self.world_size}; use 0 to {self.world_size - 1}")
 
 
 def context_of_world(world: World) -> RankContext:
@@ -78,9 +76,7 @@ def init_process_group(context: RankContext, *, timeout_s: float = 300.0, backen
     meeting = urlsplit(context.rendezvous)
     if meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
         store = _loopback_store(context, port=meeting.port, timeout=timeout)
-        dist.init_process_group(
-            backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout
-        )
+        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout)
     else:
         dist.init_process_group(
             backend,

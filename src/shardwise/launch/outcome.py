@@ -69,9 +69,7 @@ def failure_of_call(failures: Sequence[Failure], *, world_size: int) -> BaseExce
     cause = min(failures, key=lambda failure: (not failure.died, failure.is_effect))
     others = [failure for failure in failures if failure is not cause]
     told = [_told(cause, world_size)]
-    told += [
-        _told_briefly(other, world_size) if other.is_effect else _told(other, world_size) for other in others
-    ]
+    told += [_told_briefly(other, world_size) if other.is_effect else _told(other, world_size) for other in others]
     report = LaunchError("\n\n".join(told))
     if not isinstance(cause.error, Exception):
         return report

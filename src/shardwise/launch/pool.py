@@ -110,9 +110,7 @@ class RankPool:
         by_rank = sorted(cast(list[Success], outcomes), key=lambda success: success.rank)
         return [cast(R, success.value) for success in by_rank]
 
-    def _call_everywhere(
-        self, call: Call, timeout_s: float | None, on_message: OnMessage | None
-    ) -> list[Outcome]:
+    def _call_everywhere(self, call: Call, timeout_s: float | None, on_message: OnMessage | None) -> list[Outcome]:
         surroundings, packed = pack(surroundings_here()), pack(call)
         try:
             for process in self._ranks:

@@ -55,9 +55,7 @@ class RankStarter:
 
     def __init__(self, *, preload: Sequence[str] = (), start_timeout_s: float = 120.0) -> None:
         if sys.platform != "linux":
-            raise LaunchError(
-                f"shardwise starts local ranks on Linux, not on {sys.platform}; start with torchrun"
-            )
+            raise LaunchError(f"shardwise starts local ranks on Linux, not on {sys.platform}; start with torchrun")
         self.folder = tempfile.mkdtemp(prefix="shardwise-")
         self.exit_codes: dict[int, int] = {}
         self._control, theirs = channel_pair()
@@ -132,15 +130,11 @@ class RankStarter:
             return
         if not self._control.readable(within_s=max(0.0, self._deadline - time.monotonic())):
             self.close()
-            raise LaunchError(
-                f"importing torch and {self._preload} took too long; try again, or raise start_timeout_s"
-            )
+            raise LaunchError(f"importing torch and {self._preload} took too long; try again, or raise start_timeout_s")
         message = self._receive()
         if message.kind == "failed":
             self.close()
-            raise LaunchError(
-                f"preloading {self._preload} failed: {message.fields['reason']}; correct the list"
-            )
+            raise LaunchError(f"preloading {self._preload} failed: {message.fields['reason']}; correct the list")
         self._started = True
 
     def _receive(self) -> Message:

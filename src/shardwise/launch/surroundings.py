@@ -29,9 +29,7 @@ class Surroundings:
 
 def surroundings_here() -> Surroundings:
     """Those of this process."""
-    return Surroundings(
-        working_folder=os.getcwd(), sys_path=tuple(sys.path), module_files=_modules_off_the_path()
-    )
+    return Surroundings(working_folder=os.getcwd(), sys_path=tuple(sys.path), module_files=_modules_off_the_path())
 
 
 def _modules_off_the_path() -> dict[str, str]:

@@ -58,7 +58,7 @@ def hold(model: nn.Module, names: Collection[str], *, device: torch.device) -> N
 
 
 def take_own(model: nn.Module, names: Collection[str], *, device: torch.device) -> None:
-    """Give the parameters `names`, and all buffers, storage of their own on `device`: what came may be shared memory."""
+    """Give the parameters `names`, and all buffers, storage of their own on `device`: what came may be shared."""
     moved: dict[int, nn.Parameter] = {}
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():

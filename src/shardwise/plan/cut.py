@@ -48,9 +48,7 @@ class Cut:
     order: tuple[int, ...]  # stages, each after those it receives from
 
 
-def cut_stages(
-    flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int, *, idle: bool = False
-) -> Cut:
+def cut_stages(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int, *, idle: bool = False) -> Cut:
     """Cut `flow` where `stage_of_call` (call node -> stage) says; with `idle` a stage may have no call at all.
 
     Raises `LayoutError` if a call has no stage, if stages depend on each other in a circle, or if Python code between
@@ -91,7 +89,9 @@ def cut_stages(
         for value, source in stage_cut.receives:
             edge = (source, stage_cut.stage)
             edge_bytes[edge] = edge_bytes.get(edge, 0) + flow.values[value].nbytes
-    return Cut(stages=stages, edges=tuple(sorted(edge_bytes)), edge_bytes=edge_bytes, loss_stage=loss_stage, order=tuple(order))
+    return Cut(
+        stages=stages, edges=tuple(sorted(edge_bytes)), edge_bytes=edge_bytes, loss_stage=loss_stage, order=tuple(order)
+    )
 
 
 def _check_assignment(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int, may_idle: bool) -> None:
@@ -146,7 +146,9 @@ def _topological(flow: Dataflow, stage_of_call: Mapping[int, int], above: Sequen
         if not ready:
             stuck = [s for s in range(num_stages) if not done >> s & 1]
             why = "; ".join(
-                f"stage {b} needs stage {a} ({text})" for (a, b), text in sorted(witness.items()) if a in stuck and b in stuck
+                f"stage {b} needs stage {a} ({text})"
+                for (a, b), text in sorted(witness.items())
+                if a in stuck and b in stuck
             )
             raise LayoutError(f"stages must not depend on each other in a circle: {why}; give these calls one stage")
         order.append(ready[0])
@@ -280,9 +282,7 @@ def _reaching(residual: csr_array, sink: int) -> set[int]:
     return reaches
 
 
-def _uncuttable(
-    flow: Dataflow, values: Sequence[int], needs: set[int], stage: int, above: Sequence[int]
-) -> str:
+def _uncuttable(flow: Dataflow, values: Sequence[int], needs: set[int], stage: int, above: Sequence[int]) -> str:
     readers: dict[int, Node] = {}
     for node in flow.nodes:
         for read in node.reads:

@@ -134,9 +134,7 @@ def estimate(
     return Estimate(stages=stages, edges=edges, schedule=schedule, timeline=timeline)
 
 
-def _costs(
-    stages: tuple[StageEstimate, ...], edges: tuple[EdgeEstimate, ...], bytes_per_s: float | None
-) -> Costs:
+def _costs(stages: tuple[StageEstimate, ...], edges: tuple[EdgeEstimate, ...], bytes_per_s: float | None) -> Costs:
     """What the simulator pays; I and W are each half of a backward."""
     backward = tuple(stage.backward_s for stage in stages)
     half = tuple(seconds / 2 for seconds in backward)

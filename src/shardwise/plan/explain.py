@@ -66,9 +66,7 @@ def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     return _labelled("layout", f"{text} on {ranks} with {micro_batches} a replica")
 
 
-def _stage(
-    profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, stage: StageEstimate
-) -> list[str]:
+def _stage(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, stage: StageEstimate) -> list[str]:
     ranks = stage_ranks(layout, stage.stage)
     on = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
     total = sum(other.forward_s + other.backward_s for other in estimate.stages)

@@ -20,9 +20,7 @@ from shardwise.plan.work import work_of
 __all__ = ["call_weights", "place"]
 
 
-def place(
-    model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, float] | None = None
-) -> dict[int, int]:
+def place(model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, float] | None = None) -> dict[int, int]:
     """Node of every unit call -> stage, as `layout.stages` says.
 
     `weights` (node of a call -> weight) replace what the layout balances by; a bare dataflow needs them
@@ -55,9 +53,7 @@ def _weights(model: ModelProfile | Dataflow, rule: StageRule) -> Mapping[int, fl
         return call_weights(model, rule)
     if rule is StageRule.DEPTH:
         return {node.index: 1.0 for node in model.calls}
-    raise LayoutError(
-        f"a dataflow knows no {rule}, so stages={rule} needs more than that; pass a profile, or weights"
-    )
+    raise LayoutError(f"a dataflow knows no {rule}, so stages={rule} needs more than that; pass a profile, or weights")
 
 
 def call_weights(profile: ModelProfile, rule: StageRule) -> dict[int, float]:

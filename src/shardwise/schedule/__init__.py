@@ -68,7 +68,5 @@ GENERATORS: Mapping[str, Generator] = MappingProxyType(
 def generate(name: str, *, num_stages: int, num_micro_batches: int) -> Schedule:
     """The schedule of that name in GENERATORS. Raises ScheduleError if there is none or a count is 0."""
     if name not in GENERATORS:
-        raise ScheduleError(
-            f'a schedule is one of {", ".join(GENERATORS)}, but got "{name}"; use one of these'
-        )
+        raise ScheduleError(f'a schedule is one of {", ".join(GENERATORS)}, but got "{name}"; use one of these')
     return GENERATORS[name](num_stages=num_stages, num_micro_batches=num_micro_batches)

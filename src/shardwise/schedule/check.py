@@ -66,9 +66,7 @@ def _check_owned(schedule: Schedule) -> None:
 
 def _check_complete(schedule: Schedule) -> None:
     """Every stage and micro-batch: one F, and, unless forward-only, one B or one I and one W."""
-    counts = Counter(
-        (action.stage, action.micro_batch, action.kind) for row in schedule.actions for action in row
-    )
+    counts = Counter((action.stage, action.micro_batch, action.kind) for row in schedule.actions for action in row)
     backwards = ((0, 0, 0),) if schedule.forward_only else ((1, 0, 0), (0, 1, 1))
     for s in range(schedule.num_stages):
         for m in range(schedule.num_micro_batches):

@@ -46,8 +46,7 @@ def check_transfers(schedule: Schedule, edges: Edges, rows: tuple[Row, ...]) -> 
 def _check_actions(schedule: Schedule, rows: tuple[Row, ...]) -> None:
     if len(rows) != schedule.num_ranks:
         raise ScheduleError(
-            f"every one of {schedule.num_ranks} ranks has a row, but there are {len(rows)} rows; give one a "
-            "rank"
+            f"every one of {schedule.num_ranks} ranks has a row, but there are {len(rows)} rows; give one a rank"
         )
     for r, row in enumerate(rows):
         actions = tuple(item for item in row if isinstance(item, Action))
@@ -76,9 +75,7 @@ def _check_places(schedule: Schedule, rank: int, row: Row, traffic: dict[Link, _
                 f"{list(schedule.ranks[rank])}; move it to the rank of stage {acting}"
             )
         if sending != ((acting, item.micro_batch, item.gradient) in done):
-            where = (
-                "ahead of the action that makes its value" if sending else "behind the action that reads it"
-            )
+            where = "ahead of the action that makes its value" if sending else "behind the action that reads it"
             raise ScheduleError(
                 f"a SEND stands behind its value's maker and a RECV ahead of its reader, but on rank {rank} "
                 f"{item} stands {where}; move it {'back' if sending else 'ahead'}"
@@ -130,6 +127,4 @@ def _check_order(link: Link, on_link: _Traffic) -> None:
 
 def _text(kind: TransferKind, value: Value) -> str:
     source, target, micro_batch = value
-    return str(
-        Transfer(kind=kind, source=source, target=target, micro_batch=micro_batch, gradient=source > target)
-    )
+    return str(Transfer(kind=kind, source=source, target=target, micro_batch=micro_batch, gradient=source > target))

@@ -80,6 +80,4 @@ def check_costs(costs: Costs, schedule: Schedule, edges: Edges) -> None:
 def _check_numbers(name: str, numbers: Iterable[float]) -> None:
     for number in numbers:
         if not (math.isfinite(number) and number >= 0):
-            raise ScheduleError(
-                f"costs are finite and not negative, but {name} have {number}; use seconds from 0 up"
-            )
+            raise ScheduleError(f"costs are finite and not negative, but {name} have {number}; use seconds from 0 up")

@@ -62,9 +62,7 @@ def _labels(timeline: Timeline, shown: list[tuple[Span, Action]]) -> dict[tuple[
 
 def _fitting_width(timeline: Timeline, shown: list[tuple[Span, Action]]) -> int:
     """The fewest columns in which the shortest action has room for the longest number and a mark."""
-    shortest_s = min(
-        (span.end_s - span.start_s for span, _ in shown if span.end_s > span.start_s), default=0.0
-    )
+    shortest_s = min((span.end_s - span.start_s for span, _ in shown if span.end_s > span.start_s), default=0.0)
     if shortest_s == 0.0:
         return 1
     num_digits = len(str(max(action.micro_batch for _, action in shown)))

@@ -32,7 +32,5 @@ def generate(*, num_stages: int, num_micro_batches: int) -> Schedule:
 
 def _row(stage: int, num_micro_batches: int) -> tuple[Action, ...]:
     return tuple(
-        Action(kind=kind, stage=stage, micro_batch=m)
-        for kind in (Kind.F, Kind.B)
-        for m in range(num_micro_batches)
+        Action(kind=kind, stage=stage, micro_batch=m) for kind in (Kind.F, Kind.B) for m in range(num_micro_batches)
     )

@@ -73,9 +73,7 @@ class _World:
         self.spans: list[list[Span]] = [[] for _ in rows]
         self.links: dict[tuple[int, int], _Link] = {}
         self.routes: dict[tuple[int, int], _Route] = {}
-        forward_s, backward_s = (
-            [[_NEVER] * num_micro_batches for _ in range(schedule.num_stages)] for _ in range(2)
-        )
+        forward_s, backward_s = ([[_NEVER] * num_micro_batches for _ in range(schedule.num_stages)] for _ in range(2))
         self.outputs = {
             Kind.F: forward_s,
             Kind.B: backward_s,
@@ -83,9 +81,7 @@ class _World:
             Kind.W: [[_NEVER] * num_micro_batches for _ in range(schedule.num_stages)],
         }
         self.inputs = self._connect(edges, schedule)
-        self.work = {
-            kind: [self._work(kind, s) for s in range(schedule.num_stages)] for kind in costs.compute_seconds
-        }
+        self.work = {kind: [self._work(kind, s) for s in range(schedule.num_stages)] for kind in costs.compute_seconds}
 
     def _connect(self, edges: Edges, schedule: Schedule) -> dict[Kind, list[list[_Input]]]:
         stages = range(schedule.num_stages)
@@ -177,9 +173,7 @@ class _World:
             if self.place[rank] < len(row):
                 action = row[self.place[rank]]
                 assert isinstance(action, Action)  # transfers never wait
-                lacking = (
-                    v for v in self.inputs[action.kind][action.stage] if v.ready_s[action.micro_batch] < 0
-                )
+                lacking = (v for v in self.inputs[action.kind][action.stage] if v.ready_s[action.micro_batch] < 0)
                 found[rank] = (action, next(lacking))
         return found
 

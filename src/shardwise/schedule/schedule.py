@@ -51,8 +51,7 @@ class Schedule:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.num_stages} stages on {self.num_ranks} ranks, "
-            f"{self.num_micro_batches} micro-batches"
+            f"{self.name}: {self.num_stages} stages on {self.num_ranks} ranks, {self.num_micro_batches} micro-batches"
         )
 
     def text_rows(self) -> tuple[str, ...]:

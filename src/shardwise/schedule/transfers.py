@@ -41,15 +41,11 @@ def with_transfers(
     edge is wrong, or a value is sent to an action that the schedule lacks.
     """
     if prefetch < 0:
-        raise ScheduleError(
-            f"receives are posted 0 or more actions ahead, but prefetch={prefetch}; use 0 or more"
-        )
+        raise ScheduleError(f"receives are posted 0 or more actions ahead, but prefetch={prefetch}; use 0 or more")
     targets_of = readers(schedule, checked(edges, schedule.num_stages))
     sends = [_sends(row, targets_of) for row in schedule.actions]
     receives = _receives(schedule, sends, prefetch)
-    return tuple(
-        tuple(_merged(row, targets_of, sends[r], receives[r])) for r, row in enumerate(schedule.actions)
-    )
+    return tuple(tuple(_merged(row, targets_of, sends[r], receives[r])) for r, row in enumerate(schedule.actions))
 
 
 def readers(schedule: Schedule, edges: Edges) -> Targets:
@@ -59,8 +55,7 @@ def readers(schedule: Schedule, edges: Edges) -> Targets:
 
     def elsewhere(neighbours: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         return tuple(
-            tuple(other for other in others if owners[other] != owners[s])
-            for s, others in enumerate(neighbours)
+            tuple(other for other in others if owners[other] != owners[s]) for s, others in enumerate(neighbours)
         )
 
     above = elsewhere(successors(edges, num_stages))
@@ -83,9 +78,7 @@ def _sends(row: tuple[Action, ...], targets_of: Targets) -> list[Transfer]:
     ]
 
 
-def _receives(
-    schedule: Schedule, sends: list[list[Transfer]], prefetch: int
-) -> list[dict[int, list[Transfer]]]:
+def _receives(schedule: Schedule, sends: list[list[Transfer]], prefetch: int) -> list[dict[int, list[Transfer]]]:
     """receives[r][i]: what rank r posts right ahead of its i-th action."""
     consumed_at = _consumers(schedule)
     receives: list[dict[int, list[Transfer]]] = [{} for _ in schedule.actions]
@@ -118,9 +111,7 @@ def _raise_unread(transfer: Transfer) -> NoReturn:
 
 def _consumers(schedule: Schedule) -> tuple[list[list[int]], list[list[int]]]:
     """[gradient][stage][micro_batch]: where in its rank's row the reader of that value stands, or -1."""
-    activations, gradients = (
-        [[-1] * schedule.num_micro_batches for _ in range(schedule.num_stages)] for _ in range(2)
-    )
+    activations, gradients = ([[-1] * schedule.num_micro_batches for _ in range(schedule.num_stages)] for _ in range(2))
     for row in schedule.actions:
         for index, action in enumerate(row):
             if action.kind is not Kind.W:

@@ -139,9 +139,7 @@ def _texts(file: Path) -> list[str]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"every file of a corpus is readable; {file}: {error.strerror}; leave it out"
-        ) from error
+        raise ConfigError(f"every file of a corpus is readable; {file}: {error.strerror}; leave it out") from error
     if not data or b"\x00" in data:
         return []
     text = data.decode("utf-8-sig", errors="replace")

@@ -98,9 +98,7 @@ class LanguageModelling:
         tokenizer = _tokenizer(parts, options)
         made_of = [tokenizer.to_json(), str(tokenizer.end_of_text), str(options.held_out_fraction)]
         key = content_key([_FORMAT, *made_of, *documents])
-        folder = filled_folder(
-            Path(options.cache) / f"tokens-{key}", _filler(parts, tokenizer, key, len(documents))
-        )
+        folder = filled_folder(Path(options.cache) / f"tokens-{key}", _filler(parts, tokenizer, key, len(documents)))
         # A corpus that is too short is refused here, not in every rank.
         LanguageModelling.open(folder, sequence_length=options.sequence_length)
         return folder.resolve()
@@ -119,8 +117,7 @@ class LanguageModelling:
                 f"than sequence_length={sequence_length}; give more text or shorter sequences"
             )
         packed = {
-            split: PackedTokens(stream=_mapped(folder, split), sequence_length=sequence_length)
-            for split in SPLITS
+            split: PackedTokens(stream=_mapped(folder, split), sequence_length=sequence_length) for split in SPLITS
         }
         return cls(folder=folder, corpus=corpus, packed=packed)
 
@@ -164,9 +161,7 @@ def _tokenizer(parts: SplitDocuments, options: CorpusOptions) -> TextTokenizer:
     return train_tokenizer(parts.train, vocabulary_size=options.vocabulary_size, cache=Path(options.cache))
 
 
-def _filler(
-    parts: SplitDocuments, tokenizer: TextTokenizer, key: str, num_documents: int
-) -> Callable[[Path], None]:
+def _filler(parts: SplitDocuments, tokenizer: TextTokenizer, key: str, num_documents: int) -> Callable[[Path], None]:
     """A function that writes tokens of both splits, tokenizer and summary into an empty folder."""
 
     def fill(folder: Path) -> None:
@@ -196,8 +191,7 @@ def _read_summary(folder: Path) -> EncodedCorpus:
         return EncodedCorpus(**json.loads((folder / _SUMMARY_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"a corpus is opened from a folder that was prepared; {folder} holds none ({error}); "
-            "prepare it first"
+            f"a corpus is opened from a folder that was prepared; {folder} holds none ({error}); prepare it first"
         ) from error
 
 

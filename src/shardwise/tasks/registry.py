@@ -72,9 +72,7 @@ def _kind(kind: str) -> TaskKind:
         return KINDS[kind]
     if ":" in kind:
         return TaskKind(prepare=dict, open=lambda options: _from_factory(kind, options))
-    raise ConfigError(
-        f"a task is one of {sorted(KINDS)} or 'package.module:factory'; got {kind!r}; correct the kind"
-    )
+    raise ConfigError(f"a task is one of {sorted(KINDS)} or 'package.module:factory'; got {kind!r}; correct the kind")
 
 
 def _prepare_corpus(options: Options) -> dict[str, object]:
@@ -106,9 +104,7 @@ def _from_factory(kind: str, options: Options) -> Task:
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"a task {kind!r} names a module and a function in it: {error}; correct the name"
-        ) from error
+        raise ConfigError(f"a task {kind!r} names a module and a function in it: {error}; correct the name") from error
     task: Task = factory(**options)
     return task
 
@@ -118,22 +114,14 @@ def _checked(cls: type[T], options: Options) -> T:
     known = {field.name for field in fields(cls)}
     needed = {field.name for field in fields(cls) if field.default is MISSING}
     if unknown := set(options) - known:
-        raise ConfigError(
-            f"this task's options are {sorted(known)}; got {sorted(unknown)} too; correct or remove them"
-        )
+        raise ConfigError(f"this task's options are {sorted(known)}; got {sorted(unknown)} too; correct or remove them")
     if missing := needed - set(options):
-        raise ConfigError(
-            f"this task needs the options {sorted(needed)}; {sorted(missing)} are missing; add them"
-        )
+        raise ConfigError(f"this task needs the options {sorted(needed)}; {sorted(missing)} are missing; add them")
     try:
         return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
-        faults = "; ".join(
-            f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ConfigError(
-            f"an option of this task has the wrong type: {faults}; correct the value"
-        ) from error
+        faults = "; ".join(f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"an option of this task has the wrong type: {faults}; correct the value") from error
 
 
 KINDS: Mapping[str, TaskKind] = MappingProxyType(

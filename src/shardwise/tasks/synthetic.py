@@ -54,9 +54,7 @@ class RandomTokens:
             )
         check_sequence_length(self.sequence_length)
         if not 0 <= self.ignored_fraction <= 1:
-            raise ConfigError(
-                f"ignored_fraction lies in [0, 1]; got {self.ignored_fraction}; 0 counts all labels"
-            )
+            raise ConfigError(f"ignored_fraction lies in [0, 1]; got {self.ignored_fraction}; 0 counts all labels")
 
     def num_samples(self, split: Split) -> int:
         """num_train or num_held_out."""

@@ -140,14 +140,10 @@ def batch_size(batch: Batch) -> int:
 def check_indices(indices: Sequence[int], *, num_samples: int, split: Split) -> None:
     """Raise ConfigError for a sample number that the split does not have."""
     if indices and not num_samples:
-        raise ConfigError(
-            f"the split {split} has 0 samples; {len(indices)} were asked for; give more data or skip it"
-        )
+        raise ConfigError(f"the split {split} has 0 samples; {len(indices)} were asked for; give more data or skip it")
     for i in indices:
         if not 0 <= i < num_samples:
-            raise ConfigError(
-                f"samples of {split} are numbered 0 to {num_samples - 1}; got {i}; use sample_indices"
-            )
+            raise ConfigError(f"samples of {split} are numbered 0 to {num_samples - 1}; got {i}; use sample_indices")
 
 
 def perplexity(loss: float) -> float:

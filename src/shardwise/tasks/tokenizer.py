@@ -103,9 +103,7 @@ def load_tokenizer(source: Path, *, end_of_text: str | None = None) -> TextToken
     try:
         live = library.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(
-            f"{file} is no tokenizer of the `tokenizers` library: {error}; save it again"
-        ) from error
+        raise ConfigError(f"{file} is no tokenizer of the `tokenizers` library: {error}; save it again") from error
     live.no_truncation()
     live.no_padding()
     live.encode_special_tokens = True
@@ -194,7 +192,6 @@ def _tokenizers() -> ModuleType:
         import tokenizers.trainers
     except ImportError as error:
         raise ConfigError(
-            "text is tokenized by the `tokenizers` library, which is not installed; "
-            "run: pip install 'shardwise[hf]'"
+            "text is tokenized by the `tokenizers` library, which is not installed; run: pip install 'shardwise[hf]'"
         ) from error
     return tokenizers

@@ -65,7 +65,9 @@ def _containers(tree: Any, path: tuple[object, ...] = ()) -> list[tuple[tuple[ob
 
 def grown_containers(arguments: Any) -> Callable[[], dict[int, Place]]:
     """Look at the lists and dictionaries among the arguments now; the answer tells what was put into them since."""
-    before = [(path, box, set(range(len(box))) if isinstance(box, list) else set(box)) for path, box in _containers(arguments)]
+    before = [
+        (path, box, set(range(len(box))) if isinstance(box, list) else set(box)) for path, box in _containers(arguments)
+    ]
 
     def after() -> dict[int, Place]:
         grown: dict[int, Place] = {}
@@ -78,9 +80,7 @@ def grown_containers(arguments: Any) -> Callable[[], dict[int, Place]]:
     return after
 
 
-def place_of(
-    value: int, tensor: torch.Tensor, hooked: Sequence[HookedCall], left: Mapping[int, Place]
-) -> Place | None:
+def place_of(value: int, tensor: torch.Tensor, hooked: Sequence[HookedCall], left: Mapping[int, Place]) -> Place | None:
     """Where the extra output `value` can be picked up, and put down elsewhere; None if nowhere."""
     for number, call in enumerate(hooked):
         for in_output, structure in ((True, call.output), (False, call.arguments)):

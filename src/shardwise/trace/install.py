@@ -39,7 +39,6 @@ class Switch:
         finally:
             self.watcher = before
 
-
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Ask nobody inside the block."""

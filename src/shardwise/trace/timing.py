@@ -39,10 +39,12 @@ def measure(
 
     The model's gradients are left alone. Raises `ModelError` if a parameter has no value (meta or fake).
     """
-    empty = [name for name, p in model.named_parameters() if p.device.type == "meta" or type(p.data) is not torch.Tensor]
+    empty = [
+        name for name, p in model.named_parameters() if p.device.type == "meta" or type(p.data) is not torch.Tensor
+    ]
     if empty:
         raise ModelError(
-            f"timing needs real parameters, and {empty[0]} (of {len(empty)}) has no value; use trace, which counts flops"
+            f"timing needs real parameters, and {empty[0]} (of {len(empty)}) has no value; use trace: it counts flops"
         )
     profile = trace(model, batch, loss=loss, units=units)
     watcher = _Clock(repeats)
@@ -77,9 +79,7 @@ class _Clock:
         self._inside = True
         try:
             runs = [_timed(body, args, kwargs) for _ in range(self._repeats + 1)][1:]
-            self.seconds.append(
-                (statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs))
-            )
+            self.seconds.append((statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)))
             with torch.no_grad():
                 return body(*args, **kwargs)
         finally:

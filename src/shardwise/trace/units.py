@@ -30,7 +30,9 @@ def choose_units(
     for name in (*named, *whole):
         if name not in modules:
             close = [known for known in modules if known.endswith(name.rsplit(".", 1)[-1])][:5]
-            raise ModelError(f"units are named as in model.named_modules(): there is no {name!r}; did you mean {close}?")
+            raise ModelError(
+                f"units are named as in model.named_modules(): there is no {name!r}; did you mean {close}?"
+            )
     total = _count(model) or 1
     units: dict[str, nn.Module] = {}
     taken: set[nn.Module] = set()

@@ -66,13 +66,20 @@ class Comparison:
             ("loss", f"{self.loss:.9g}", f"{self.reference_loss:.9g}", self.loss_error),
             ("gradient, worst tensor", "", "", self.gradient_error),
             ("gradient norm", "", "", self.norm_error),
-            (f"weights after {self.steps} step{'s' if self.steps > 1 else ''}, worst tensor", "", "", self.weight_error),
+            (
+                f"weights after {self.steps} step{'s' if self.steps > 1 else ''}, worst tensor",
+                "",
+                "",
+                self.weight_error,
+            ),
         ]
         lines = [f"{self.layout} against {self.reference}", ""]
         lines.append(f"  {'':38s} {'layout':>14s} {'one device':>14s} {'error':>9s}")
         lines += [f"  {what:38s} {a:>14s} {b:>14s} {error:9.1e}" for what, a, b, error in rows]
         if self.micro_batch_error is not None:
-            lines.append(f"  {'micro-batches against one forward':38s} {'':>14s} {'':>14s} {self.micro_batch_error:9.1e}")
+            lines.append(
+                f"  {'micro-batches against one forward':38s} {'':>14s} {'':>14s} {self.micro_batch_error:9.1e}"
+            )
         else:
             lines.append(f"  micro-batches against one forward: not comparable, {self.exempt}")
         for source, target, nbytes, what in self.edges:

@@ -89,9 +89,7 @@ def _compare(job: Job, exempt: str, starter: RankStarter, timeout_s: float) -> C
         if not exempt:
             whole = pool.run(run_whole, job, timeout_s=timeout_s)[0]
         with RankPool(job.layout.world_size, starter=starter, num_threads=threads) as ranks:
-            sides: list[Side] = ranks.run(
-                run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s
-            )
+            sides: list[Side] = ranks.run(run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s)
             comparison = _comparison(job, reference, whole, exempt, sides, None)
             if comparison.equal:
                 return comparison
