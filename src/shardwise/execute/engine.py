@@ -168,7 +168,7 @@ class Engine:
         return self._messages[key]
 
     def _to_send(self, state: _State, key: tuple[int, int, int, int, bool], expected: Expected) -> torch.Tensor:
-        first, second, micro_batch, value, gradient = key
+        first, _, micro_batch, value, gradient = key
         if not gradient:
             return state.alive[(first, micro_batch)].sent[value]
         tensor = state.local.pop(key, None)
