@@ -71,7 +71,7 @@ def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) 
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         parent.send_signal(signal.SIGKILL)
         parent.wait(10)
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids) or list(tmp_path.iterdir()):
-        assert time.monotonic() < limit, "ranks or files outlived their parent by 5 s"
+        assert time.monotonic() < limit, "ranks or files outlived their parent by 15 s"
         time.sleep(0.05)

@@ -21,9 +21,7 @@ def test_it_answers_what_it_is() -> None:
     assert (tensor.stride(), tensor.requires_grad, tensor.numel(), tensor.dim()) == ((1, 2), True, 6, 2)
 
 
-@pytest.mark.parametrize(
-    "use", [lambda t: t + 1, lambda t: t.sum(), lambda t: t.tolist(), lambda t: torch.cat([t, t]), lambda t: t.mul_(2)]
-)
+@pytest.mark.parametrize("use", [lambda t: t + 1, lambda t: t.sum(), lambda t: torch.cat([t, t]), lambda t: t.mul_(2)])
 def test_computing_with_it_is_an_error_that_names_it(use: object) -> None:
     with pytest.raises(DataflowError, match="layers.3#0 output 0 is not on this stage"):
         use(absent())  # type: ignore[operator]

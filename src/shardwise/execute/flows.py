@@ -131,8 +131,8 @@ def _refuse_state(tape: Tape) -> None:
     for node, record in zip(tape.flow.nodes, tape.records, strict=True):
         if record.buffers_written:
             raise ModelError(
-                f"code between the units keeps no state: {node.label} writes buffer {record.buffers_written[0]} in place, "
-                "which stages would do differently often; name the module around it as a unit"
+                f"code between the units keeps no state: {node.label} writes buffer {record.buffers_written[0]} in "
+                "place, which stages would do differently often; name the module around it as a unit"
             )
 
 

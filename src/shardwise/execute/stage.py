@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
@@ -502,8 +502,9 @@ class StageRun:
                 except DataflowError as error:
                     if wanted or record.out_of_reach:
                         raise DataflowError(
-                            f"a hook on {hooked.module} computes with what unit {unit} made, and stage {self.cut.stage} "
-                            "does not hold that; let the hook keep the tensor as it is, and compute with it in the model"
+                            f"a hook on {hooked.module} computes with what unit {unit} made, and stage "
+                            f"{self.cut.stage} does not hold that; let the hook keep the tensor as it is, and compute "
+                            "with it in the model"
                         ) from error
 
     def _fill(self, structure: Structure, arguments: Sequence[object]) -> Any:
