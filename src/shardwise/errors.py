@@ -1,15 +1,15 @@
 """Every error that shardwise raises on purpose. Each message gives the rule, the numbers and the repair.
 
-    ShardwiseError
-    ├── ConfigError         a run file, an option or an argument is wrong
-    ├── LayoutError         a layout breaks a rule
-    ├── ScheduleError       a schedule is incomplete, out of order or deadlocks
-    ├── ModelError          a model cannot be traced or split as asked; the unit is named
-    ├── BatchError          a batch cannot be split into micro-batches without being told how
-    ├── DataflowError       a recorded dataflow is contradicted while running; unit and edge are named
-    ├── CheckpointError     a checkpoint is missing, damaged or does not fit the model
-    ├── TransferError       what arrived is not what the edge promised, or a peer is gone
-    └── LaunchError         ranks could not be started, or one of them died
+ShardwiseError
+├── ConfigError         a run file, an option or an argument is wrong
+├── LayoutError         a layout breaks a rule
+├── ScheduleError       a schedule is incomplete, out of order or deadlocks
+├── ModelError          a model cannot be traced or split as asked; the unit is named
+├── BatchError          a batch cannot be split into micro-batches without being told how
+├── DataflowError       a recorded dataflow is contradicted while running; unit and edge are named
+├── CheckpointError     a checkpoint is missing, damaged or does not fit the model
+├── TransferError       what arrived is not what the edge promised, or a peer is gone
+└── LaunchError         ranks could not be started, or one of them died
 """
 
 from __future__ import annotations

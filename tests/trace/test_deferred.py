@@ -57,9 +57,7 @@ class HandWritten(nn.Module):
         nn.init.sparse_(self.sparse, 0.5)
         self.spectral = parametrizations.spectral_norm(nn.Linear(5, 4))
         self.weight_norm = parametrizations.weight_norm(nn.Linear(5, 4))
-        self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False
-        )
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
         self.embedding = nn.Embedding(7, 3, padding_idx=0)
         self.low = nn.Linear(3, 3).to(torch.bfloat16)
         self.drop_rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
@@ -90,16 +88,11 @@ def test_nothing_is_allocated_before_values_are_asked_for(blueprint: Blueprint) 
 
 def test_the_deferred_model_is_the_model_but_for_its_values(blueprint: Blueprint) -> None:
     model = HandWritten()
-    described = {
-        name: (p.shape, p.dtype, p.stride(), p.requires_grad) for name, p in model.named_parameters()
-    }
+    described = {name: (p.shape, p.dtype, p.stride(), p.requires_grad) for name, p in model.named_parameters()}
     assert described == {
-        name: (p.shape, p.dtype, p.stride(), p.requires_grad)
-        for name, p in blueprint.module.named_parameters()
+        name: (p.shape, p.dtype, p.stride(), p.requires_grad) for name, p in blueprint.module.named_parameters()
     }
-    assert [name for name, _ in model.named_buffers()] == [
-        name for name, _ in blueprint.module.named_buffers()
-    ]
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in blueprint.module.named_buffers()]
     assert set(model.state_dict()) == set(blueprint.module.state_dict())
 
 
@@ -126,9 +119,7 @@ def test_initialisers_keep_their_statistics_and_promises(blueprint: Blueprint) -
     values = blueprint.materialize(list(blueprint.canonical))
     assert float(values["small"].std()) == pytest.approx(0.02, rel=0.15)  # 300 values: 3.7 standard errors
     assert float(values["first.weight"].std()) == pytest.approx(0.02, rel=0.2)  # 200 values
-    assert (
-        float(values["encoder.layers.1.linear1.weight"].abs().max()) <= 1 / 8**0.5
-    )  # uniform, 1/sqrt(fan in)
+    assert float(values["encoder.layers.1.linear1.weight"].abs().max()) <= 1 / 8**0.5  # uniform, 1/sqrt(fan in)
     assert float(values["truncated"].abs().max()) <= 0.03
     assert float(values["truncated"].std()) == pytest.approx(0.0149, rel=0.05)  # normal cut at 1.5 sigma
     torch.testing.assert_close(values["orthogonal"].T @ values["orthogonal"], torch.eye(4))
@@ -299,9 +290,7 @@ def test_an_error_of_the_factory_is_the_callers() -> None:
 
     with pytest.raises(KeyError, match="no such model"):
         defer(build, seed=0)
-    assert torch.nn.init.trunc_normal_(torch.empty(3)).shape == (
-        3,
-    )  # nothing of the recording is left behind
+    assert torch.nn.init.trunc_normal_(torch.empty(3)).shape == (3,)  # nothing of the recording is left behind
 
 
 def test_unknown_names_and_meta_tensors_are_errors(blueprint: Blueprint) -> None:
@@ -415,9 +404,7 @@ def test_transformers_own_init_is_deferred(name: str) -> None:
         # Two samples of n values: their standard deviations differ by 1/sqrt(n), 5 of these and some more.
         assert ours == pytest.approx(theirs, rel=6 / value.numel() ** 0.5 + 0.01), tensor_name
     place(blueprint.module, values)
-    assert [n for n, _ in plain.named_parameters()] == [
-        n for n, _ in blueprint.module.named_parameters()
-    ]  # ties
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in blueprint.module.named_parameters()]  # ties
 
 
 def test_initializer_range_is_the_standard_deviation() -> None:

@@ -23,9 +23,7 @@ SAMPLES = (3, 1, 4, 15, 9, 2, 6, 5)  # global numbers of the 8 samples of a batc
 CUTS = [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8, (3, 5)]
 
 
-def scope(
-    samples: Sequence[int] = SAMPLES, *, micro_batch: int = 0, place: str = "layers.0", **changed: int
-) -> Scope:
+def scope(samples: Sequence[int] = SAMPLES, *, micro_batch: int = 0, place: str = "layers.0", **changed: int) -> Scope:
     values = {"seed": 7, "step": 2, "call": 0} | changed
     return Scope(samples=tuple(samples), micro_batch=micro_batch, place=place, **values)
 
@@ -93,9 +91,7 @@ BATCHED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_however_the_batch_is_cut_every_sample_draws_the_same(name: str) -> None:
     x = torch.linspace(-2, 2, 8 * 4 * 6).reshape(8, 4, 6)  # (batch, tokens, hidden)
     whole = in_pieces((8,), BATCHED[name], x)
-    assert not torch.equal(
-        whole, in_pieces((8,), BATCHED[name], x.flip(0)).flip(0)
-    )  # it does draw, and per sample
+    assert not torch.equal(whole, in_pieces((8,), BATCHED[name], x.flip(0)).flip(0))  # it does draw, and per sample
     for cut in CUTS:
         # 1e-6: only matmuls of other sizes may round differently; a wrong draw differs by far more.
         torch.testing.assert_close(in_pieces(cut, BATCHED[name], x), whole, rtol=1e-6, atol=1e-6)
@@ -157,9 +153,7 @@ def test_two_draws_in_one_place_differ_and_come_back_with_the_index() -> None:
         assert torch.equal(torch.rand(8, 3), second)
 
 
-@pytest.mark.parametrize(
-    "function", [lambda: torch.rand(7, 3), lambda: torch.rand(()), lambda: torch.randperm(8)]
-)
+@pytest.mark.parametrize("function", [lambda: torch.rand(7, 3), lambda: torch.rand(()), lambda: torch.randperm(8)])
 def test_a_draw_without_a_sample_dim_belongs_to_the_micro_batch(function: Callable[[], Tensor]) -> None:
     def drawn(samples: Sequence[int], micro_batch: int) -> Tensor:
         with RandomMode(scope(samples, micro_batch=micro_batch)):
@@ -189,9 +183,7 @@ def test_dropout_keeps_with_the_right_probability_and_scale() -> None:
     with RandomMode(scope()):
         y = F.dropout(torch.ones(8, 5000), 0.25)
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert float((y > 0).float().mean()) == pytest.approx(
-        0.75, abs=0.01
-    )  # 40 000 draws: 4.6 standard deviations
+    assert float((y > 0).float().mean()) == pytest.approx(0.75, abs=0.01)  # 40 000 draws: 4.6 standard deviations
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
@@ -243,9 +235,7 @@ def test_attention_with_hardly_any_dropout_is_torchs_attention(name: str, dtype:
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5  # bfloat16 has 8 bits
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     grad = torch.randn_like(out)
-    for a, b in zip(
-        torch.autograd.grad(out, ours, grad), torch.autograd.grad(expected, theirs, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(out, ours, grad), torch.autograd.grad(expected, theirs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 

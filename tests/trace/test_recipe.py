@@ -22,9 +22,7 @@ def view(storage: int, shape: tuple[int, ...] = (3,), strides: tuple[int, ...] =
     )
 
 
-def op(
-    func: object, *args: object, makes: View | None = None, writes: int | None = None, hides: bool = False
-) -> Op:
+def op(func: object, *args: object, makes: View | None = None, writes: int | None = None, hides: bool = False) -> Op:
     return Op(
         func=func,  # type: ignore[arg-type]
         args=args,

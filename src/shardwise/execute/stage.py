@@ -160,8 +160,8 @@ class StageRun:
         nodes = self.tape.flow.nodes
         expected = nodes[self.position].label if self.position < len(nodes) else "the end"
         return DataflowError(
-            f"stage {self.cut.stage} runs the recorded order: node {self.position} is {expected}, but {got}; the forward "
-            "took another path than when it was traced (its control flow depends on something that is not in the "
+            f"stage {self.cut.stage} runs the recorded order: node {self.position} is {expected}, but {got}; the "
+            "forward took another path than when it was traced (its control flow depends on something that is not in the "
             "signature); name the enclosing module as a unit"
         )
 
@@ -319,12 +319,15 @@ class StageRun:
 
     def _send(self, value: int, tensor: torch.Tensor, record: Record) -> None:
         if isinstance(tensor, Absent):
-            raise DataflowError(f"{tensor.what} must be sent and is absent: an edge is missing in the recorded dataflow")
+            raise DataflowError(
+                f"{tensor.what} must be sent and is absent: an edge is missing in the recorded dataflow"
+            )
         about = self.tape.flow.values[value]
         if tuple(tensor.shape) != about.shape or str(tensor.dtype) != f"torch.{about.dtype}":
             raise DataflowError(
-                f"{self.tape.stand_ins[value].what} was traced as {about.dtype} {about.shape} and is now {tensor.dtype} "
-                f"{tuple(tensor.shape)}: the signature does not determine its shape; name the enclosing module as a unit"
+                f"{self.tape.stand_ins[value].what} was traced as {about.dtype} {about.shape} and is now "
+                f"{tensor.dtype} {tuple(tensor.shape)}: the signature does not determine its shape; name the enclosing "
+                "module as a unit"
             )
         self.sent[value] = tensor.clone() if record.written_later else tensor
 
@@ -400,7 +403,13 @@ class StageRun:
         return out
 
     def _run_random(
-        self, record: Record, unit: str, number: int, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        unit: str,
+        number: int,
+        body: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
     ) -> Any:
         scope = dataclasses.replace(self.scope, place=unit, call=number)
         key = key_of(scope.seed, scope.step, scope.micro_batch, unit, number)
@@ -468,8 +477,8 @@ class StageRun:
                 found = None
         if not isinstance(found, torch.Tensor):
             raise DataflowError(
-                f"{self.tape.stand_ins[value].what} is taken from {place}, which holds {type(found).__name__}: the forward "
-                "took another path than when it was traced"
+                f"{self.tape.stand_ins[value].what} is taken from {place}, which holds {type(found).__name__}: the "
+                "forward took another path than when it was traced"
             )
         return found
 

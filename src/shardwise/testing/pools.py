@@ -57,9 +57,7 @@ class RankPools:
 
     def _judge(self, verdicts: Sequence[Verdict], pool: RankPool, *, fresh: bool) -> None:
         __tracebackhide__ = True
-        leaks = [
-            f"rank {rank}: {leak}" for rank, verdict in enumerate(verdicts) for leak in verdict.left_behind
-        ]
+        leaks = [f"rank {rank}: {leak}" for rank, verdict in enumerate(verdicts) for leak in verdict.left_behind]
         if leaks and not fresh:
             pool.close()  # the next test gets clean ranks
             pytest.fail("the test left behind:\n" + "\n".join(leaks), pytrace=False)

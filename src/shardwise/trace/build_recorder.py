@@ -151,9 +151,7 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return replay(self.recipe, views)
 
     def _record(self, func: Any, views: Any, result: Any, state: torch.Tensor | None) -> None:
-        if (
-            torch.Tag.inplace_view in func.tags
-        ):  # another geometry, or the storage of another tensor: no content
+        if torch.Tag.inplace_view in func.tags:  # another geometry, or the storage of another tensor: no content
             return
         args, kwargs = views
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, View)]

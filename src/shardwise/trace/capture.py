@@ -86,9 +86,7 @@ def _same(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def recorded(
-    model: nn.Module, units: Mapping[str, nn.Module], *, scope: Scope | None = None
-) -> Iterator[Recorder]:
+def recorded(model: nn.Module, units: Mapping[str, nn.Module], *, scope: Scope | None = None) -> Iterator[Recorder]:
     """The model with fake parameters, copied buffers and watched units; everything is put back at the end."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     names: dict[int, str] = {}
@@ -97,9 +95,11 @@ def recorded(
     switch = Switch()
     with _attributes_restored(model), _fake_parameters(model, fake, names), _copied_buffers(model, buffers):
         recorder = Recorder(
-            parameters=names, buffers=buffers, modules=modules, fake=fake, scope=scope or Scope(
-                seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0
-            ),
+            parameters=names,
+            buffers=buffers,
+            modules=modules,
+            fake=fake,
+            scope=scope or Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0),
         )
         with installed(units, switch), switch.on(recorder), recorder.active():
             yield recorder

@@ -31,6 +31,7 @@ def noticed(watcher: Checkpoints) -> Iterator[None]:
     """While open, `watcher` is asked about every checkpointed call, reentrant or not."""
     original = torch_checkpoint._checkpoint_without_reentrant_generator
     reentrant = torch_checkpoint.CheckpointFunction
+    before = vars(reentrant).get("apply")  # where one forward is watched inside another
 
     def generator(
         function: Any,
@@ -59,7 +60,10 @@ def noticed(watcher: Checkpoints) -> Iterator[None]:
         yield
     finally:
         torch_checkpoint._checkpoint_without_reentrant_generator = original
-        del reentrant.apply
+        if before is None:
+            del reentrant.apply
+        else:
+            reentrant.apply = before  # type: ignore[method-assign]
 
 
 def _both(first: Contexts, second: Contexts) -> Contexts:

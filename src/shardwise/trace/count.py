@@ -113,9 +113,7 @@ class Counter:
                 totals[maker] = totals.get(maker, 0) + nbytes
         return totals
 
-    def _forward(
-        self, place: int | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
-    ) -> None:
+    def _forward(self, place: int | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         for tensor in _strided((args, kwargs)):  # seen before it was made: a parameter, a buffer, the batch
             self._made(tensor, None)
         for tensor in _strided(out):

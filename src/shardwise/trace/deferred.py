@@ -66,9 +66,7 @@ class Blueprint:
         values: dict[str, torch.Tensor] = {}
         for name in names:
             if name not in self.canonical:
-                raise ModelError(
-                    f"the model has no parameter or buffer {name!r}; use a name of named_parameters()"
-                )
+                raise ModelError(f"the model has no parameter or buffer {name!r}; use a name of named_parameters()")
             canonical = self.canonical[name]
             if canonical not in values:
                 values[canonical] = self._value(canonical)
@@ -78,9 +76,7 @@ class Blueprint:
         if not self.deferred:
             return self._built[name].detach().clone()
         if named_tensors(self.module)[name].device.type == "meta":
-            raise ModelError(
-                f"{name!r} was made on the meta device and has no value; build it on {self.device}"
-            )
+            raise ModelError(f"{name!r} was made on the meta device and has no value; build it on {self.device}")
         return _alone(replay(self._recipe, [self._views[name]])[0]).to(self.device)
 
 

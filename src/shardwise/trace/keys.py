@@ -36,7 +36,5 @@ def _check(parts: tuple[object, ...]) -> None:
         if kind is int or kind is str:
             continue
         if not isinstance(part, tuple):
-            raise ConfigError(
-                f"a key is made of int, str and tuples of them, got {kind.__name__} {part!r}; convert it"
-            )
+            raise ConfigError(f"a key is made of int, str and tuples of them, got {kind.__name__} {part!r}; convert it")
         _check(part)

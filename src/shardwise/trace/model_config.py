@@ -108,9 +108,7 @@ def _family(config: Any) -> Any:
     )
 
 
-def synthetic_batch(
-    model: Any, *, batch_size: int, sequence_length: int, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def synthetic_batch(model: Any, *, batch_size: int, sequence_length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs and labels of a transformers model, by its `main_input_name`.
 
     Tokens: int64 (batch_size, sequence_length). Images: float (batch_size, channels, height, width).

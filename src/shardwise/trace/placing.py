@@ -34,9 +34,7 @@ def place(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
         old = present[name]
         other, tensor = given.setdefault(id(old), (name, value))
         if tensor is not value:
-            raise ModelError(
-                f"{other!r} and {name!r} are tied, but were given two tensors; give one for both"
-            )
+            raise ModelError(f"{other!r} and {name!r} are tied, but were given two tensors; give one for both")
         if id(old) not in replaced:
             replaced[id(old)] = as_before(old, value)
     replace(module, replaced)

@@ -103,9 +103,7 @@ def _names(func: OpOverload) -> list[str]:
     return [argument.name for argument in func._schema.arguments]
 
 
-def _native_dropout(
-    func: OpOverload, args: _Arguments, kwargs: _Keywords, stream: Stream, sample_dim: int
-) -> Any:
+def _native_dropout(func: OpOverload, args: _Arguments, kwargs: _Keywords, stream: Stream, sample_dim: int) -> Any:
     x, p, train = args[0], args[1], args[2]
     if train is False or p == 0:
         return func(*args, **kwargs)
@@ -119,9 +117,7 @@ def _keyed(func: OpOverload, args: _Arguments, kwargs: _Keywords, stream: Stream
     in_place = func._schema.name.endswith("_")
     written = _written(func)
     first = args[0] if args else None
-    args = tuple(
-        _contiguous(value) if position not in written else value for position, value in enumerate(args)
-    )
+    args = tuple(_contiguous(value) if position not in written else value for position, value in enumerate(args))
     if in_place and not args[0].is_contiguous():
         args[0].copy_(_keyed(func, (args[0].contiguous(), *args[1:]), kwargs, stream))
         return first
@@ -183,9 +179,7 @@ def _written(func: OpOverload) -> frozenset[int]:
     if any(argument.is_out for argument in arguments):
         raise ModelError(f"{func} draws into out=; call the in-place method of the tensor instead")
     return frozenset(
-        at
-        for at, argument in enumerate(arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        at for at, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
     )
 
 

@@ -39,13 +39,9 @@ class Scope:
     def __post_init__(self) -> None:
         numbers = (self.seed, self.step, self.micro_batch, self.call, *self.samples)
         if min(numbers) < 0:
-            raise ConfigError(
-                f"seed, step, micro_batch, call and samples count from 0; got {self}; use n >= 0"
-            )
+            raise ConfigError(f"seed, step, micro_batch, call and samples count from 0; got {self}; use n >= 0")
         if len(set(self.samples)) < len(self.samples):
-            raise ConfigError(
-                f"each sample of a micro-batch has its own number; got {self.samples}; number them apart"
-            )
+            raise ConfigError(f"each sample of a micro-batch has its own number; got {self.samples}; number them apart")
 
     def shared_key(self, *index: Part) -> int:
         """The key of a draw without a sample dim: the same on every stage of the micro-batch."""

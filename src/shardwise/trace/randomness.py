@@ -104,9 +104,7 @@ def _unfused(args: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
-def _dropout(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Stream
-) -> Any:
+def _dropout(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Stream) -> Any:
     """Inverted dropout (Srivastava et al. 2014, section 10): kept values are scaled by 1 / (1 - p)."""
     x = args[0] if args else kwargs["input"]
     p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
@@ -124,8 +122,7 @@ def _attention(
     query: torch.Tensor,  # (..., heads, queries, head_dim)
     key: torch.Tensor,  # (..., kv_heads, keys, head_dim)
     value: torch.Tensor,  # (..., kv_heads, keys, value_dim)
-    attn_mask: torch.Tensor
-    | None = None,  # broadcasts to (..., heads, queries, keys); False or -inf: not seen
+    attn_mask: torch.Tensor | None = None,  # broadcasts to (..., heads, queries, keys); False or -inf: not seen
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,

@@ -356,7 +356,9 @@ class Recorder:
             self.current.for_real = True
             return self._for_real(module, body, args, kwargs)
 
-    def _for_real(self, module: nn.Module, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _for_real(
+        self, module: nn.Module, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
         assert self.current is not None
         flat, spec = tree_flatten((args, kwargs))
         for leaf in flat:
@@ -460,7 +462,9 @@ class Recorder:
             return False
         return any(self._origins.storage(tensor) in self._stale for tensor in inputs)
 
-    def _made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, inputs: list[torch.Tensor]) -> None:
+    def _made(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, inputs: list[torch.Tensor]
+    ) -> None:
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
         by_storage = {self._origins.storage(tensor): tensor for tensor in reversed(inputs)}
         made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
@@ -570,7 +574,9 @@ class Recorder:
                     if tensor is not None:
                         values.setdefault(id(tensor), value)
 
-            def structure(tree: object, values: dict[int, int] = values, positions: dict[int, int] = positions) -> Structure:
+            def structure(
+                tree: object, values: dict[int, int] = values, positions: dict[int, int] = positions
+            ) -> Structure:
                 leaves, spec = tree_flatten(tree)
                 return Structure(spec, tuple(_leaf(leaf, values, positions) for leaf in leaves))
 
@@ -588,7 +594,7 @@ class Recorder:
             record.extras = extras
 
     def _mind_aliases(self) -> None:
-        """Where a storage is written in place, only what it was at first and what one object holds at last may cross."""
+        """Of a storage written in place, only what it was at first and what one object holds at last may cross."""
         by_storage: dict[int, list[int]] = {}
         for value, tensor in enumerate(self._tensors):
             key = self._origins.storage(tensor) if tensor is not None else None

@@ -16,7 +16,19 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from shardwise.describe.flow import Dataflow
 from shardwise.trace.absent import Absent
 
-__all__ = ["AtArgument", "AtAttribute", "AtHook", "Fixed", "FromArgument", "HookedCall", "Made", "Place", "Record", "Tape", "Unseen"]
+__all__ = [
+    "AtArgument",
+    "AtAttribute",
+    "AtHook",
+    "Fixed",
+    "FromArgument",
+    "HookedCall",
+    "Made",
+    "Place",
+    "Record",
+    "Tape",
+    "Unseen",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -162,7 +162,9 @@ def _model(job: Job) -> tuple[nn.Module, Any]:
         return _own_values(model), None
     factory = job.model
     dtype = job.dtype
-    blueprint = defer(factory if dtype is None else lambda: factory().to(dtype), seed=job.layout.seed, device=job.device)
+    blueprint = defer(
+        factory if dtype is None else lambda: factory().to(dtype), seed=job.layout.seed, device=job.device
+    )
     model = blueprint.module
     place_values(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
     return model, fill_from(blueprint.materialize, job.device)
