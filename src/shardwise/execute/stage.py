@@ -161,8 +161,8 @@ class StageRun:
         expected = nodes[self.position].label if self.position < len(nodes) else "the end"
         return DataflowError(
             f"stage {self.cut.stage} runs the recorded order: node {self.position} is {expected}, but {got}; the "
-            "forward took another path than when it was traced (its control flow depends on something that is not in the "
-            "signature); name the enclosing module as a unit"
+            "forward took another path than when it was traced (its control flow depends on something that is not in "
+            "the signature); name the enclosing module as a unit"
         )
 
     def _after(self, index: int) -> None:
