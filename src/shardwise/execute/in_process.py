@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 
 from shardwise.execute.stage import StageRun, programme
+from shardwise.parallel.hold import hold
 from shardwise.plan.cut import Cut
-from shardwise.trace.absent import absent_parameter
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import Batch, LossFunction, objective
 from shardwise.trace.randomness import Scope
@@ -26,29 +26,13 @@ __all__ = ["holding", "run_in_process"]
 @contextlib.contextmanager
 def holding(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Inside the block only the parameters `names` have storage; the rest are absent."""
-    undo: list[tuple[nn.Module, str, nn.Parameter]] = []
-    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-    absent: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or canonical[id(parameter)] in names:
-                continue
-            if id(parameter) not in absent:
-                absent[id(parameter)] = absent_parameter(
-                    name=canonical[id(parameter)],
-                    shape=parameter.shape,
-                    dtype=parameter.dtype,
-                    device=parameter.device,
-                    requires_grad=parameter.requires_grad,
-                )
-            undo.append((module, name, parameter))
-    for module, name, parameter in undo:
-        module._parameters[name] = absent[id(parameter)]
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    hold(model, names)
     try:
         yield
     finally:
-        for module, name, parameter in undo:
-            module._parameters[name] = parameter
+        for module, parameters in before:
+            module._parameters.update(parameters)
 
 
 def run_in_process(

@@ -38,8 +38,8 @@ def holders_of(
     return {name: tuple(sorted(stages)) for name, stages in stages_of.items()}
 
 
-def hold(model: nn.Module, names: Collection[str], *, device: torch.device) -> None:
-    """Make every parameter outside `names` absent, in place; ties stay ties."""
+def hold(model: nn.Module, names: Collection[str], *, device: torch.device | None = None) -> None:
+    """Make every parameter outside `names` absent, in place, on `device` or its own; ties stay ties."""
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     absent: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -51,7 +51,7 @@ def hold(model: nn.Module, names: Collection[str], *, device: torch.device) -> N
                     name=canonical[id(parameter)],
                     shape=parameter.shape,
                     dtype=parameter.dtype,
-                    device=device,
+                    device=device or parameter.device,
                     requires_grad=parameter.requires_grad,
                 )
             module._parameters[leaf] = absent[id(parameter)]
