@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from shardwise.errors import BatchError
+from shardwise.execute.weights import with_own_items
 from shardwise.trace.objective import Batch
 
 __all__ = ["MicroBatch", "batch_size", "select", "signature", "split"]
@@ -51,20 +52,36 @@ def select(batch: Batch, samples: Sequence[int], *, size: int, batch_dims: Mappi
 
     Raises `BatchError` where a tensor's dim 0 is a multiple of the number of samples but not equal to it.
     """
-    named = batch_dims or {}
+    return _taken(_sample_dims(batch, size, batch_dims or {}), samples)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cut:
+    """The leaves of a batch and the dim along which each is cut, None where it is shared."""
+
+    leaves: Sequence[Any]
+    dims: Sequence[int | None]
+    spec: TreeSpec
+
+
+def _sample_dims(batch: Batch, size: int, named: Mapping[str, int]) -> _Cut:
     leaves, spec = tree_flatten(batch)
+    dims = [_sample_dim(name, leaf, size, named) for (name, _), leaf in zip(_named(batch), leaves, strict=True)]
+    return _Cut(leaves, dims, spec)
+
+
+def _taken(cut: _Cut, samples: Sequence[int]) -> Any:
     chosen: list[Any] = []
-    contiguous = list(samples) == list(range(samples[0], samples[0] + len(samples)))
-    for (name, _), leaf in zip(_named(batch), leaves, strict=True):
-        dim = _sample_dim(name, leaf, size, named)
+    first, count = samples[0], len(samples)
+    contiguous = isinstance(samples, range) or list(samples) == list(range(first, first + count))
+    for leaf, dim in zip(cut.leaves, cut.dims, strict=True):
         if dim is None:
             chosen.append(leaf)
-        elif isinstance(leaf, torch.Tensor):
-            if contiguous:
-                chosen.append(leaf.narrow(dim, samples[0], len(samples)))
-            else:
-                chosen.append(leaf.index_select(dim, torch.tensor(list(samples), device=leaf.device)))
-    return tree_unflatten(chosen, spec)
+        elif contiguous:
+            chosen.append(leaf.narrow(dim, first, count))
+        else:
+            chosen.append(leaf.index_select(dim, torch.tensor(list(samples), device=leaf.device)))
+    return tree_unflatten(chosen, cut.spec)
 
 
 def _sample_dim(name: str, leaf: Any, size: int, named: Mapping[str, int]) -> int | None:
@@ -104,8 +121,8 @@ def split(
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """The micro-batches of every replica. Samples are dealt in order; the last ones may be smaller by one sample.
 
-    `weights(inputs) -> float` is the weight of a micro-batch's loss. Raises `BatchError` if there are fewer samples
-    than micro-batches.
+    `weights(inputs) -> float` is the weight of a micro-batch's loss; `num_items_in_batch` of the global batch becomes
+    that of the micro-batch (see `weights`). Raises `BatchError` if there are fewer samples than micro-batches.
     """
     size = batch_size(batch, batch_dims)
     parts = micro_batches * replicas
@@ -115,17 +132,23 @@ def split(
             f"samples, the batch has {size}; use at most {max(1, size // replicas)} micro-batches"
         )
     bounds = [size * part // parts for part in range(parts + 1)]
-    made: list[MicroBatch] = []
-    for part in range(parts):
-        rows = range(bounds[part], bounds[part + 1])
-        inputs = select(batch, rows, size=size, batch_dims=batch_dims)
-        samples = tuple(first_sample + row for row in rows)
-        made.append(MicroBatch(index=part, samples=samples, inputs=inputs, weight=float(weights(inputs))))
+    rows = [range(bounds[part], bounds[part + 1]) for part in range(parts)]
+    cut = _sample_dims(batch, size, batch_dims or {})
+    taken = [_taken(cut, own) for own in rows]
+    weighed = [float(weights(inputs)) for inputs in taken]
+    made = [
+        MicroBatch(index=part, samples=tuple(first_sample + row for row in own), inputs=inputs, weight=weight)
+        for part, (own, inputs, weight) in enumerate(
+            zip(rows, with_own_items(batch, taken, weighed), weighed, strict=True)
+        )
+    ]
     return tuple(tuple(made[r * micro_batches : (r + 1) * micro_batches]) for r in range(replicas))
 
 
 def signature(inputs: Any, training: bool) -> tuple[object, ...]:
     """What a dataflow belongs to: structure, shapes, dtypes, constants, and whether the model trains."""
+    if type(inputs) is dict and all(type(leaf) is torch.Tensor for leaf in inputs.values()):  # the usual, cheaply
+        return (tuple((name, leaf.shape, leaf.dtype, leaf.requires_grad) for name, leaf in inputs.items()), training)
     leaves, spec = tree_flatten(inputs)
     shapes = tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf)

@@ -18,7 +18,8 @@ from shardwise.comm.point_to_point import Expected, Incoming, Outgoing, Transpor
 from shardwise.errors import DataflowError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.flows import Flow
-from shardwise.execute.stage import StageRun
+from shardwise.execute.stage import StageRun, Surroundings
+from shardwise.execute.weight_sums import WeightSums
 from shardwise.schedule.actions import Action, Kind, Transfer, TransferKind
 from shardwise.trace.capture import own
 from shardwise.trace.install import Switch
@@ -85,6 +86,7 @@ class Engine:
         rank_of_stage: Sequence[int],
         transport: Transport,
         device: torch.device,
+        sums: WeightSums | None = None,
     ) -> None:
         self.model = model
         self.rank = rank
@@ -92,6 +94,8 @@ class Engine:
         self._switch = switch
         self._loss = loss
         self._transport = transport
+        self._sums = sums or WeightSums()
+        self._surroundings = Surroundings()
         self.device = device
         self._modules = dict(model.named_modules())
         self._messages: dict[tuple[int, int, int, int, bool], list[tuple[int, Expected]]] = {}
@@ -115,22 +119,25 @@ class Engine:
         last_forward = max(
             (i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.F), default=-1
         )
-        for position, action in enumerate(row):
-            if isinstance(action, Transfer):
-                self._transfer(state, action)
-                continue
-            start = time.perf_counter()
-            if action.kind is Kind.F:
-                self._forward(state, action)
-                if after_last_forward is not None and position == last_forward:
-                    after_last_forward(state.losses)
-            elif action.kind is Kind.B:
-                if before_last_backward is not None and last[action.stage] == position:
-                    before_last_backward(action.stage)
-                self._backward(state, action)
-            else:
-                raise DataflowError(f"this executor runs F and B; it was given {action}")
-            state.moments.append(Moment(action, start, time.perf_counter()))
+        with self._sums.running(), self._surroundings.open():
+            for position, action in enumerate(row):
+                if isinstance(action, Transfer):
+                    self._transfer(state, action)
+                    continue
+                start = time.perf_counter()
+                if action.kind is Kind.F:
+                    self._forward(state, action)
+                    if after_last_forward is not None and position == last_forward:
+                        after_last_forward(state.losses)
+                elif action.kind is Kind.B:
+                    final = before_last_backward is not None and last[action.stage] == position
+                    if final and before_last_backward is not None:
+                        before_last_backward(action.stage)
+                    with self._sums.adding(not final):  # who waits for gradients is told of them by autograd
+                        self._backward(state, action)
+                else:
+                    raise DataflowError(f"this executor runs F and B; it was given {action}")
+                state.moments.append(Moment(action, start, time.perf_counter()))
         for outgoing in state.outgoing:
             outgoing.wait()
         return state.losses, state.moments
@@ -201,7 +208,7 @@ class Engine:
                 scope=work.scope,
                 checked=work.headers,
             )
-            loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch)
+            loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
             sent = run.sent
         if action.stage == work.flow.cut.loss_stage:
             assert loss is not None

@@ -18,6 +18,7 @@ from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, Moment, Work
 from shardwise.execute.flows import Flows
+from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
 from shardwise.plan.cut import Cut, cut_stages
@@ -79,9 +80,10 @@ class _MeanLoss:
 
     def start(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Begin, with the losses that this rank has; every rank calls it once a step."""
-        if losses:
-            factors = torch.tensor([self._factors[m] for m in losses], dtype=torch.float64, device=self._sum.device)
-            self._sum = torch.stack(list(losses.values())).to(factors).dot(factors)
+        weighed = {m: loss for m, loss in losses.items() if self._factors[m]}  # a mean over no label is 0 / 0
+        if weighed:
+            factors = torch.tensor([self._factors[m] for m in weighed], dtype=torch.float64, device=self._sum.device)
+            self._sum = torch.stack(list(weighed.values())).to(factors).dot(factors)
         if not self._alone:
             self._pending = dist.all_reduce(self._sum, async_op=True)
 
@@ -272,8 +274,11 @@ def build(
         hold(model, mine, device=where)
     switch = Switch()
     stack = contextlib.ExitStack()
-    stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
     held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
+    sums = WeightSums()
+    sums.install(model, tape.units, held)
+    stack.callback(sums.close)
+    stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
     groups = _groups(place, holders)
     for group in groups.values():
         stack.callback(dist.destroy_process_group, group)
@@ -286,6 +291,7 @@ def build(
         rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
         transport=transport or ProcessGroupTransport(),
         device=where,
+        sums=sums,
     )
     flows = Flows(model, switch=switch, placement=placement, num_stages=place.pp, loss=loss, units=units)
     return Program(
