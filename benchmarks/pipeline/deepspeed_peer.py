@@ -6,6 +6,7 @@ Its step is `train_batch` with the optimizer's step taken out: gradients stay, a
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ class DeepSpeedPipeline:
         deepspeed: Any = importlib.import_module("deepspeed")
         base: Any = importlib.import_module("deepspeed.pipe").PipelineModule
         instructions: Any = importlib.import_module("deepspeed.runtime.pipe.schedule")
+        os.environ["LOCAL_RANK"] = str(rank)  # as its own launcher says it
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
         blocks = [_Rotary(block, model.cos, model.sin) for block in model.layers]
         layers = [model.embed, *blocks, model.norm, model.head]

@@ -76,7 +76,7 @@ def _missed() -> dict[str, str]:
         if name not in TORCH:
             with RankPool(2, num_threads=1, preload=PRELOAD) as pool:
                 try:
-                    missed.update(pool.run(missing_peers, [name], timeout_s=60)[0])
+                    missed.update(pool.run(missing_peers, [name], timeout_s=300)[0])
                 except LaunchError as error:
                     missed[name] = str(error).splitlines()[0]
     return missed
