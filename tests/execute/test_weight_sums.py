@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.execute.weight_sums import SMALLEST, WeightSums
+from shardwise.execute.weight_sums import WeightSums
 
-WIDTH = 512  # WIDTH * WIDTH elements are enough
+WIDTH = 512  # WIDTH * WIDTH is above weight_sums.SMALLEST
 VOCABULARY = 2048
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -78,9 +78,6 @@ def test_gradients_over_micro_batches_are_those_of_autograd_with_tied_weights_an
 def test_a_padding_row_of_an_embedding_has_no_gradient() -> None:
     model = Tied(padding=0)
     model.head.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH))
-    assert ids()[0].numel() and WIDTH * VOCABULARY >= SMALLEST
-    for batch in (torch.tensor([[0, 1, 0]]), torch.tensor([[2, 0, 1]])):
-        assert (batch == 0).any()
     assert_equal(model, loss=lambda m, batch: loss_of(m, batch * (batch > 100)))
     found = gradients(model, in_place=True, loss=lambda m, batch: loss_of(m, batch * (batch > 100)))
     assert found["embed.weight"][0].abs().max() == 0
