@@ -45,6 +45,15 @@ def test_every_verb_has_help_with_an_example(verb, capsys) -> None:
     assert f"shardwise {verb}" in capsys.readouterr().out
 
 
+def test_help_of_train_shows_the_tables_of_a_run_file_on_narrow_terminals(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_command(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    for key in ("folder", "layout", "balance", "[model]", "[task]", "[training]", "[checkpoint]"):
+        assert f"\n   {key} " in told
+
+
 def test_a_schedule_is_drawn(capsys) -> None:
     assert run_command(["draw", "1f1b", "--stages", "2", "--micro-batches", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -61,7 +70,8 @@ def test_a_wrong_command_line_has_status_2(capsys) -> None:
     "arguments, told",
     [
         (["draw", "2f2b"], 'a schedule is one of naive, gpipe, 1f1b, but got "2f2b"'),
-        (["plan"], "a run file or of --model-config"),
+        (["plan"], "a run file or of --model-config FILE.json, but neither of them is given"),
+        (["plan", "x.toml", "--flops", "fast"], "--flops: 'fast' is not a number of flops"),
         (["train", "nowhere.toml"], "nowhere.toml"),
     ],
 )
@@ -93,6 +103,56 @@ def test_a_run_is_planned_without_starting_anything(run_file, capsys) -> None:
     assert "LlamaForCausalLM" in told
     assert "stage 1" in told
     assert "rank 1" in told
+
+
+def test_a_plan_says_what_its_seconds_assume_and_leave_out(run_file, capsys) -> None:
+    assert run_command(["plan", run_file, "--layout", "dp=2", "--flops", "400 Tflops"]) == 0
+    told = capsys.readouterr().out
+    assert "400 Tflops a second on every rank, as given; transfers take no time" in told
+    assert "left out    averaging gradients (each rank sends" in told
+    assert run_command(["plan", run_file]) == 0
+    assert "as float32 matrix products reach here on" in capsys.readouterr().out
+    assert run_command(["plan", run_file, "--flops", "0"]) == 1
+    assert "more than 0 flops a second, but got 0" in capsys.readouterr().err
+
+
+def test_a_plan_balanced_by_the_clock_lists_the_stages_that_it_found(run_file, capsys) -> None:
+    assert run_command(["plan", run_file, "--set", "balance=measured"]) == 0
+    told = capsys.readouterr().out
+    assert "dp=1,pp=2,stages=[model.embed_tokens" in told
+    assert "the seconds that every unit call took here, alone" in told
+
+
+def test_a_plan_says_what_running_statistics_mean_with_replicas(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "counted.py").write_text(WITH_STATISTICS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.partition("[model.config]")[0].format(folder=tmp_path / "run") + FACTORY)
+    assert run_command(["plan", str(file), "--layout", "dp=2"]) == 0
+    assert "every replica keeps running statistics" in capsys.readouterr().out
+    assert run_command(["plan", str(file), "--layout", "dp=1"]) == 0
+    assert "running statistics" not in capsys.readouterr().out
+
+
+WITH_STATISTICS = """
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(64, 8), nn.BatchNorm1d(16), nn.Linear(8, 64)
+    def forward(self, input_ids, labels):
+        return self.head(self.norm(self.embed(input_ids)))
+"""
+FACTORY = """
+[model]
+factory = "counted:Model"
+[task]
+kind = "random_tokens"
+[training]
+steps = 2
+global_batch = 8
+"""
 
 
 def test_a_bare_config_is_planned_with_the_seconds_and_the_memory_it_took(tmp_path, capsys) -> None:

@@ -13,14 +13,14 @@ from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
 
 
-def explained(profile, layout, *, num_micro_batches=4):
+def explained(profile, layout, *, num_micro_batches=4, assumes=""):
     cut = cut_stages(profile.flow, place(profile, layout), layout.pp)
     found = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=1e6)
-    return explain(profile, layout, cut, found)
+    return explain(profile, layout, cut, found, assumes=assumes)
 
 
 def test_a_plan_reads() -> None:
-    assert explained(chain([10**6] * 4), Layout(dp=2, pp=2)) == PLAN
+    assert explained(chain([10**6] * 4), Layout(dp=2, pp=2), assumes="1 Mflops a second on every rank") == PLAN
 
 
 PLAN = """\
@@ -37,8 +37,10 @@ stage 1       ranks 2-3: 8 parameters, 360 B, 50% of the time (6 Mflops a micro-
   runs        layers.2-3
   memory      parameters 32 B + gradients 32 B + optimizer 64 B + activations 232 B (1 in flight)
 
-step          30 s predicted, 20% of it waiting; busiest stage 1.00 × the mean; each rank sends 32 B
-              at most to average gradients
+step          30 s predicted for forwards and backwards, 20% of it waiting; busiest stage 1.00 × the
+              mean
+  assumes     1 Mflops a second on every rank
+  left out    averaging gradients (each rank sends 32 B at most), the optimizer, reading data
 one replica, rank r of it is stage r:
 rank 0  0>>>>>1>>>>>...........0<<<<<<<<<<<2>>>>>1<<<<<<<<<<<3>>>>>2<<<<<<<<<<......3<<<<<<<<<<<
 rank 1  ......0>>>>>0<<<<<<<<<<1>>>>>1<<<<<<<<<<<2>>>>>2<<<<<<<<<<<3>>>>>3<<<<<<<<<<............

@@ -62,10 +62,10 @@ def test_an_unknown_kind_is_an_error_that_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     "kind, options, said",
     [
-        ("random_tokens", {"vocabulary": 5}, "vocabulary_size.*got \\['vocabulary'\\]"),
-        ("random_tokens", {"seed": "many"}, "seed='many'"),
+        ("random_tokens", {"vocabulary": 5}, "task.vocabulary is no option; write vocabulary_size"),
+        ("random_tokens", {"seed": "many"}, "task.seed is a whole number, but got 'many'"),
         ("random_tokens", {"sequence_length": 1}, "sequence_length=1"),
-        ("language_modelling", {"sources": "stdlib"}, "\\['cache'\\] are missing"),
+        ("language_modelling", {"sources": "stdlib"}, "task.cache is missing; add it"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(kind: str, options: dict[str, object], said: str) -> None:

@@ -64,7 +64,7 @@ def test_a_config_is_read_from_a_file(tmp_path) -> None:
     [
         ("no/such/file.json", "is none"),
         ({"hidden_size": 3}, "model_type"),
-        ({"model_type": "llamma"}, "cannot read"),
+        ({"model_type": "llamma"}, "says .llamma.; did you mean llama"),
     ],
     ids=["file", "type", "name"],
 )

@@ -41,20 +41,72 @@ def test_the_example_is_a_run() -> None:
         ("training.step=5", "training.step is no option; write steps"),
         ("trainning.steps=5", "trainning is no option; write training"),
         ("model.clas=x", "model.clas is no option; write class"),
-        ("training.steps=0", "training.steps = 0: Input should be greater than or equal to 1"),
-        ("training.steps=1.5", "training.steps = 1.5: Input should be a valid integer"),
+        ("evaluate=3", "evaluate is no option; there are folder, layout, balance, device"),
+        ("training.steps=0", "training.steps is at least 1, but got 0; use 1 or more"),
+        ("training.steps=1.5", "training.steps is a whole number, but got 1.5; write it without"),
+        ('training.steps="ten"', "training.steps is a whole number, but got 'ten'; write it without quotes"),
+        ("training.learning_rate=-1", "training.learning_rate is more than 0, but got -1; use a number above 0"),
+        ("training.learning_rate=nan", "training.learning_rate is a finite number, but got nan"),
+        ("training.weight_decay=inf", "training.weight_decay is a finite number, but got inf"),
+        ("training.final_fraction=2", "training.final_fraction is at most 1, but got 2; use 1 or less"),
         ("training.warm_up=11", "warm_up=11 and steps=10; use warm_up=1"),
         ("training.betas=[0.9, 1.0]", r"betas lie in \[0, 1\)"),
+        ("training.betas=[0.9]", r"training.betas: they are two numbers, but got \[0.9\]; \[0.9, 0.95\] is usual"),
+        ("training.optimizer=adam", "training.optimizer is one of adamw, sgd, but got 'adam'; write \"adamw\""),
+        ("training.schedule=linear", "is one of cosine, constant, but got 'linear'; use one of these"),
+        ("training=5", r"training is a table, but got 5; write \[training\] and its keys below"),
         ("model.config=x.json", "a factory or a config, but both are given; drop one"),
         ("model.factory=nocolon", "written \"module:function\", but got 'nocolon'"),
+        ("model.dtype=fp32", "model.dtype is one of float32, .*, but got 'fp32'"),
         ("training.steps.x=3", "sets a key of steps, but steps is 10"),
         ("training.steps", "write training.steps=100"),
-        ("device=tpu", "device = 'tpu': Input should be 'cpu' or 'cuda'"),
+        ("device=tpu", "device is one of cpu, cuda, but got 'tpu'"),
+        ("folder=3", "folder is text, but got 3; write it in quotes"),
+        ("balance=measure", 'balance is one of flops, measured, .*; write "measured"'),
+        ("checkpoint.keep=0", "checkpoint.keep is at least 1, but got 0"),
+        ("layout=4", 'layout: it is text or a table, but got 4; write "dp=2,pp=2"'),
     ],
 )
 def test_what_is_written_wrong_is_named_with_its_repair(override, told) -> None:
     with pytest.raises(ConfigError, match=told):
         run_from(RUN, [override])
+
+
+@pytest.mark.parametrize(
+    "layout, told",
+    [
+        ("dp=0", "an axis has 1 rank or more, but dp=0"),
+        ("pp=two", "pp is a whole number, but got 'two'"),
+        ("zp=2", "a layout has dp, .*, but got zp"),
+        ("pp=2,pp=3", "written name=value once each"),
+        ("pp=2,micro_batches=-1", "a step has 1 micro-batch or more, but micro_batches=-1"),
+        ("pp=2,schedule=zb", 'a schedule is one of naive, gpipe, 1f1b, but got "zb"'),
+        ("pp=2,stages=weight", "stages are balanced by cost, parameters, depth or listed by hand"),
+        ("pp=2,stages=[a|b|c]", "there are 3 and pp=2; write pp=3 or list 2 stages"),
+        ('{dp="2"}', "but dp='2'"),
+        ('{pp=2, stages=[["a"], [3]]}', "lists of unit names, one for each stage"),
+    ],
+)
+def test_a_wrong_layout_is_named_with_its_repair(layout, told) -> None:
+    with pytest.raises(LayoutError, match=told):
+        run_from(RUN, [f"layout={layout}"])
+
+
+def test_one_axis_of_a_layout_written_as_text_is_overridden() -> None:
+    assert run_from(RUN, ["layout.dp=1", "layout.micro_batches=3"]).layout == Layout(dp=1, pp=2, micro_batches=3)
+
+
+def test_every_fault_of_a_run_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)device is one of cpu.*training.steps is at least 1"):
+        run_from(RUN, ["training.steps=0", "device=tpu"])
+
+
+def test_stages_are_balanced_in_one_way() -> None:
+    assert run_from(RUN, ["balance=depth"]).seeded_layout == Layout(dp=2, pp=2, stages="depth")
+    assert run_from(RUN, ["balance=parameters"]).seeded_layout == Layout(dp=2, pp=2, stages="parameters")
+    assert run_from(RUN, ["balance=measured"]).seeded_layout == Layout(dp=2, pp=2)
+    with pytest.raises(ConfigError, match=r'balance = "measured" and the layout is .*; drop balance, or stages'):
+        run_from(RUN, ["balance=measured", "layout=pp=2,stages=[a|b]"])
 
 
 def test_a_batch_with_fewer_samples_than_micro_batches_is_refused() -> None:

@@ -23,22 +23,22 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "plan": ("shardwise.cli.plan", "Show how a model is split: stages, memory, traffic, the schedule."),
         "verify": ("shardwise.cli.verify", "Prove that a layout computes what one device computes."),
-        "train": ("shardwise.cli.train", "Train: starts the ranks here, or joins those of torchrun, SLURM or MPI."),
+        "train": ("shardwise.cli.train", "Train: starts the processes here, or joins those of torchrun, SLURM, MPI."),
         "draw": ("shardwise.cli.draw", "Draw a pipeline schedule as text."),
     }
 )
 
 _HELP = """Model parallelism for any PyTorch model.
 
-A run is one TOML file; examples/demo.toml is one to start from:
+A run is one TOML file; examples/demo.toml is one to copy:
 
-    shardwise plan   run.toml      how it is split, before anything is trained
-
-    shardwise train  run.toml      starts the processes, shows progress, saves checkpoints
-
-    shardwise verify run.toml      the same gradients as on one device?
+    shardwise plan   run.toml    how it is split, before anything is trained
+    shardwise train  run.toml    starts the processes, shows progress, saves
+    shardwise verify run.toml    the same gradients as on one device?
 
 Any value can be set from here: --set training.steps=50 --set layout=dp=2,pp=2
+
+`shardwise VERB --help` tells more of each.
 """
 
 

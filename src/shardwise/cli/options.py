@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the layout in an option. Knows typer; starts nothing."""
+"""Options that several verbs share. Knows typer; starts nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import typer
 
 __all__ = ["Overrides", "RunFile"]
 
-RunFile = Annotated[str, typer.Argument(metavar="RUN.toml", help="The run, as examples/demo.toml is one.")]
+RunFile = Annotated[
+    str, typer.Argument(metavar="RUN.toml", help="The run; examples/demo.toml is one to copy.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the run, as training.steps=50. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set a value of the run file, such as training.steps=50 or layout=pp=4. May be repeated.",
+    ),
 ]

@@ -11,10 +11,11 @@ import typer
 from shardwise.cli.options import Overrides
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
-from shardwise.quantities import format_bytes, format_count, format_seconds
+from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
 from shardwise.trace.model_config import trace_config
+from shardwise.train.balance import layout_for, profile_for, with_threads
 from shardwise.train.build import build_model, build_task, first_micro_batch
-from shardwise.train.plan import plan_of_model, plan_of_profile
+from shardwise.train.plan import plan_of_profile, statistics_note, threads_of_rank
 from shardwise.train.run import prepare
 from shardwise.train.run_file import load_run
 
@@ -24,54 +25,86 @@ _KIB = 1024
 
 
 def command(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN.toml]", help="The run; or give --model-config.")] = None,
-    layout: Annotated[str | None, typer.Option(help='Instead of the run\'s, as "dp=2,pp=4".')] = None,
-    model_config: Annotated[
-        str | None, typer.Option(metavar="FILE.json", help="A transformers config: plan it without a run.")
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN.toml]", help="The run; examples/demo.toml is one to copy.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a micro-batch, with --model-config.")] = 1,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample, with --model-config.")] = 128,
+    layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="Instead of the run's; pp=1 with --model-config.")
+    ] = None,
+    model_config: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Plan this transformers config, without a run.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --model-config: samples of a micro-batch.")
+    ] = 1,
+    sequence_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --model-config: tokens of a sample.")
+    ] = 128,
+    flops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE", help="What a rank computes in a second, such as 400T; measured here if not given."
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Show how a model is split: what every stage runs, holds and sends, and the schedule drawn.
 
-    Nothing of the model is allocated: a config of 671 B parameters takes seconds.
+    Starts no process and allocates nothing of the model: 671 B parameters take seconds.
 
-    shardwise plan run.toml --layout pp=4
+    shardwise plan run.toml
+    shardwise plan run.toml --layout pp=4,schedule=gpipe
+    shardwise plan run.toml --set balance=measured
+    shardwise plan --model-config config.json --layout pp=16 --flops 400T
 
-    shardwise plan --model-config config.json --layout pp=16
+    A layout is name=value with commas:
+      dp, pp          replicas, and stages of the pipeline; 1 if not given
+      micro_batches   of a replica and step; 2 x pp if not given
+      schedule        1f1b, gpipe or naive
+      stages          cost, parameters, depth, or listed by hand as
+                      \\[embed+layers.0|layers.1-3+head]
+
+    The predicted step is forwards and backwards at a rate that is printed;
+    what is left out is printed too.
     """
     if (run is None) == (model_config is None):
-        raise ConfigError("a plan is made of a run file or of --model-config FILE.json; give one of them")
+        given = "neither" if run is None else "both"
+        raise ConfigError(
+            f"a plan is made of a run file or of --model-config FILE.json, but {given} of them is given; give one"
+        )
+    rate = None if flops is None else _rate(flops)
     if model_config is not None:
-        _plan_config(model_config, Layout.parse(layout or "pp=1"), batch_size, sequence_length)
+        _plan_config(model_config, Layout.parse(layout or "pp=1"), batch_size, sequence_length, rate)
     elif run is not None:
-        _plan_run(run, [*(overrides or ()), *([f"layout={layout}"] if layout else ())])
+        _plan_run(run, [*(overrides or ()), *([f"layout={layout}"] if layout else ())], rate)
 
 
-def _plan_run(path: str, overrides: list[str]) -> None:
+def _rate(text: str) -> float:
+    try:
+        return parse_flops(text)
+    except ConfigError as error:
+        raise ConfigError(f"--flops: {error}") from error
+
+
+def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
     described = load_run(path, overrides)
     job = prepare(described.model_copy(update={"checkpoint": described.checkpoint.model_copy(update={"every": 0})}))
     task = build_task(job)
-    model, _ = build_model(job)
+    model, values = build_model(job)
     inputs = first_micro_batch(described, task)
-    print(
-        plan_of_model(
-            model,
-            inputs,
-            layout=described.layout,
-            loss=task.loss,
-            num_micro_batches=described.num_micro_batches,
-        )
-    )
+    with with_threads(threads_of_rank(described.layout.world_size)):
+        profile = profile_for(described, model, inputs, loss=task.loss, values=values)
+    layout = layout_for(described, profile)
+    plan = plan_of_profile(profile, layout=layout, num_micro_batches=described.num_micro_batches, flops_per_s=rate)
+    print(plan + statistics_note(model, layout))
 
 
-def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: int) -> None:
+def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: int, rate: float | None) -> None:
     start = time.perf_counter()
     profile = trace_config(path, batch_size=batch_size, sequence_length=sequence_length)
     traced_s = time.perf_counter() - start
     micro_batches = layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
-    print(plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches))
+    print(plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     count = format_count(profile.num_parameters, "parameters")
     print(f"traced {count} in {format_seconds(traced_s)}; this process held {format_bytes(peak)} at most")

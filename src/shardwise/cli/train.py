@@ -19,16 +19,43 @@ __all__ = ["command"]
 def command(
     run: RunFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew: delete the run's checkpoints.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", metavar="", help="Go on from the run's latest checkpoint, also on another layout."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", metavar="", help="Begin anew where the run's folder has checkpoints: they are deleted."
+        ),
+    ] = False,
 ) -> None:
-    """Train the model of a run on the layout of a run.
+    """Train the model of a run, split over processes as its layout says.
 
-    Starts one process for each rank here. Under torchrun, srun or mpirun it is one of their processes instead:
+    Starts one process for each rank here, shows the plan and then progress.
+    If a rank fails, it ends the others and says why, with status 1.
+    Under torchrun, srun or mpirun it is one of their processes instead.
 
+    shardwise train run.toml
+    shardwise train run.toml --set layout=dp=2,pp=2 --set training.steps=50
+    shardwise train run.toml --resume
     torchrun --nproc-per-node 4 --no-python shardwise train run.toml
 
-    Events of every rank go to RUN_FOLDER/events, checkpoints to RUN_FOLDER/checkpoints.
+    The run file:
+      folder  = "runs/mine"      gets events/, checkpoints/ and prepared data/
+      layout  = "dp=2,pp=2"      replicas x stages, one process for each
+      balance = "flops"          or measured, parameters, depth: equal stages
+      \\[model]                    config = {model_type = "llama", ...} or a
+                                 JSON file; path = folder of safetensors;
+                                 or factory = "module:function"
+      \\[task]                     kind = "language_modelling", sources = files
+                                 or "stdlib", sequence_length, ...
+      \\[training]                 steps, global_batch, learning_rate, warm_up,
+                                 clip, seed, evaluate_every, ...
+      \\[checkpoint]               every (steps; 0: never), keep, folder
+
+    BatchNorm: each replica keeps and evaluates with running statistics of its
+    own; replica 0's are saved (docs/correctness.md).
     """
     described = load_run(run, overrides or ())
     try:

@@ -24,12 +24,15 @@ _LABEL = 12  # columns of the label in front of a line
 _DRAWN = 88  # columns of the drawing
 
 
-def explain(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate) -> str:
-    """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule."""
+def explain(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, *, assumes: str = "") -> str:
+    """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule.
+
+    `assumes` says where the seconds of the estimate come from.
+    """
     lines = [*_model(profile), *_layout(layout, estimate)]
     for stage in estimate.stages:
         lines += ["", *_stage(profile, layout, cut, estimate, stage)]
-    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate)]
+    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate, assumes)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -154,19 +157,30 @@ def _unread(profile: ModelProfile) -> Iterator[str]:
         yield from _labelled("unused", text)
 
 
-def _step(layout: Layout, estimate: Estimate) -> list[str]:
-    reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
+def _step(layout: Layout, estimate: Estimate, assumes: str) -> list[str]:
     summary = (
-        f"{format_seconds(estimate.step_s)} predicted, {estimate.bubble_fraction:.0%} of it waiting; "
-        f"busiest stage {estimate.imbalance:.2f} × the mean"
+        f"{format_seconds(estimate.step_s)} predicted for forwards and backwards, {estimate.bubble_fraction:.0%} of it "
+        f"waiting; busiest stage {estimate.imbalance:.2f} × the mean"
     )
-    if layout.dp > 1:
-        summary += f"; each rank sends {format_bytes(reduced)} at most to average gradients"
+    lines = [
+        *_labelled("step", summary),
+        *(_labelled("assumes", assumes, indent=2) if assumes else []),
+        *_labelled("left out", _left_out(layout, estimate), indent=2),
+    ]
     if layout.pp == 1:
-        return _labelled("step", summary)
+        return lines
     one = "one replica, rank r of it is stage r:" if layout.dp > 1 else ""
     drawing = draw(estimate.timeline, width=_DRAWN).splitlines()[:-1]
-    return [*_labelled("step", summary), *filter(None, [one]), *drawing]
+    return [*lines, *filter(None, [one]), *drawing]
+
+
+def _left_out(layout: Layout, estimate: Estimate) -> str:
+    """What a step takes besides."""
+    rest = "the optimizer, reading data"
+    if layout.dp == 1:
+        return rest
+    reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
+    return f"averaging gradients (each rank sends {format_bytes(reduced)} at most), {rest}"
 
 
 def _plural(count: int, one: str, several: str | None = None) -> str:

@@ -6,6 +6,7 @@ corpus is prepared by one process and opened by every rank.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from shardwise.errors import ConfigError
+from shardwise.tasks.faults import fault_text, unknown_text
 from shardwise.tasks.language_modelling import CorpusOptions, LanguageModelling
 from shardwise.tasks.synthetic import RandomTokens
 from shardwise.tasks.task import Task
@@ -72,7 +74,9 @@ def _kind(kind: str) -> TaskKind:
         return KINDS[kind]
     if ":" in kind:
         return TaskKind(prepare=dict, open=lambda options: _from_factory(kind, options))
-    raise ConfigError(f"a task is one of {sorted(KINDS)} or 'package.module:factory'; got {kind!r}; correct the kind")
+    close = difflib.get_close_matches(kind, KINDS, n=1)
+    repair = f'write task.kind = "{close[0]}"' if close else "correct task.kind"
+    raise ConfigError(f"a task is one of {', '.join(KINDS)} or package.module:factory, but got {kind!r}; {repair}")
 
 
 def _prepare_corpus(options: Options) -> dict[str, object]:
@@ -111,17 +115,21 @@ def _from_factory(kind: str, options: Options) -> Task:
 
 def _checked(cls: type[T], options: Options) -> T:
     """An instance of a dataclass from a mapping, with names and types checked."""
-    known = {field.name for field in fields(cls)}
-    needed = {field.name for field in fields(cls) if field.default is MISSING}
-    if unknown := set(options) - known:
-        raise ConfigError(f"this task's options are {sorted(known)}; got {sorted(unknown)} too; correct or remove them")
-    if missing := needed - set(options):
-        raise ConfigError(f"this task needs the options {sorted(needed)}; {sorted(missing)} are missing; add them")
+    known = [field.name for field in fields(cls)]
+    needed = [field.name for field in fields(cls) if field.default is MISSING]
+    faults = [unknown_text(f"task.{name}", name, known) for name in options if name not in known]
+    faults += [f"task.{name} is missing; add it" for name in needed if name not in options]
+    if faults:
+        raise ConfigError("; ".join(faults))
     try:
         return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"an option of this task has the wrong type: {faults}; correct the value") from error
+        raise ConfigError("; ".join(_fault(dict(fault)) for fault in error.errors())) from error
+
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    """Of a union (one source, or several) only the first place is told: the others say it again."""
+    return fault_text(f"task.{fault['loc'][0]}" if fault["loc"] else "task", fault)
 
 
 KINDS: Mapping[str, TaskKind] = MappingProxyType(

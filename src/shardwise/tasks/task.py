@@ -48,7 +48,10 @@ class Task(Protocol):
         ...
 
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
-        """Collated samples on the CPU; dim 0 of every tensor is len(indices), in the order of `indices`."""
+        """Collated samples on the CPU; dim 0 of every tensor is len(indices), in the order of `indices`.
+
+        Tensors without dims speak of these samples together, as `num_items_in_batch` does.
+        """
         ...
 
     def loss(self, outputs: object, batch: Batch) -> Tensor:

@@ -8,6 +8,8 @@ know weights and files of weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,20 +58,53 @@ def read_config(config: Any) -> Any:
 
     if isinstance(config, transformers.PreTrainedConfig):
         return config
-    where = "the config"
+    where, written = "the config", isinstance(config, Mapping)
     if isinstance(config, str | Path):
         where = str(config)
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"a model config is a JSON file, but {where} is none: {error}") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(
+                f"a model config is a JSON file, but {where} is none: {reason}; correct the path"
+            ) from error
     if not isinstance(config, Mapping) or "model_type" not in config:
         raise ConfigError(f"a config names its model_type, such as llama, but {where} does not; add it")
     values = {name: value for name, value in config.items() if name != "model_type"}
+    known = transformers.CONFIG_MAPPING
+    if config["model_type"] not in known:
+        close = difflib.get_close_matches(str(config["model_type"]), list(known), n=3)
+        repair = f"did you mean {' or '.join(close)}?" if close else "see transformers' list of models"
+        raise ConfigError(
+            f"a config names a model_type that transformers {transformers.__version__} knows, but {where} says "
+            f"{config['model_type']!r}; {repair}"
+        )
     try:
-        return transformers.AutoConfig.for_model(config["model_type"], **values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"transformers {transformers.__version__} cannot read {where}: {error}") from error
+        read = transformers.AutoConfig.for_model(config["model_type"], **values)
+    except Exception as error:  # its checks raise errors of several libraries, none of them a ValueError alone
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where} is none that transformers takes as {config['model_type']}: {reason}; correct it"
+        ) from error
+    if written:
+        _check_names(values, read)
+    return read
+
+
+def _check_names(values: Mapping[str, Any], config: Any) -> None:
+    """transformers keeps any key it is given. Written by hand, one that is almost a key it knows is a slip.
+
+    Raises ConfigError. Not for files: published ones carry keys of older versions.
+    """
+    kind = type(config)
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    for name in values:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if name not in known else []
+        if close:
+            raise ConfigError(
+                f"the keys of the config are those of {kind.__name__}, and {name} = {values[name]!r} is none; write "
+                f"{close[0]}"
+            )
 
 
 def empty_model(config: Any, *, seed: int = 0) -> nn.Module:

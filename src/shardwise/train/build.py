@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
-from shardwise.errors import ConfigError
 from shardwise.execute.assemble import assemble, fill_from
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program
@@ -24,14 +23,15 @@ from shardwise.quantities import format_bytes, format_count
 from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
 from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
+from shardwise.train.balance import layout_for, of_rank_0, profile_for
 from shardwise.train.model import Values, model_factory, names_in, values_of
 from shardwise.train.optimizer import optimizer_over
-from shardwise.train.plan import plan_of_model
+from shardwise.train.plan import plan_of_profile, statistics_note
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
-from shardwise.train.state import check_state, restore
+from shardwise.train.state import check_model, check_state, restore
 
-__all__ = ["Job", "World", "about", "build", "build_model", "build_task", "check_vocabulary", "first_micro_batch"]
+__all__ = ["Job", "World", "about", "build", "build_model", "build_task", "first_micro_batch"]
 
 ModelLike = nn.Module | Callable[[], nn.Module]
 
@@ -108,12 +108,20 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
     if source is not None:
         check_state(source, state)
     model, values = build_model(job, source)
+    if source is not None:
+        check_model(source, model)
     for name, buffer in model.named_buffers():
         if buffer.device != device:
             place(model, {name: buffer.to(device)})
     inputs = first_micro_batch(run, task, device)
-    if context.rank == 0 and on_plan is not None:
-        on_plan(plan_of_model(model, inputs, layout=layout, loss=task.loss, num_micro_batches=run.num_micro_batches))
+    if context.rank == 0 and (on_plan is not None or run.balance == "measured"):
+        profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
+        layout = layout_for(run, profile)
+        if on_plan is not None:
+            plan = plan_of_profile(profile, layout=layout, num_micro_batches=run.num_micro_batches)
+            on_plan(plan + statistics_note(model, layout))
+    if run.balance == "measured":
+        layout = of_rank_0(layout)
     program = assemble(
         model,
         inputs,
@@ -179,20 +187,6 @@ def about(task: Task) -> str:
     corpus = task.corpus
     tokens = format_count(corpus.num_train_tokens, "tokens")
     return f"{samples}, {tokens} of {format_bytes(corpus.num_bytes)} of text in {corpus.num_documents} documents"
-
-
-def check_vocabulary(job: Job) -> None:
-    """A language model has a row for every token of its corpus. Raises ConfigError with the numbers."""
-    config, task = job.run.model.config, build_task(job)
-    if job.model is None and isinstance(config, Mapping) and isinstance(task, LanguageModelling):
-        rows, tokens = config.get("vocab_size"), task.corpus.vocabulary_size
-        if isinstance(rows, int) and rows < tokens:
-            raise ConfigError(
-                f"a model has a row for every token, but vocab_size={rows} and the corpus has {tokens} tokens; set "
-                f"model.config.vocab_size={tokens} or task.vocabulary_size={rows}"
-            )
-    if task.num_samples("train") < 1:
-        raise ConfigError("a task has training samples, but this one has 0; give more data")
 
 
 def first_micro_batch(run: Run, task: Task, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

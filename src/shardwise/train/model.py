@@ -6,6 +6,7 @@ a value is asked for by name, and whoever asks holds it.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from shardwise.trace.model_config import read_config
 from shardwise.trace.placing import named_tensors
 from shardwise.train.run_file import ModelOptions
 
-__all__ = ["Values", "model_factory", "names_in", "values_of"]
+__all__ = ["Values", "model_factory", "names_in", "sizes_of", "values_of"]
 
 Values = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 
@@ -35,13 +36,16 @@ def model_factory(options: ModelOptions) -> Callable[[], nn.Module]:
     """
     if options.factory is not None:
         return functools.partial(_from_factory, _found(options.factory), dict(options.options), options.factory)
-    config = options.config
-    if config is None and options.path is not None:
-        config = str(Path(options.path).expanduser() / "config.json")
-    if config is None:
-        raise ConfigError("a run says what to train: [model] has neither config nor path nor factory; add one of them")
-    read = read_config(config)
+    read = _config_of(options)
     return functools.partial(_from_config, _class_of(read, options.class_name), read, getattr(torch, options.dtype))
+
+
+def sizes_of(options: ModelOptions) -> tuple[int | None, int | None]:
+    """Rows of the embedding and positions of a transformers model; None for what its config does not say."""
+    text = _config_of(options).get_text_config()
+    sizes = (getattr(text, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    rows, places = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+    return rows, places
 
 
 def values_of(source: Source, model: nn.Module) -> Values:
@@ -79,12 +83,27 @@ def names_in(source: Source, model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _config_of(options: ModelOptions) -> Any:
+    """The transformers config that [model] names or writes. Raises ConfigError with the key."""
+    config, key = options.config, "model.config"
+    if config is None and options.path is not None:
+        config, key = str(Path(options.path).expanduser() / "config.json"), "model.path"
+    if config is None:
+        raise ConfigError("a run says what to train: [model] has neither config nor path nor factory; add one of them")
+    try:
+        return read_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
 def _found(name: str) -> Callable[..., object]:
     module, _, function = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a factory {name!r} names a module and a function in it: {error}; correct it") from error
+        raise ConfigError(
+            f"model.factory names a module and a function in it, but {name!r} does not: {error}; correct it"
+        ) from error
     if not callable(factory):
         raise ConfigError(f"a factory is a function, but {name!r} is a {type(factory).__name__}; name a function")
     return factory  # type: ignore[no-any-return]
@@ -105,12 +124,14 @@ def _class_of(config: Any, name: str | None) -> Any:
         if type(config) not in models:
             raise ConfigError(
                 f"transformers has no causal language model for {type(config).__name__}; name the class: "
-                'class = "…" in [model]'
+                'model.class = "…"'
             )
         return models[type(config)]
     found = getattr(transformers, name, None)
     if found is None or not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}; correct class")
+        close = difflib.get_close_matches(name, [each for each in dir(transformers) if "For" in each], n=2)
+        repair = f"did you mean {' or '.join(close)}?" if close else "correct model.class"
+        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}; {repair}")
     return found
 
 

@@ -1,60 +1,92 @@
 """The plan of a run in words, before its first step: stages, memory, traffic and the drawn schedule.
 
-Traces the model once more, on whatever device and rank it is called; seconds come from how fast this machine
-multiplies matrices. Refuses to know how a run is started.
+Traces the model once more, on whatever device and rank it is called; seconds come from the clock where unit calls were
+measured, else from how fast this machine multiplies matrices. Refuses to know how a run is started.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
 
 import torch
 import torch.nn as nn
 
 from shardwise.describe.profile import ModelProfile
+from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.plan.cut import cut_stages
 from shardwise.plan.estimate import estimate
 from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
-from shardwise.trace.objective import LossFunction
-from shardwise.trace.profile import trace
+from shardwise.plan.work import work_of
+from shardwise.quantities import format_flops
+from shardwise.train.balance import with_threads
 
-__all__ = ["machine_rate", "plan_of_model", "plan_of_profile"]
+__all__ = ["machine_rate", "plan_of_profile", "statistics_note", "threads_of_rank"]
 
 _SIDE = 384  # of the matrices that are multiplied
 _PROBE_S = 0.1
 
 
-def plan_of_model(
-    model: nn.Module, inputs: Any, *, layout: Layout, loss: LossFunction | None, num_micro_batches: int
-) -> str:
-    """The plan of a model for micro-batches like `inputs`. Raises ModelError, LayoutError."""
-    return plan_of_profile(trace(model, inputs, loss=loss), layout=layout, num_micro_batches=num_micro_batches)
-
-
 def plan_of_profile(
     profile: ModelProfile, *, layout: Layout, num_micro_batches: int, flops_per_s: float | None = None
 ) -> str:
-    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. Raises LayoutError."""
+    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given.
+
+    Says where its seconds come from. Raises LayoutError; ConfigError for a rate that is not above 0.
+    """
+    if flops_per_s is not None and not flops_per_s > 0:
+        raise ConfigError(f"a rank computes more than 0 flops a second, but got {flops_per_s:g}; give 10 Gflops, say")
     stages = place(profile, layout)
     cut = cut_stages(profile.flow, stages, layout.pp)
-    predicted = estimate(
-        profile,
-        layout,
-        cut,
-        num_micro_batches=num_micro_batches,
-        flops_per_s=flops_per_s or machine_rate(),
-    )
-    return explain(profile, layout, cut, predicted)
+    timed = work_of(profile).in_seconds
+    rate = flops_per_s or (1.0 if timed else machine_rate(layout.world_size))
+    predicted = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=rate)
+    if timed:
+        assumes = "the seconds that every unit call took here, alone; glue and transfers take no time"
+    else:
+        source = "as given" if flops_per_s else _source(layout.world_size)
+        assumes = f"{format_flops(rate)} a second on every rank, {source}; transfers take no time"
+    return explain(profile, layout, cut, predicted, assumes=assumes)
 
 
-def machine_rate() -> float:
-    """Flops per second of float32 matrix products on this process's CPU threads."""
+def machine_rate(num_ranks: int = 1) -> float:
+    """Flops per second of float32 matrix products that one of `num_ranks` ranks gets of this machine's cores."""
     matrix = torch.ones(_SIDE, _SIDE)
-    products, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _PROBE_S:
-        torch.mm(matrix, matrix)
-        products += 1
-    return 2.0 * _SIDE**3 * products / (time.perf_counter() - start)
+    with with_threads(threads_of_rank(num_ranks)):
+        products, start = 0, time.perf_counter()
+        while time.perf_counter() - start < _PROBE_S:
+            torch.mm(matrix, matrix)
+            products += 1
+        rate = 2.0 * _SIDE**3 * products / (time.perf_counter() - start)
+    return rate * min(1.0, _num_cores() / num_ranks)
+
+
+def threads_of_rank(num_ranks: int) -> int:
+    """Threads of each of `num_ranks` ranks that share this machine."""
+    return max(1, _num_cores() // num_ranks)
+
+
+def statistics_note(model: nn.Module, layout: Layout) -> str:
+    """What running statistics mean on a layout with replicas; empty where there are none."""
+    if layout.dp == 1 or not any(_has_statistics(module) for module in model.modules()):
+        return ""
+    return (
+        "\nnote          BatchNorm takes its statistics over each micro-batch; every replica keeps running statistics\n"
+        "              of its own and evaluates with them; replica 0's are saved (docs/correctness.md)"
+    )
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+
+
+def _source(num_ranks: int) -> str:
+    threads = threads_of_rank(num_ranks)
+    share = f", {num_ranks} of them on {_num_cores()} cores" if num_ranks > _num_cores() else ""
+    return f"as float32 matrix products reach here on {threads} thread{'s' if threads > 1 else ''}{share}"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -21,7 +21,8 @@ from shardwise.errors import ConfigError, LayoutError
 from shardwise.events import Event, JsonlSink, Sink
 from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
 from shardwise.tasks import Task, prepare_task
-from shardwise.train.build import Job, ModelLike, about, build, check_vocabulary
+from shardwise.train.build import Job, ModelLike, about, build
+from shardwise.train.checks import check_path, check_stages, check_task, make_folder
 from shardwise.train.loop import run_steps
 from shardwise.train.model import model_factory
 from shardwise.train.progress import ProgressSink
@@ -72,6 +73,8 @@ def train(
     try:
         if world is None:
             job = prepare(run, model=model, task=task, resume=resume, started_s=started_s)
+            check_stages(job)
+            make_folder(run.events_folder)
             return _on_own_ranks(job, sink)
         context = context_of_world(world)
         return _as_one_rank(context, run, model=model, task=task, resume=resume, started_s=started_s, sink=sink)
@@ -90,6 +93,7 @@ def prepare(
     """Check the run and do the slow part of its task, in one process. Raises ConfigError, CheckpointError."""
     if model is None:
         model_factory(run.model)
+        check_path(run.model.path)
     if run.device == "cuda" and torch.cuda.device_count() == 0:
         raise ConfigError('device = "cuda" needs a GPU, and torch sees 0 here; use device = "cpu"')
     if resume:
@@ -102,7 +106,7 @@ def prepare(
         )
     options = prepare_task(run.task.kind, run.task_options) if task is None else {}
     job = Job(run=run, task_options=options, model=model, task=task, resume=resume, started_s=started_s)
-    check_vocabulary(job)
+    check_task(job)
     return job
 
 

@@ -7,7 +7,6 @@ Refuses to know how a model is built, and starts nothing.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardwise.errors import ConfigError, ShardwiseError
-from shardwise.layout import Layout
+from shardwise.layout import Layout, StageRule
+from shardwise.tasks.faults import fault_text, unknown_text
 
 __all__ = ["CheckpointOptions", "ModelOptions", "Run", "TaskOptions", "TrainingOptions", "load_run", "run_from"]
 
@@ -88,9 +88,9 @@ class TrainingOptions(_Table):
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, ge=0)
+    epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=0, ge=0)
     evaluate_batches: int = Field(default=4, ge=1)
@@ -98,7 +98,10 @@ class TrainingOptions(_Table):
     @field_validator("betas", mode="before")
     @classmethod
     def _pair(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+        pair = tuple(value) if isinstance(value, list) else value
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(f"they are two numbers, but got {value!r}; [0.9, 0.95] is usual")
+        return pair
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -124,10 +127,15 @@ class CheckpointOptions(_Table):
 
 
 class Run(_Table):
-    """A whole run. `folder` gets events, checkpoints and prepared data."""
+    """A whole run. `folder` gets events, checkpoints and prepared data.
+
+    balance   what makes stages equal: "flops" that were counted, "measured" seconds (every unit call is timed once at
+              the start), "parameters", or "depth" (unit calls); not where `layout` says it, or lists the stages
+    """
 
     folder: str = "runs/run"
     layout: Layout = Layout()
+    balance: Literal["flops", "measured", "parameters", "depth"] = "flops"
     device: Literal["cpu", "cuda"] = "cpu"
     model: ModelOptions = ModelOptions()
     task: TaskOptions = TaskOptions()
@@ -139,17 +147,28 @@ class Run(_Table):
     def _parsed(cls, value: object) -> object:
         if isinstance(value, str):
             return Layout.parse(value)
+        if not isinstance(value, Mapping | Layout):
+            raise ValueError(f'it is text or a table, but got {value!r}; write "dp=2,pp=2" or {{ dp = 2, pp = 2 }}')
         return Layout.from_dict(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         self.layout.num_micro_batches(self.training.global_batch)
+        if self.balance != "flops" and self.layout.stages != StageRule.COST:
+            raise ValueError(
+                f'stages are balanced in one way, but balance = "{self.balance}" and the layout is {self.layout}; '
+                "drop balance, or stages of the layout"
+            )
         return self
 
     @property
     def seeded_layout(self) -> Layout:
-        """The layout with the run's own seed: dropout is keyed by it."""
-        return dataclasses.replace(self.layout, seed=self.training.seed)
+        """The layout with the run's own seed, by which dropout is keyed, and with what its stages are balanced by.
+
+        "measured" is for whoever has a model to time; until then stages are balanced by flops.
+        """
+        stages = StageRule(self.balance) if self.balance in ("parameters", "depth") else self.layout.stages
+        return dataclasses.replace(self.layout, seed=self.training.seed, stages=stages)
 
     @property
     def num_micro_batches(self) -> int:
@@ -208,6 +227,8 @@ def _override(tables: dict[str, Any], text: str) -> None:
     table = tables
     for parent in parents:
         inner = table.get(parent, {})
+        if parent == "layout" and isinstance(inner, str):
+            inner = Layout.parse(inner).to_dict()
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{text!r} sets a key of {parent}, but {parent} is {inner!r}; set {parent} itself")
         table[parent] = table = dict(inner)
@@ -225,14 +246,8 @@ def _toml_value(text: str) -> Any:
 def _fault(fault: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = _known(fault["loc"][:-1])
-        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        return f"{where} is no option; " + (f"write {close[0]}" if close else f"there are {', '.join(known)}")
-    if fault["type"] == "missing":
-        return f"{where} is missing; add it"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = "" if isinstance(fault["input"], Mapping | BaseModel) else f" = {fault['input']!r}"
-    return f"{where}{given}: {message}"
+        return unknown_text(where, str(fault["loc"][-1]), _known(fault["loc"][:-1]))
+    return fault_text(where, fault)
 
 
 def _known(path: tuple[object, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from shardwise.checkpoint.storage import begin, commit, prune
 from shardwise.errors import CheckpointError
 from shardwise.execute.program import Program
 
-__all__ = ["check_state", "restore", "save"]
+__all__ = ["check_model", "check_state", "restore", "save"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -66,6 +66,32 @@ def check_state(source: Source, state: Mapping[str, object]) -> None:
         raise CheckpointError(
             f"a resumed run has the seed, the global batch and the data it began with, but {source.folder} was saved "
             f"by another: {'; '.join(differing)}; correct them, or start without resuming in another folder"
+        )
+
+
+def check_model(source: Source, model: nn.Module) -> None:
+    """A run continues with the model it began with: the same parameters in the same shapes.
+
+    Raises CheckpointError with the numbers and the first that differs.
+    """
+    saved = {name: tuple(t.global_shape) for name, t in source.manifest.tensors.items() if t.kind == "parameter"}
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = [name for name in wanted if name not in saved]
+    unknown = [name for name in saved if name not in wanted]
+    other = [name for name in wanted if name in saved and saved[name] != wanted[name]]
+    told = [
+        *([f"{len(missing)} of the model's {len(wanted)} are not in it, such as {missing[0]}"] if missing else []),
+        *([f"{len(unknown)} of its {len(saved)} are not in the model, such as {unknown[0]}"] if unknown else []),
+        *(
+            [f"{len(other)} have another shape: {other[0]} was {saved[other[0]]}, is {wanted[other[0]]}"]
+            if other
+            else []
+        ),
+    ]
+    if told:
+        raise CheckpointError(
+            f"a resumed run has the model it began with, but the parameters in {source.folder} are others: "
+            f"{'; '.join(told)}; set [model] as it was, or start without resuming in another folder"
         )
 
 
