@@ -10,6 +10,7 @@ from shardwise.layout import Layout, StageRule
 LAYOUTS = [
     Layout(),
     Layout(dp=2, pp=2, micro_batches=4),
+    Layout(dp=2, pp=3, tp=4, seed=1),
     Layout(dp=3, pp=4, schedule="gpipe", stages=StageRule.PARAMETERS, seed=7),
     Layout(pp=3, stages=(("embed", "layers.0"), ("layers.1-2",), ("layers.3", "head"))),
     Layout(stages=(("whole",),)),
@@ -51,6 +52,7 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
     [
         ({"dp": 0}, "dp=0; use dp=1"),
         ({"pp": 1.5}, "pp=1.5"),
+        ({"tp": -1}, "tp=-1; use tp=1"),
         ({"micro_batches": 0}, "micro_batches=0"),
         ({"schedule": "2f2b"}, "one of naive, gpipe, 1f1b"),
         ({"stages": "weight"}, "balanced by cost, parameters, depth"),
@@ -58,7 +60,7 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
         ({"pp": 2, "stages": [["a"], []]}, r"stages \[1\] of 2 have none"),
         ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
         ({"stages": [[1]]}, "lists of unit names"),
-        ({"tp": 2}, "has dp, pp, micro_batches, schedule, stages, seed, but got tp"),
+        ({"xp": 2}, "has dp, pp, tp, micro_batches, schedule, stages, seed, but got xp"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwise.errors import LayoutError
-from shardwise.layout import Coordinates, Layout, coordinates, pipelines, rank_of, replicas, stage_ranks
+from shardwise.layout import Coordinates, Layout, coordinates, pipelines, rank_of, replicas, shards, stage_ranks
 from shardwise.layout.rules import check_world_size
 
 LAYOUT = Layout(dp=2, pp=3)
@@ -16,6 +16,16 @@ def test_the_ranks_of_a_stage_are_neighbours() -> None:
     assert pipelines(LAYOUT) == ((0, 2, 4), (1, 3, 5))
     assert stage_ranks(LAYOUT, 1) == (2, 3)
     assert coordinates(LAYOUT, 3) == Coordinates(stage=1, replica=1)
+
+
+def test_the_shards_of_a_stage_are_closer_than_its_replicas() -> None:
+    layout = Layout(dp=2, pp=2, tp=2)
+    assert shards(layout) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert replicas(layout) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert pipelines(layout) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert stage_ranks(layout, 1) == (4, 5, 6, 7)
+    assert coordinates(layout, 6) == Coordinates(stage=1, replica=1, shard=0)
+    assert rank_of(layout, stage=1, replica=0, shard=1) == 5
 
 
 def test_rank_and_coordinates_are_inverse() -> None:
@@ -40,3 +50,5 @@ def test_a_world_of_another_size_is_refused_with_the_layouts_that_fit() -> None:
     check_world_size(dp=2, pp=2, world_size=4)
     with pytest.raises(LayoutError, match="2 × 3 = 6 and there are 4; use dp=4,pp=1 or dp=2,pp=2 or dp=1,pp=4"):
         check_world_size(dp=2, pp=3, world_size=4)
+    with pytest.raises(LayoutError, match="2 × 3 × 2 = 12 and there are 4; start 12 ranks"):
+        check_world_size(dp=2, pp=3, tp=2, world_size=4)

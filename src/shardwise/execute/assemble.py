@@ -14,8 +14,10 @@ import torch.nn as nn
 
 from shardwise.comm.point_to_point import Transport
 from shardwise.describe.profile import ModelProfile
+from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import LayoutError
-from shardwise.execute.program import Place, Program, build
+from shardwise.execute.large_blocks import give_back_large_blocks
+from shardwise.execute.program import Fill, Part, Place, Program, build
 from shardwise.layout import Layout
 from shardwise.plan.partition import place as place_calls
 from shardwise.trace.capture import capture
@@ -24,8 +26,6 @@ from shardwise.trace.objective import LossFunction
 from shardwise.trace.profile import profile_of
 
 __all__ = ["Fill", "assemble", "fill_from"]
-
-Fill = Callable[[nn.Module, Sequence[str]], None]
 
 
 def assemble(
@@ -40,17 +40,23 @@ def assemble(
     fill: Fill | None = None,
     transport: Transport | None = None,
     measured: ModelProfile | None = None,
+    tensor: TensorPlan | None = None,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
-    (see `trace.timing`) where it is given, by counted work otherwise. Collective. Raises `LayoutError`
+    (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
+    layouts with tp > 1 (see `parallel.tensor.plan_tensor`). Collective. Raises `LayoutError`
     if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
             f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} "
             "ranks"
+        )
+    if layout.tp > 1 and tensor is None:
+        raise LayoutError(
+            f"units are divided as a proven plan says, and layout {layout} comes without one; give tensor=, or use tp=1"
         )
     counters: list[Counter] = []
 
@@ -62,9 +68,12 @@ def assemble(
     profile = profile_of(model, captured, counters[-1])
     stages = place_calls(_with_seconds(profile, measured), layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
+    if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
+        held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
+        give_back_large_blocks(held_bytes)
     return build(
         model,
-        place=Place(rank=rank, dp=layout.dp, pp=layout.pp),
+        place=Place(rank=rank, dp=layout.dp, pp=layout.pp, tp=layout.tp),
         tape=captured.tape,
         placement=placement,
         schedule=layout.schedule,
@@ -74,6 +83,7 @@ def assemble(
         units=units,
         transport=transport,
         fill=fill,
+        tensor=tensor,
     )
 
 
@@ -113,7 +123,7 @@ def _whole_path(model: nn.Module, inputs: Any, loss: LossFunction | None, units:
 def fill_from(values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], device: torch.device | str) -> Fill:
     """A `fill` that asks `values(names)` for whole tensors, one parameter at a time."""
 
-    def fill(model: nn.Module, names: Sequence[str]) -> None:
+    def fill(model: nn.Module, names: Sequence[str], part: Part = lambda name, whole: whole) -> None:
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
         wanted = set(names)
         made: dict[int, nn.Parameter] = {}
@@ -123,7 +133,7 @@ def fill_from(values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], dev
                     continue
                 if id(parameter) not in made:
                     name = canonical[id(parameter)]
-                    value = values([name])[name].to(device=device, dtype=parameter.dtype)
+                    value = part(name, values([name])[name].to(device=device, dtype=parameter.dtype))
                     made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
                 module._parameters[leaf] = made[id(parameter)]
 

@@ -6,9 +6,10 @@ Every rank derives the same from the same batch. The placement of unit calls is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -52,8 +53,10 @@ class Flows:
         num_stages: int,
         loss: LossFunction | None,
         units: Sequence[str] = (),
+        whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.model = model
+        self._whole = whole  # around a trace: the model as it is on one device
         self._switch = switch
         self.placement = dict(placement)
         self.num_stages = num_stages
@@ -69,7 +72,7 @@ class Flows:
         for flow in known:
             if not flow.tape.looks or self._agrees(flow, micro_batch, scope):
                 return flow
-        with self._switch.off():
+        with self._switch.off(), self._whole():
             tape = capture(self.model, micro_batch.inputs, loss=self.loss, units=self.units, scope=scope).tape
         known.append(self._made(tape))
         return known[-1]

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
+from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, Moment, Work
 from shardwise.execute.flows import Flows
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
+from shardwise.parallel.tensor.divided import Divided
+from shardwise.parallel.tensor.processes import ProcessTensorGroup
 from shardwise.plan.cut import Cut, cut_stages
 from shardwise.schedule import generate
 from shardwise.schedule.check import check
@@ -31,32 +35,66 @@ from shardwise.trace.objective import LossFunction
 from shardwise.trace.randomness import Scope
 from shardwise.trace.tape import Tape
 
-__all__ = ["Place", "Program", "StepResult", "build"]
+__all__ = ["Fill", "Part", "Place", "Program", "StepResult", "build"]
+
+Part = Callable[[str, torch.Tensor], torch.Tensor]  # (name, whole value) -> what of it belongs on this rank
+
+
+def _all_of_it(name: str, whole: torch.Tensor) -> torch.Tensor:
+    return whole
+
+
+class Fill(Protocol):
+    """Gives the parameters `names` of a model their values: of each whole value, what `part` says."""
+
+    def __call__(self, model: nn.Module, names: Sequence[str], part: Part = ...) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where this rank stands: its stages, its replica. rank = stage * dp + replica."""
+    """Where this rank stands: its stage, its replica, its shard. rank = (stage * dp + replica) * tp + shard."""
 
     rank: int
     dp: int
     pp: int
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp
 
     @property
     def stage(self) -> int:
-        return self.rank // self.dp
+        return self.rank // self.tp // self.dp
 
     @property
     def replica(self) -> int:
-        return self.rank % self.dp
+        return self.rank // self.tp % self.dp
+
+    @property
+    def shard(self) -> int:
+        return self.rank % self.tp
 
     def rank_of(self, stage: int) -> int:
-        """The rank of a stage of this rank's replica."""
-        return stage * self.dp + self.replica
+        """The rank of a stage of this rank's replica and shard."""
+        return (stage * self.dp + self.replica) * self.tp + self.shard
 
-    def ranks_holding(self, stages: Sequence[int]) -> list[int]:
-        """All ranks of some stages, of every replica."""
-        return [stage * self.dp + replica for stage in stages for replica in range(self.dp)]
+    def ranks_holding(self, stages: Sequence[int], shards: Sequence[int]) -> list[int]:
+        """All ranks of some stages and shards, of every replica."""
+        return [
+            (stage * self.dp + replica) * self.tp + shard
+            for stage in stages
+            for replica in range(self.dp)
+            for shard in shards
+        ]
+
+    def ranks_sharing(self) -> list[list[int]]:
+        """The groups of the tensor axis: for every stage and replica, its shards."""
+        return [
+            [(stage * self.dp + replica) * self.tp + shard for shard in range(self.tp)]
+            for stage in range(self.pp)
+            for replica in range(self.dp)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,8 +110,8 @@ class StepResult:
 class _MeanLoss:
     """The mean loss of a step, summed over all ranks while the last backwards run."""
 
-    def __init__(self, factors: Sequence[float], *, device: torch.device, alone: bool) -> None:
-        self._factors = factors
+    def __init__(self, factors: Sequence[float], *, device: torch.device, alone: bool, shards: int) -> None:
+        self._factors = [factor / shards for factor in factors]  # every shard of a stage knows the same losses
         self._alone = alone
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._pending: dist.Work | None = None
@@ -111,8 +149,10 @@ class Program:
         tape: Tape,
         cut: Cut,
         stack: contextlib.ExitStack,
+        divided: Divided | None = None,
     ) -> None:
         self.model = model
+        self.divided = divided
         self.tape = tape
         self.cut = cut
         self.place = place
@@ -125,7 +165,7 @@ class Program:
         self._edges = edges
         self._rows: dict[tuple[int, frozenset[tuple[int, int]], bool], Row] = {}
         self._stack = stack
-        self._world = place.dp * place.pp
+        self._world = place.world_size
 
     @property
     def random(self) -> bool:
@@ -140,12 +180,17 @@ class Program:
         return {name: p for name, p in self.model.named_parameters() if self.place.stage in self.holders[name]}
 
     def owns(self, name: str) -> bool:
-        """Whether this rank is the one that counts and saves the parameter: lowest stage, first replica."""
-        return self.holders[name][0] == self.place.stage and self.place.replica == 0
+        """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica, and
+        the first shard where all have the same."""
+        return self.counts(name) and self.place.replica == 0
 
     def counts(self, name: str) -> bool:
-        """Whether this rank counts the parameter in its replica's norm."""
-        return self.holders[name][0] == self.place.stage
+        """Whether this rank counts the parameter, or its part of it, in its replica's norm."""
+        return self.holders[name][0] == self.place.stage and (self.place.shard == 0 or self.part_of(name) is not None)
+
+    def part_of(self, name: str) -> Slice | None:
+        """How a parameter is divided among the shards; None where each has it whole."""
+        return None if self.divided is None else self.divided.part_of(name)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -185,10 +230,13 @@ class Program:
         row = self._row(len(micro_batches), edges, backward)
         gradients = self._gradients
         arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
-        mean = _MeanLoss([work.factor for work in works], device=self._engine_device, alone=self._world == 1)
+        factors = [work.factor for work in works]
+        mean = _MeanLoss(factors, device=self._engine_device, alone=self._world == 1, shards=self.place.tp)
         _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
         if self._gradients is not None and backward:
             self._gradients.finish()
+        if self.divided is not None and backward:
+            self.divided.sum_shared(self.parameters)
         for flow in flows:
             flow.met += 1
         return StepResult(mean.wait(), weight, moments, _sent_bytes(works, self.place.stage))
@@ -197,8 +245,8 @@ class Program:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
         if self.place.dp == 1:  # every rank has the same micro-batches
             return total, None
-        # Every stage of a replica counts the same micro-batches, so the sum over the world is pp times too large.
-        total /= self.place.pp
+        # Every stage and shard of a replica counts the same micro-batches: the sum over the world is too large.
+        total /= self.place.pp * self.place.tp
         return total, dist.all_reduce(total, async_op=True)
 
     @property
@@ -220,7 +268,11 @@ class Program:
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients, every parameter counted once on any layout."""
         squares = torch.zeros((), dtype=torch.float64, device=self._engine_device)
-        own = [p.grad for name, p in self.parameters.items() if p.grad is not None and self.counts(name)]
+        own = [
+            p.grad if self.divided is None else self.divided.counted(name, p.grad)
+            for name, p in self.parameters.items()
+            if p.grad is not None and self.counts(name)
+        ]
         if own:
             squares += torch.stack([norm.double() for norm in torch._foreach_norm(own)]).square().sum()
         if self._world > 1:
@@ -253,12 +305,14 @@ def build(
     device: torch.device | str = "cpu",
     units: Sequence[str] = (),
     transport: Transport | None = None,
-    fill: Callable[[nn.Module, Sequence[str]], None] | None = None,
+    fill: Fill | None = None,
+    tensor: TensorPlan | None = None,
 ) -> Program:
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
-    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill(model, names)` gives the named
-    parameters their values (deferred initialisation, a checkpoint); without it the model's own values are copied.
+    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill` gives the held parameters their
+    values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
+    units are divided among the shards; without it, shards do the same work.
     Collective: every rank calls it with the same arguments.
     """
     where = torch.device(device)
@@ -268,21 +322,26 @@ def build(
     mine = [name for name, stages_of in holders.items() if place.stage in stages_of]
     if fill is not None:
         hold(model, mine, device=where)
-        fill(model, mine)
-    elif place.pp > 1 or place.dp > 1:
+    elif place.world_size > 1:
         take_own(model, mine, device=where)
         hold(model, mine, device=where)
     switch = Switch()
     stack = contextlib.ExitStack()
-    held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
     sums = WeightSums()
-    sums.install(model, tape.units, held)
+    sums.install(model, tape.units, {name: p for name, p in model.named_parameters() if name in set(mine)})
     stack.callback(sums.close)
+    divided = _divided(model, place, tensor, tape.units, stack)
+    if fill is not None:
+        fill(model, mine, _all_of_it if divided is None else divided.cut)
     stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
-    groups = _groups(place, holders)
+    held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
+    partial = {name for name in holders if tensor is not None and tensor.is_partial(name)}
+    groups = _groups(place, holders, partial)
     for group in groups.values():
         stack.callback(dist.destroy_process_group, group)
-    gradients = GradientSum(held, {n: groups[holders[n]] for n in held if holders[n] in groups}) if groups else None
+    of = {name: groups.get((holders[name], name in partial)) for name in held}
+    shared = {name: group for name, group in of.items() if group is not None}
+    gradients = GradientSum(held, shared) if shared else None
     engine = Engine(
         model,
         switch=switch,
@@ -293,7 +352,15 @@ def build(
         device=where,
         sums=sums,
     )
-    flows = Flows(model, switch=switch, placement=placement, num_stages=place.pp, loss=loss, units=units)
+    flows = Flows(
+        model,
+        switch=switch,
+        placement=placement,
+        num_stages=place.pp,
+        loss=loss,
+        units=units,
+        whole=contextlib.nullcontext if divided is None else divided.off,
+    )
     return Program(
         model,
         place=place,
@@ -307,19 +374,49 @@ def build(
         tape=tape,
         cut=cut,
         stack=stack,
+        divided=divided,
     )
 
 
-def _groups(place: Place, holders: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """A process group for every set of stages that hold a parameter together with someone else."""
-    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for stages in sorted(set(holders.values())):
-        ranks = place.ranks_holding(stages)
-        if len(ranks) > 1:
-            group = dist.new_group(ranks)
-            if place.rank in ranks:
-                assert isinstance(group, dist.ProcessGroup)
-                groups[stages] = group
+def _divided(
+    model: nn.Module, place: Place, tensor: TensorPlan | None, units: Sequence[str], stack: contextlib.ExitStack
+) -> Divided | None:
+    """The units of the model divided among this rank's shards; collective where there are any."""
+    if place.tp == 1 or tensor is None:
+        return None
+    if tensor.tp != place.tp:
+        raise LayoutError(
+            f"a plan divides units among the shards of its layout, but this one was made for tp={tensor.tp} and the "
+            f"layout has tp={place.tp}; make the plan for tp={place.tp}"
+        )
+    mine: dist.ProcessGroup | None = None
+    for ranks in place.ranks_sharing():
+        group = dist.new_group(ranks)
+        if place.rank in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    assert mine is not None
+    stack.callback(dist.destroy_process_group, mine)
+    divided = Divided(model, tensor, ProcessTensorGroup(mine), units)
+    stack.callback(divided.close)
+    return divided
+
+
+def _groups(
+    place: Place, holders: Mapping[str, tuple[int, ...]], partial: Collection[str]
+) -> dict[tuple[tuple[int, ...], bool], dist.ProcessGroup]:
+    """A process group for every set of ranks that sum the gradient of a parameter: (stages that hold it, whether it
+    is partial on every shard) -> the group that this rank is in."""
+    groups: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup] = {}
+    everyone = range(place.tp)
+    for stages, sums_shards in sorted({(holders[name], name in partial) for name in holders}):
+        for shards in [tuple(everyone)] if sums_shards else [(shard,) for shard in everyone]:
+            ranks = place.ranks_holding(stages, shards)
+            if len(ranks) > 1:
+                group = dist.new_group(ranks)
+                if place.rank in ranks:
+                    assert isinstance(group, dist.ProcessGroup)
+                    groups[(stages, sums_shards)] = group
     return groups
 
 

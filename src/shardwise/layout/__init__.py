@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardwise.layout.layout import Layout, StageRule, Stages
-from shardwise.layout.ranks import Coordinates, coordinates, pipelines, rank_of, replicas, stage_ranks
+from shardwise.layout.ranks import Coordinates, coordinates, pipelines, rank_of, replicas, shards, stage_ranks
 from shardwise.layout.unit_names import compress, expand
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "pipelines",
     "rank_of",
     "replicas",
+    "shards",
     "stage_ranks",
 ]

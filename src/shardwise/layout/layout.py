@@ -1,8 +1,8 @@
-"""A `Layout`: how many replicas and stages, which micro-batches and schedule, and what stands on which stage.
+"""A `Layout`: how many replicas, shards and stages, which micro-batches and schedule, and what stands on which stage.
 
 A value: parsed, printed, compared and saved. Refuses to know models, devices and process groups.
 
-    dp=2,pp=2,micro_batches=4,schedule=gpipe,stages=[embed+layers.0|layers.1-3+head],seed=1
+    dp=2,pp=2,tp=2,micro_batches=4,schedule=gpipe,stages=[embed+layers.0|layers.1-3+head],seed=1
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Stages = StageRule | tuple[tuple[str, ...], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`dp` replicas of `pp` stages. Raises `LayoutError` where a rule is broken.
+    """`dp` replicas of `pp` stages of `tp` shards. Raises `LayoutError` where a rule is broken.
 
     micro_batches: of one replica and step; None: 1 without a pipeline, else 2 a stage, at most one a sample.
     stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
@@ -41,6 +41,7 @@ class Layout:
 
     dp: int = 1
     pp: int = 1
+    tp: int = 1
     micro_batches: int | None = None
     schedule: str = "1f1b"
     stages: Stages = StageRule.COST
@@ -48,7 +49,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
-        rules.check_axes(dp=self.dp, pp=self.pp)
+        rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp)
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, GENERATORS)
         if not isinstance(self.stages, StageRule):
@@ -57,7 +58,7 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.dp * self.pp
+        return self.dp * self.pp * self.tp
 
     def num_micro_batches(self, global_batch: int) -> int:
         """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
@@ -122,7 +123,7 @@ class Layout:
     def _differences(self, default: Layout | None) -> dict[str, Any]:
         """The fields after dp and pp that differ from `default` (all, if it is None), as plain values."""
         fields: dict[str, Any] = {}
-        for name in ("micro_batches", "schedule", "stages", "seed"):
+        for name in ("tp", "micro_batches", "schedule", "stages", "seed"):
             value = getattr(self, name)
             if value is None or (default is not None and value == getattr(default, name)):
                 continue

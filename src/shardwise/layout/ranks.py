@@ -1,11 +1,11 @@
-"""Ranks and their coordinates: which stage and which replica a rank is. Pure arithmetic.
+"""Ranks and their coordinates: which stage, replica and shard a rank is. Pure arithmetic.
 
-The pipeline is the outermost axis, so that the ranks of one stage, which exchange the most, are neighbours:
+The shards of a stage, which exchange the most, are neighbours; then its replicas; the pipeline is the outermost axis:
 
-    rank = stage · dp + replica          dp=2, pp=3      stage 0  0 1
-                                                         stage 1  2 3
-                                                         stage 2  4 5
-                                                       replica    0 1
+    rank = (stage · dp + replica) · tp + shard          dp=2, pp=3, tp=2    stage 0   0 1   2 3
+                                                                            stage 1   4 5   6 7
+                                                                            stage 2   8 9  10 11
+                                                                          replica      0     1
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 from shardwise.errors import LayoutError
 from shardwise.layout.layout import Layout
 
-__all__ = ["Coordinates", "coordinates", "pipelines", "rank_of", "replicas", "stage_ranks"]
+__all__ = ["Coordinates", "coordinates", "pipelines", "rank_of", "replicas", "shards", "stage_ranks"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,36 +24,57 @@ class Coordinates:
 
     stage: int
     replica: int
+    shard: int = 0
 
 
 def coordinates(layout: Layout, rank: int) -> Coordinates:
-    """Rank -> stage and replica. Raises `LayoutError` for a rank that the layout does not have."""
+    """Rank -> stage, replica and shard. Raises `LayoutError` for a rank that the layout does not have."""
     _within("rank", rank, layout.world_size, layout)
-    stage, replica = divmod(rank, layout.dp)
-    return Coordinates(stage=stage, replica=replica)
+    rest, shard = divmod(rank, layout.tp)
+    stage, replica = divmod(rest, layout.dp)
+    return Coordinates(stage=stage, replica=replica, shard=shard)
 
 
-def rank_of(layout: Layout, *, stage: int, replica: int) -> int:
-    """Stage and replica -> rank, the inverse of `coordinates`. Raises `LayoutError` out of range."""
+def rank_of(layout: Layout, *, stage: int, replica: int, shard: int = 0) -> int:
+    """Stage, replica and shard -> rank, the inverse of `coordinates`. Raises `LayoutError` out of range."""
     _within("stage", stage, layout.pp, layout)
     _within("replica", replica, layout.dp, layout)
-    return stage * layout.dp + replica
+    _within("shard", shard, layout.tp, layout)
+    return (stage * layout.dp + replica) * layout.tp + shard
 
 
 def stage_ranks(layout: Layout, stage: int) -> tuple[int, ...]:
-    """The ranks that hold one stage, by replica."""
-    return tuple(rank_of(layout, stage=stage, replica=replica) for replica in range(layout.dp))
+    """The ranks that hold one stage, by replica and shard."""
+    return tuple(
+        rank_of(layout, stage=stage, replica=replica, shard=shard)
+        for replica in range(layout.dp)
+        for shard in range(layout.tp)
+    )
 
 
 def replicas(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the dp axis: for every stage, the ranks that average its gradients."""
-    return tuple(stage_ranks(layout, stage) for stage in range(layout.pp))
+    """The groups of the dp axis: for every stage and shard, the ranks that average its gradients."""
+    return tuple(
+        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for replica in range(layout.dp))
+        for stage in range(layout.pp)
+        for shard in range(layout.tp)
+    )
 
 
 def pipelines(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the pp axis: for every replica, its ranks by stage."""
+    """The groups of the pp axis: for every replica and shard, its ranks by stage."""
     return tuple(
-        tuple(rank_of(layout, stage=stage, replica=replica) for stage in range(layout.pp))
+        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for stage in range(layout.pp))
+        for replica in range(layout.dp)
+        for shard in range(layout.tp)
+    )
+
+
+def shards(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """The groups of the tp axis: for every stage and replica, the ranks that divide its units."""
+    return tuple(
+        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for shard in range(layout.tp))
+        for stage in range(layout.pp)
         for replica in range(layout.dp)
     )
 

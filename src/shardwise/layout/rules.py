@@ -20,18 +20,18 @@ __all__ = [
 ]
 
 
-def check_axes(*, dp: int, pp: int) -> None:
+def check_axes(*, dp: int, pp: int, tp: int = 1) -> None:
     """Every axis has at least one rank."""
-    for name, size in (("dp", dp), ("pp", pp)):
+    for name, size in (("dp", dp), ("pp", pp), ("tp", tp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise LayoutError(f"an axis has 1 rank or more, but {name}={size}; use {name}=1 to leave it out")
+            raise LayoutError(f"an axis has 1 rank or more, but {name}={size!r}; use {name}=1 to leave it out")
 
 
 def check_micro_batches(micro_batches: int | None) -> None:
     """A step has at least one micro-batch."""
     if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
         raise LayoutError(
-            f"a step has 1 micro-batch or more, but micro_batches={micro_batches}; leave it out for 2 a stage"
+            f"a step has 1 micro-batch or more, but micro_batches={micro_batches!r}; leave it out for 2 a stage"
         )
 
 
@@ -60,9 +60,14 @@ def check_explicit_stages(stages: Sequence[Sequence[str]], *, pp: int) -> None:
         )
 
 
-def check_world_size(*, dp: int, pp: int, world_size: int) -> None:
+def check_world_size(*, dp: int, pp: int, world_size: int, tp: int = 1) -> None:
     """The axes multiply to the number of ranks that there are."""
-    if dp * pp != world_size:
+    if tp > 1 and dp * pp * tp != world_size:
+        raise LayoutError(
+            f"dp × pp × tp is the number of ranks, but {dp} × {pp} × {tp} = {dp * pp * tp} and there are {world_size}; "
+            f"start {dp * pp * tp} ranks, or change an axis"
+        )
+    if tp == 1 and dp * pp != world_size:
         fitting = [f"dp={world_size // p},pp={p}" for p in range(1, world_size + 1) if world_size % p == 0]
         raise LayoutError(
             f"dp × pp is the number of ranks, but {dp} × {pp} = {dp * pp} and there are {world_size}; "

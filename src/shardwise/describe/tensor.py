@@ -1,0 +1,157 @@
+"""How the tensors inside units are divided among the ranks of the tensor axis, as a value. Knows no torch.
+
+    column-parallel C, row-parallel R:   x ──copy──► C_t ──► … ──► R_t ──all-reduce──► y      on rank t of tp
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from shardwise.errors import LayoutError
+
+__all__ = ["Ranges", "Slice", "TensorPlan", "UnitPlan"]
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """What each rank holds of one tensor: half-open index ranges along `dim`, joined in order.
+
+    Packed projections `[q|k|v]` have a range of each part, key/value heads fewer than ranks the same range on several.
+    Raises `LayoutError` where a range is empty or outside, or an index is held by nobody.
+    """
+
+    dim: int
+    size: int  # of the whole tensor along `dim`
+    ranges: tuple[Ranges, ...]  # of each rank
+
+    def __post_init__(self) -> None:
+        held: set[int] = set()
+        for ranges in self.ranges:
+            for start, stop in ranges:
+                if not 0 <= start < stop <= self.size:
+                    raise LayoutError(f"a slice lies within its tensor: [{start}, {stop}) of {self.size} does not")
+                held.update(range(start, stop))
+        if len(held) != self.size:
+            raise LayoutError(f"every index is held by a rank: {self.size - len(held)} of {self.size} are not")
+
+    @classmethod
+    def even(cls, dim: int, size: int, ranks: int, parts: tuple[int, ...] = ()) -> Slice:
+        """Each of `parts` (sizes along `dim`, by default one) divided evenly among `ranks`.
+
+        Raises `LayoutError` where a part does not divide.
+        """
+        parts = parts or (size,)
+        if sum(parts) != size or any(part % ranks for part in parts):
+            raise LayoutError(f"parts {parts} of {size} are divided evenly among {ranks} ranks, and do not divide")
+        starts = [sum(parts[:i]) for i in range(len(parts))]
+        ranges = tuple(
+            tuple((s + rank * p // ranks, s + (rank + 1) * p // ranks) for s, p in zip(starts, parts, strict=True))
+            for rank in range(ranks)
+        )
+        return cls(dim=dim, size=size, ranges=ranges)
+
+    def local_size(self, rank: int) -> int:
+        """The size along `dim` on `rank`."""
+        return sum(stop - start for start, stop in self.ranges[rank])
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share the tensor."""
+        return len(self.ranges)
+
+    @property
+    def shared(self) -> Ranges:
+        """What several ranks hold (key/value heads fewer than ranks): their gradients of it are summed."""
+        return _runs([index for index, count in enumerate(self._holders()) if count > 1])
+
+    def owned(self, rank: int) -> Ranges:
+        """What `rank` counts and saves: of what it holds, what no lower rank holds. Disjoint, and together everything.
+
+        In indices of the whole tensor.
+        """
+        lower = {index for ranges in self.ranges[:rank] for start, stop in ranges for index in range(start, stop)}
+        own = [index for start, stop in self.ranges[rank] for index in range(start, stop) if index not in lower]
+        return _runs(own)
+
+    def _holders(self) -> list[int]:
+        counts = [0] * self.size
+        for ranges in self.ranges:
+            for start, stop in ranges:
+                for index in range(start, stop):
+                    counts[index] += 1
+        return counts
+
+
+def _runs(indices: list[int]) -> Ranges:
+    """Ascending indices as half-open ranges."""
+    runs: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return tuple(runs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UnitPlan:
+    """How one unit is divided. Names of modules and tensors are relative to the unit ("" is the unit itself).
+
+    Modules:
+    `copies`   whole input, partial input gradient: identity forward, all-reduce backward (column-parallel)
+    `forks`    whole output, partial output gradient: the same behind the module (MLA's shared key)
+    `reduces`  partial output: all-reduce forward, identity backward; the bias is added once, behind the sum
+    `gathers`  run whole inside the divided region: input gathered, output cut again (a norm over a divided width)
+
+    Tensors: `slices` are parameters and buffers of which a rank holds a part; `partial` are parameters held whole
+    whose gradients are partial and must be summed. `inputs` are arguments of the unit's forward, by parameter name, of
+    which the inside sees a part (per-head position biases), `outputs` places among the returned tensors that the
+    inside makes in part and the outside gets whole. `draws` are random draws, by their number in a call, of which a
+    rank keeps a part. `attributes` maps (module, attribute) to its value on each rank; an attribute may be a path
+    (`config.num_heads`: the module gets a config of its own).
+
+    A slice of an argument, output or draw whose dim is a multiple of the slice's size counts it as (others × size).
+    """
+
+    copies: tuple[str, ...] = ()
+    forks: tuple[str, ...] = ()
+    reduces: tuple[str, ...] = ()
+    gathers: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    slices: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+    inputs: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
+    draws: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[tuple[str, str], tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    proof: str = ""  # what was proven, on what, with which error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TensorPlan:
+    """The units that are divided, and for the rest why not. Units that are missing in `units` are replicated."""
+
+    tp: int
+    units: Mapping[str, UnitPlan]
+    reasons: Mapping[str, str]  # unit -> why it, or a part of it, stays whole
+    sharded_share: float  # of the parameters of matrix products inside blocks (0 to 1)
+
+    def slice_of(self, parameter: str) -> Slice | None:
+        """The slice of a parameter or buffer of the model, by its full name; None where every rank holds it whole."""
+        unit, name = self._unit_of(parameter)
+        return self.units[unit].slices.get(name) if unit is not None else None
+
+    def is_partial(self, parameter: str) -> bool:
+        """Whether the gradient of a parameter, by its full name, is partial on every rank and must be summed."""
+        unit, name = self._unit_of(parameter)
+        return unit is not None and name in self.units[unit].partial
+
+    def _unit_of(self, parameter: str) -> tuple[str | None, str]:
+        for unit in self.units:
+            prefix = f"{unit}." if unit else ""
+            if parameter.startswith(prefix):
+                return unit, parameter[len(prefix) :]
+        return None, parameter

@@ -1,0 +1,107 @@
+"""What crosses between the ranks that share a unit, as differentiable functions. Knows tensors, no modules.
+
+                  forward                      backward
+    copy_to       identity                     all-reduce       whole → each rank's part of the work
+    reduce_from   all-reduce                   identity         partial sums → whole
+    scatter_to    own part                     parts joined     whole → divided
+    gather_from   parts joined                 own part         divided → whole
+
+The first two are f and g of Shoeybi et al. 2019 (arXiv:1909.08053, figure 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from shardwise.describe.tensor import Slice
+from shardwise.parallel.tensor.slices import cut, paste
+
+__all__ = ["TensorGroup", "copy_to", "gather_from", "reduce_from", "scatter_to"]
+
+
+class TensorGroup(Protocol):
+    """The ranks that share a unit, seen from one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, on every rank. `tensor` is dense and the caller's own: it may be overwritten."""
+        ...
+
+
+def copy_to(whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """`whole`, read by this rank's part of the work; its gradient is the sum over the ranks."""
+    if not (whole.requires_grad and torch.is_grad_enabled()):
+        return whole
+    return _Copy.apply(whole, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def reduce_from(partial: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """The sum of the ranks' `partial`, which is given away: it may be overwritten, if nobody has saved it."""
+    return _Reduce.apply(partial.contiguous(), group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def scatter_to(whole: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
+    """This rank's part of `whole`, which is the same on every rank."""
+    return _Scatter.apply(whole, part, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather_from(local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
+    """The whole tensor of which every rank has its part. What several ranks have is taken from the lowest."""
+    return _Gather.apply(local, part, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+        ctx.group = group
+        alias = torch.empty(0, dtype=whole.dtype, device=whole.device)
+        alias.set_(whole.detach())  # type: ignore[call-overload]
+        return alias  # no view: what reads it may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        # the same gradient tensor may be read elsewhere: sum a copy of it
+        return ctx.group.all_reduce(gradients[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+        ctx.mark_dirty(partial)
+        total = group.all_reduce(partial)
+        return partial if total is partial else partial.copy_(total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0], None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
+        ctx.part, ctx.group = part, group
+        return cut(whole, part, group.rank)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        # what several ranks read gets the gradients of all of them: so whole, not `owned`
+        return ctx.group.all_reduce(paste(gradients[0], ctx.part, ctx.group.rank)), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
+        ctx.part, ctx.group = part, group
+        return group.all_reduce(paste(local, part, group.rank, owned=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        # held by several ranks, an index is counted by its lowest holder; the others' shares are summed elsewhere
+        return cut(gradients[0], ctx.part, ctx.group.rank, owned=True), None, None

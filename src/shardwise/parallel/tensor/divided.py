@@ -1,0 +1,75 @@
+"""All units of a model that a rank divides, as one thing: what of a parameter is here, and sums that are still to do.
+
+Knows a `TensorPlan` and one rank of its group; refuses to know replicas, stages and who is asked first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+import torch.nn as nn
+
+from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.parallel.tensor.collectives import TensorGroup
+from shardwise.parallel.tensor.install import Sharding, shard_unit
+from shardwise.parallel.tensor.slices import cut, paste
+
+__all__ = ["Divided"]
+
+
+class Divided:
+    """The units `units` of `model`, divided in place as `plan` says; the others are left alone."""
+
+    def __init__(self, model: nn.Module, plan: TensorPlan, group: TensorGroup, units: Collection[str]) -> None:
+        self.plan = plan
+        self.group = group
+        self._shardings: dict[str, Sharding] = {
+            unit: shard_unit(model.get_submodule(unit), plan.units[unit], group) for unit in plan.units if unit in units
+        }
+
+    @property
+    def shard(self) -> int:
+        """Which of the ranks that share the units this one is."""
+        return self.group.rank
+
+    def part_of(self, parameter: str) -> Slice | None:
+        """The slice of a parameter or buffer, by its name in the model; None where it is whole."""
+        return self.plan.slice_of(parameter)
+
+    def cut(self, parameter: str, whole: torch.Tensor) -> torch.Tensor:
+        """What of a parameter's whole value belongs on this rank; the value itself where that is all of it."""
+        part = self.part_of(parameter)
+        return whole if part is None or part.num_ranks == 1 else cut(whole, part, self.shard)
+
+    def counted(self, parameter: str, local: torch.Tensor) -> torch.Tensor | None:
+        """What of `local` (a gradient, say) this rank counts: None, if another one counts all of it.
+
+        What several ranks hold is counted by the lowest; elements that others count are zero.
+        """
+        part = self.part_of(parameter)
+        if part is None:
+            return local if self.shard == 0 else None
+        return paste(local, part, self.shard, owned=True) if part.shared else local
+
+    def sum_shared(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Sum the gradients of what several ranks hold a part of (key/value heads fewer than ranks). Collective."""
+        for name, parameter in parameters.items():
+            part = self.part_of(name)
+            if part is not None and part.shared and parameter.requires_grad:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = cut(self.group.all_reduce(paste(gradient, part, self.shard)), part, self.shard)
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The units as they were, divided parameters absent: to be traced, not to be run."""
+        with contextlib.ExitStack() as stack:
+            for sharding in self._shardings.values():
+                stack.enter_context(sharding.off())
+            yield
+
+    def close(self) -> None:
+        """Forwards and attributes as they were; parameters stay this rank's parts."""
+        for sharding in reversed(self._shardings.values()):
+            sharding.close()

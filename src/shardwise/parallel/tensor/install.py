@@ -1,0 +1,283 @@
+"""One unit divided among the ranks of a group: local tensors in place of whole ones, collectives around its layers.
+
+The same code runs in training and in the proof. Knows a plan and one module; refuses to know how the plan was found.
+
+    q, k, v read one tensor x:       x ──copy once──► q_t, k_t, v_t ──► heads of rank t ──► o_t ──all-reduce──► y (+ b)
+
+To be installed behind what wraps the forwards of single layers (`WeightSums`) and before the switch of the units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwise.describe.tensor import Slice, UnitPlan
+from shardwise.errors import ModelError
+from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
+from shardwise.parallel.tensor.draws import DividedDraws
+from shardwise.parallel.tensor.layers import bias_shape, layer_of, product, sized_fields
+from shardwise.parallel.tensor.slices import cut, local_shape
+from shardwise.trace.absent import Absent, absent_parameter
+from shardwise.trace.placing import as_before, named_tensors, replace
+
+__all__ = ["Sharding", "shard_unit"]
+
+Forward = Callable[..., Any]
+
+
+def shard_unit(module: nn.Module, plan: UnitPlan, group: TensorGroup) -> Sharding:
+    """Make `module` this rank's part of the unit, in place.
+
+    Parameters and buffers in `plan.slices` are replaced by their part, with storage of its own; absent, fake and meta
+    ones by one of the local shape without a value, for `trace.placing.place` to fill. Names stay. Raises `ModelError`
+    for a plan that names what the module does not have.
+    """
+    return Sharding(module, plan, group)
+
+
+class Sharding:
+    """What `shard_unit` has changed. `off()` shows the unit whole, without values; `close()` takes the changes out."""
+
+    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup) -> None:
+        self.module = module
+        self.plan = plan
+        self.group = group
+        self._on = True
+        self._inside = False
+        self._copied: tuple[torch.Tensor, int, torch.Tensor] | None = None  # the last whole input, and its copy
+        self._forwards: list[tuple[nn.Module, Forward | None, Forward]] = []
+        self._wholes: dict[str, torch.Tensor] = {}
+        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, whole, local
+        self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._cut_tensors()
+        self._set_attributes()
+        self._wrap_forwards()
+
+    # -- on and off -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The unit as it was, its divided parameters absent: to be traced, not to be run."""
+        here = named_tensors(self.module)
+        local = {name: here[name] for name in self._wholes}
+        self._on = False
+        self._show({id(tensor): self._wholes[name] for name, tensor in local.items()}, whole=True)
+        try:
+            yield
+        finally:
+            self._show({id(self._wholes[name]): tensor for name, tensor in local.items()}, whole=False)
+            self._on = True
+
+    def close(self) -> None:
+        """Forwards and attributes as they were; parameters stay this rank's parts."""
+        self._on = False
+        for module, before, ours in reversed(self._forwards):
+            if module.__dict__.get("forward") is not ours:
+                continue  # wrapped by someone else since, and switched off
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+        self._forwards.clear()
+        self._show({}, whole=True)
+
+    def _show(self, tensors: Mapping[int, torch.Tensor], *, whole: bool) -> None:
+        replace(self.module, tensors)
+        for module, name, of_all, own in self._attributes:
+            module.__dict__[name] = of_all if whole else own
+
+    # -- tensors and attributes -----------------------------------------------------------------
+
+    def _cut_tensors(self) -> None:
+        here = named_tensors(self.module)
+        parts: dict[int, torch.Tensor] = {}
+        for name, part in self.plan.slices.items():
+            if name not in here:
+                raise ModelError(f"a plan names tensors of its unit: {type(self.module).__name__} has no {name!r}")
+            whole = here[name]
+            if part.num_ranks != self.group.size or whole.shape[part.dim] % part.size:
+                raise ModelError(
+                    f"a plan fits its unit: {name} has {whole.shape[part.dim]} elements along dim {part.dim} on "
+                    f"{self.group.size} ranks, and the plan divides {part.size} among {part.num_ranks}"
+                )
+            if id(whole) not in parts:
+                parts[id(whole)] = as_before(whole, _part(whole, part, self.group.rank, name))
+            self._wholes[name] = _without_values(name, whole)
+            self._set_fields(name, part)
+        replace(self.module, parts)
+
+    def _set_fields(self, name: str, part: Slice) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self._modules[owner]
+        field = sized_fields(module).get((leaf, part.dim))
+        if field is not None:
+            self._attributes.append((module, field, vars(module)[field], part.local_size(self.group.rank)))
+            module.__dict__[field] = part.local_size(self.group.rank)
+
+    def _set_attributes(self) -> None:
+        copies: dict[tuple[str, str], Any] = {}
+        for (name, attribute), values in self.plan.attributes.items():
+            module, value = self._module(name), values[self.group.rank]
+            own, _, inner = attribute.partition(".")
+            if own not in vars(module):
+                raise ModelError(f"a plan names attributes of modules: {name or 'the unit'} has no {attribute!r}")
+            if not inner:
+                self._attributes.append((module, own, vars(module)[own], value))
+            elif (name, own) not in copies:
+                copies[name, own] = copy.copy(vars(module)[own])
+                self._attributes.append((module, own, vars(module)[own], copies[name, own]))
+            if inner:
+                setattr(copies[name, own], inner, value)
+        for module, own, _, value in self._attributes:
+            module.__dict__[own] = value
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self._modules:
+            raise ModelError(f"a plan names modules of its unit: {type(self.module).__name__} has no {name!r}")
+        module: nn.Module = self._modules[name]
+        return module
+
+    # -- forwards -------------------------------------------------------------------------------
+
+    def _wrap_forwards(self) -> None:
+        plan = self.plan
+        for name in dict.fromkeys((*plan.copies, *plan.reduces, *plan.gathers, *plan.forks)):
+            module = self._module(name)
+            body = module.forward
+            if name in plan.reduces:
+                body = self._reducing(module, body)
+            if name in plan.copies:
+                body = self._copying(body)
+            if name in plan.gathers:
+                body = self._gathering(body, plan.gathers[name])
+            if name in plan.forks:
+                body = self._forking(body)
+            self._wrap(module, body)
+        if len(plan.copies) > 1 or plan.inputs or plan.outputs or plan.draws:
+            self._wrap(self.module, self._entered(self.module.forward))
+
+    def _wrap(self, module: nn.Module, divided: Forward) -> None:
+        before, body = module.__dict__.get("forward"), module.forward
+
+        @functools.wraps(body)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return divided(*args, **kwargs) if self._on else body(*args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        self._forwards.append((module, before, forward))
+
+    def _copying(self, body: Forward) -> Forward:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return body(self._copy(x), *args, **kwargs)
+
+        return forward
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        """One copy for all layers that read the same tensor, so that their input gradients are summed once."""
+        known = self._copied
+        if known is not None and known[0] is x and known[1] == x._version:
+            return known[2]
+        made = copy_to(x, self.group)
+        if self._inside:
+            self._copied = (x, x._version, made)
+        return made
+
+    def _reducing(self, module: nn.Module, body: Forward) -> Forward:
+        layer = layer_of(module)
+        if layer is None:
+            raise ModelError(f"only matrix products are divided by rows, and a plan names a {type(module).__name__}")
+        partial = product(module, body, layer)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            total = reduce_from(partial(x), self.group)
+            bias = module._parameters.get("bias")
+            return total if bias is None else total + bias.view(bias_shape(layer))
+
+        return forward
+
+    def _gathering(self, body: Forward, part: Slice) -> Forward:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return scatter_to(body(gather_from(x, part, self.group), *args, **kwargs), part, self.group)
+
+        return forward
+
+    def _forking(self, body: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return copy_to(body(*args, **kwargs), self.group)
+
+        return forward
+
+    def _entered(self, body: Forward) -> Forward:
+        """The unit's own forward: arguments cut, returned tensors joined, random draws divided."""
+        places = list(inspect.signature(body).parameters)
+        plan, group = self.plan, self.group
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if plan.inputs:
+                args, kwargs = self._cut_arguments(places, args, kwargs)
+            self._inside = True
+            try:
+                with DividedDraws(plan.draws, group.rank) if plan.draws else contextlib.nullcontext():
+                    out = body(*args, **kwargs)
+            finally:
+                self._inside = False
+                self._copied = None
+            return self._join_outputs(out) if plan.outputs else out
+
+        return forward
+
+    def _cut_arguments(
+        self, places: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given: list[Any] = list(args)
+        for name, part in self.plan.inputs.items():
+            at = places.index(name)
+            value = kwargs.get(name) if at >= len(given) else given[at]
+            if not isinstance(value, torch.Tensor):
+                continue
+            value = scatter_to(value, part, self.group)
+            if at < len(given):
+                given[at] = value
+            else:
+                kwargs = {**kwargs, name: value}
+        return tuple(given), kwargs
+
+    def _join_outputs(self, out: Any) -> Any:
+        leaves, spec = tree_flatten(out)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        for number, part in self.plan.outputs.items():
+            leaves[tensors[number]] = gather_from(leaves[tensors[number]], part, self.group)
+        return tree_unflatten(leaves, spec)
+
+
+def _part(whole: torch.Tensor, part: Slice, rank: int, name: str) -> torch.Tensor:
+    shape = local_shape(whole.shape, part, rank)
+    if isinstance(whole, Absent):
+        return absent_parameter(
+            name=name, shape=shape, dtype=whole.dtype, device=whole.device, requires_grad=whole.requires_grad
+        )
+    if isinstance(whole, FakeTensor):
+        with whole.fake_mode:
+            return torch.empty(shape, dtype=whole.dtype, device=whole.device)
+    if whole.device.type == "meta":
+        return torch.empty(shape, dtype=whole.dtype, device="meta")
+    return cut(whole.detach(), part, rank)
+
+
+def _without_values(name: str, whole: torch.Tensor) -> torch.Tensor:
+    """What a trace sees: parameters without values, buffers as they are (they are computed with)."""
+    if not isinstance(whole, nn.Parameter):
+        return whole
+    return absent_parameter(
+        name=name, shape=whole.shape, dtype=whole.dtype, device=whole.device, requires_grad=whole.requires_grad
+    )

@@ -1,0 +1,129 @@
+"""One unit and one call of it, made small and real for analysis: a copy in float64 with random numbers everywhere.
+
+Random parameters are stricter than trained or initial ones: a norm's weight is not one, a bias is not zero. Knows
+modules and captured calls; nothing of the model around the unit is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwise.trace.placing import named_tensors
+
+__all__ = ["Call", "Doubled", "random_copy"]
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One call of a unit as it was captured: arguments with real tensors (random where the model computes them).
+
+    `requires_grad` are the places, among the tensors of the arguments, that a gradient flows back to.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    requires_grad: frozenset[int]
+
+    def fresh(self, *, seed: int | None = None, all_gradients: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of one run: new leaves in float64, containers and caches copied. `seed` draws other numbers.
+
+        With `all_gradients` every floating tensor is a leaf that asks for a gradient.
+        """
+        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))
+        leaves, spec = tree_flatten((args, kwargs))
+        generator = torch.Generator().manual_seed(seed or 0)
+        number = 0
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            if leaf.is_floating_point():
+                leaf = leaf.double()
+                if seed is not None:
+                    leaf = _other_numbers(leaf, generator, computed=number in self.requires_grad)
+                leaves[place] = leaf.detach().requires_grad_(all_gradients or number in self.requires_grad)
+            number += 1
+        made: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
+        return made
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors among the arguments, in order."""
+        return tensors_of((self.args, dict(self.kwargs)))
+
+
+def tensors_of(tree: object) -> list[torch.Tensor]:
+    """The tensors among the leaves of a structure."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _other_numbers(leaf: torch.Tensor, generator: torch.Generator, *, computed: bool) -> torch.Tensor:
+    """Activations are drawn anew; masks and positions keep their pattern (what is hidden stays hidden)."""
+    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+    if computed:
+        return noise
+    return torch.where(leaf.abs() < 1e4, leaf + 0.1 * noise, leaf)
+
+
+def random_copy(unit: nn.Module, *, seed: int = 0) -> nn.Module:
+    """A copy of `unit` in float64 whose parameters are random and whose buffers are near its own.
+
+    Parameters of `unit` may be absent, fake or on meta; they are not read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    memo: dict[int, Any] = {}
+    for tensor in named_tensors(unit).values():
+        if id(tensor) in memo:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = _random_parameter(tensor, generator)
+        elif tensor.is_floating_point():
+            memo[id(tensor)] = _near(tensor, generator)
+    return copy.deepcopy(unit, memo)
+
+
+def _random_parameter(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    shape = tuple(parameter.shape)
+    if not parameter.is_floating_point():
+        return nn.Parameter(torch.zeros(shape, dtype=parameter.dtype), requires_grad=False)
+    if len(shape) < 2:
+        values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+    else:
+        fan = max(parameter.numel() // max(shape[0], 1), 1)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) / fan**0.5
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def _near(buffer: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Uniform buffers (running means and variances) get numbers of their own, others keep theirs, nearly."""
+    values = buffer.detach().double()
+    noise = torch.rand(values.shape, generator=generator, dtype=torch.float64).to(values.device)
+    return torch.where(values.abs() < 1e4, values * (1 + 0.1 * noise) + 0.01 * noise * (values == 0), values)
+
+
+class Doubled(TorchFunctionMode):
+    """Inside, every cast to a narrower floating type is one to float64: what is compared is exact to 1e-12."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _CASTS:
+            return func(args[0], torch.float64) if func is torch.Tensor.type else args[0].double()
+        kwargs = {key: _doubled(value) for key, value in kwargs.items()} if kwargs else {}
+        return func(*[_doubled(value) for value in args], **kwargs)
+
+
+_CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+
+
+def _doubled(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value

@@ -1,0 +1,32 @@
+"""The ranks of a unit as processes: sums over a process group of torch.distributed. Knows nothing of units."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["ProcessTensorGroup"]
+
+
+class ProcessTensorGroup:
+    """A `TensorGroup` over a process group of which this process is a member. Counts the bytes that it sums."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._rank = group.rank()
+        self._size = group.size()
+        self.reduced_bytes = 0
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place."""
+        self.reduced_bytes += tensor.numel() * tensor.element_size()
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
