@@ -57,6 +57,15 @@ def test_trained_weights_are_verified_and_a_finished_run_has_nothing_left_to_tra
     proven = shardwise(folder, "verify", "run.toml", "--trained")
     assert proven.returncode == 0, proven.stderr
     assert "equal: " in proven.stdout
+    assert "against the whole model on one device" in proven.stdout
+    streamed = shardwise(folder, "verify", "run.toml", "--trained", "--reference", "streamed")
+    assert streamed.returncode == 0, streamed.stderr
+    assert "against the model streamed unit by unit on one device" in streamed.stdout
+    assert _loss_line(streamed.stdout) == _loss_line(proven.stdout)  # of the trained weights, not of new ones
+
+
+def _loss_line(table: str) -> str:
+    return next(line for line in table.splitlines() if line.startswith("  loss "))
 
 
 @pytest.mark.slow
@@ -64,3 +73,12 @@ def test_a_model_whose_samples_see_each_other_has_status_1(folder) -> None:
     told = shardwise(folder, "verify", "run.toml", "--set", "model.options.broken=true")
     assert told.returncode == 1, told.stderr
     assert "NOT EQUAL" in told.stdout
+
+
+def test_options_that_do_not_go_together_are_one_line(folder) -> None:
+    told = shardwise(folder, "verify", "run.toml", "--reference", "streamed", "--steps", "2")
+    assert told.returncode != 0
+    assert told.stderr.splitlines() == [
+        "shardwise: a streamed reference takes one step, but steps=2 (as was asked for); use steps=1, or "
+        'reference="whole" on a machine with more memory'
+    ]

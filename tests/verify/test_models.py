@@ -10,6 +10,7 @@ import torch
 from models import MODELS, make
 
 from one_process import run_whole, traced, worst_error
+from shardwise.launch import RankStarter
 from shardwise.verify import verify
 
 TOLERANCE = 1e-5
@@ -67,9 +68,9 @@ def test_the_router_loss_of_every_layer_reaches_the_loss() -> None:
 
 
 @pytest.mark.parametrize("name, layout", [("bert", "dp=2,pp=2"), ("t5", "pp=2"), ("clip", "pp=2"), ("unet", "pp=3")])
-def test_real_ranks_are_one_device(name: str, layout: str) -> None:
+def test_real_ranks_are_one_device(name: str, layout: str, starter: RankStarter) -> None:
     example = make(name)
-    comparison = verify(example.model, example.batch, layout=layout, loss=example.loss, timeout_s=60)
+    comparison = verify(example.model, example.batch, layout=layout, loss=example.loss, starter=starter, timeout_s=60)
     assert comparison.equal, str(comparison)
     assert comparison.gradient_error <= TOLERANCE
     assert comparison.edges

@@ -21,11 +21,8 @@ MODELS = ("bert", "bart", "wav2vec2")
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[Mapping[int, RankPool]]:
-    preload = [f"transformers.models.{name}.modeling_{name}" for name in MODELS]
+def pools(starter: RankStarter, one: RankPool) -> Iterator[Mapping[int, RankPool]]:
     with (
-        RankStarter(preload=(run_side.__module__, *preload)) as starter,
-        RankPool(1, starter=starter, num_threads=1) as one,
         RankPool(2, starter=starter, num_threads=1) as two,
         RankPool(4, starter=starter, num_threads=1) as four,
     ):

@@ -20,6 +20,7 @@ from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, Moment, Work
 from shardwise.execute.flows import Flows
+from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
@@ -267,14 +268,12 @@ class Program:
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients, every parameter counted once on any layout."""
-        squares = torch.zeros((), dtype=torch.float64, device=self._engine_device)
         own = [
             p.grad if self.divided is None else self.divided.counted(name, p.grad)
             for name, p in self.parameters.items()
             if p.grad is not None and self.counts(name)
         ]
-        if own:
-            squares += torch.stack([norm.double() for norm in torch._foreach_norm(own)]).square().sum()
+        squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
         if self._world > 1:
             dist.all_reduce(squares)
             squares /= self.place.dp

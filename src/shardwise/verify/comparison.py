@@ -20,6 +20,7 @@ import torch
 __all__ = ["FLOOR", "Comparison", "TensorError", "errors_of", "relative"]
 
 FLOOR = 1e-3
+_PIECE = 2**20  # elements that are held in float64 at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,44 +114,73 @@ def errors_of(
 ) -> tuple[TensorError, ...]:
     """The errors of every parameter. `by_sign`: the optimizer normalises (AdamW), so that elements whose reference
     gradient is below the floor have no meaningful update and are left out. `roundings`: norms that the stored weights'
-    own rounding may add to a difference of updates; less than that is no difference."""
+    own rounding may add to a difference of updates; less than that is no difference. Tensors are asked for one at a
+    time, so that they may lie in files; a gradient that is missing is None."""
     total = sum(update.numel() for update in reference_updates.values()) or 1
     norm = _norm(reference_gradients.values())
     update_norm = _norm(reference_updates.values())
     errors: list[TensorError] = []
     for name, reference_update in reference_updates.items():
         share = FLOOR * math.sqrt(reference_update.numel() / total)
-        left_out = 0
-        update, wanted = updates[name].double(), reference_update.double()
-        gradient = reference_gradients[name]
-        if by_sign and gradient is not None:
-            clear = gradient.abs().double() >= FLOOR * norm / math.sqrt(total)
-            left_out = int((~clear).sum().item())
-            update, wanted = update * clear, wanted * clear
+        gradient = reference_gradients.get(name)
+        least = FLOOR * norm / math.sqrt(total) if by_sign and gradient is not None else None
+        distance = _distance(updates[name], reference_update, gradient, least)
         errors.append(
             TensorError(
                 name=name,
-                gradient=_error(gradients.get(name), gradient, share * norm),
-                update=_error(update, wanted, share * update_norm, (roundings or {}).get(name, 0.0)),
-                left_out=left_out,
+                gradient=_error(_distance(gradients.get(name), gradient), share * norm),
+                update=_error(distance, share * update_norm, (roundings or {}).get(name, 0.0)),
+                left_out=distance.left_out,
             )
         )
     return tuple(errors)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Distance:
+    """|a - b| and |b|, without the elements that are left out."""
+
+    difference: float
+    reference: float
+    left_out: int = 0
+
+
+def _distance(
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    gradient: torch.Tensor | None = None,
+    least: float | None = None,
+) -> _Distance:
+    """In float64, a piece at a time; with `least`, of the elements alone whose gradient is at least as large."""
+    if a is None or b is None:
+        only = _norm([a, b])
+        return _Distance(only, 0.0 if b is None else only)
+    difference = reference = 0.0
+    left_out = 0
+    for start in range(0, b.numel(), _PIECE):
+        x, y = _piece(a, start), _piece(b, start)
+        if least is not None and gradient is not None:
+            clear = _piece(gradient, start).abs() >= least
+            left_out += int((~clear).sum())
+            x, y = x * clear, y * clear
+        difference += float((x - y).square().sum())
+        reference += float(y.square().sum())
+    return _Distance(math.sqrt(difference), math.sqrt(reference), left_out)
+
+
+def _piece(tensor: torch.Tensor, start: int) -> torch.Tensor:
+    return tensor.reshape(-1)[start : start + _PIECE].double()
+
+
 def _norm(tensors: Iterable[torch.Tensor | None]) -> float:
-    squares = [float(t.double().square().sum()) for t in tensors if t is not None]
-    return math.sqrt(sum(squares))
+    """Of all elements of all tensors."""
+    norms = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors if t is not None]
+    return math.sqrt(sum(norm * norm for norm in norms))
 
 
-def _error(a: torch.Tensor | None, b: torch.Tensor | None, floor: float, rounding: float = 0.0) -> float:
-    if a is None and b is None:
-        return 0.0
-    left = torch.zeros((), dtype=torch.float64) if a is None else a.double()
-    right = torch.zeros((), dtype=torch.float64) if b is None else b.double()
-    difference = float((left - right).norm())
-    if not math.isfinite(difference):
+def _error(distance: _Distance, floor: float, rounding: float = 0.0) -> float:
+    if not math.isfinite(distance.difference):
         return math.inf
-    difference = max(0.0, difference - rounding)
-    scale = max(float(right.norm()), floor)
+    difference = max(0.0, distance.difference - rounding)
+    scale = max(distance.reference, floor)
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)

@@ -1,54 +1,35 @@
 """The two sides of a verification as they run on ranks: the layout, and the reference on one device.
 
-Both take the same job and answer plain values. The reference accumulates the same micro-batches; it also runs the
-whole batch in one plain forward and backward, without any code of ours.
+Both take the same job and answer plain values, or names of tensors in files. The reference accumulates the same
+micro-batches, with the whole model or with a stage of it at a time; it also runs the whole batch in one plain forward
+and backward, without any code of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_map
 
-from shardwise.execute.assemble import assemble, fill_from
+from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
+from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.program import Program
+from shardwise.execute.streamed import run_streamed
 from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
-from shardwise.trace.absent import Absent
-from shardwise.trace.deferred import defer
-from shardwise.trace.objective import LossFunction, objective
-from shardwise.trace.placing import place as place_values
+from shardwise.trace.objective import objective
+from shardwise.verify.job import Job, batch_of, couples_samples, model_of, optimizer_over, unfilled_model_of
+from shardwise.verify.probe import Outputs, probing, streamed_probe
+from shardwise.verify.stored import StoredTensors
 
-__all__ = ["Job", "Side", "Whole", "run_side", "run_whole"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What both sides run. `model` is a module, or a factory of one."""
-
-    model: nn.Module | Callable[[], nn.Module]
-    batch: Any
-    loss: LossFunction | None
-    layout: Layout
-    micro_batches: int  # of one replica
-    steps: int
-    optimizer: str
-    learning_rate: float
-    dtype: torch.dtype | None
-    batch_dims: Mapping[str, int]
-    units: tuple[str, ...]
-    weight: Callable[[Any], float] | None
-    device: str = "cpu"
+__all__ = ["Job", "Side", "Whole", "run_side", "run_streamed_side", "run_whole"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,13 +38,15 @@ class Side:
 
     losses: list[float]
     norm: float
-    gradients: dict[str, torch.Tensor | None]
-    updates: dict[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor | None]  # one that is missing is None
+    updates: Mapping[str, torch.Tensor]
     roundings: dict[str, float]  # norm of one unit in the last place of every stored weight
     calls: list[tuple[str, int]]
-    edges: list[tuple[int, int, int, str]]
     random: bool
-    outputs: dict[tuple[int, str, int], tuple[float, float]]  # (micro-batch, unit, call) -> (sum, norm), if probed
+    edges: list[tuple[int, int, int, str]] = dataclasses.field(default_factory=list)
+    outputs: Outputs = dataclasses.field(default_factory=dict)  # if probed
+    couples: str = ""  # why samples of the batch influence each other, where something is known to do that
+    num_stages: int = 1  # in which a streamed model is run
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,18 +57,16 @@ class Whole:
     gradients: dict[str, torch.Tensor | None]
 
 
-def run_side(context: RankContext, job: Job, layout: Layout, micro_batches: int, probe: bool) -> Side:
-    """One rank of `layout`; the reference is the layout of one rank with as many micro-batches as all replicas have."""
+def run_side(
+    context: RankContext, job: Job, layout: Layout, micro_batches: int, probe: bool, folder: Path | None = None
+) -> Side:
+    """One rank of `layout`; the reference is the layout of one rank with as many micro-batches as all replicas have.
+
+    With `folder` the tensors are written there, of one step, and nothing but weights and gradients is held.
+    """
     torch.manual_seed(0)
-    model, fill = _model(job)
-    batch = _batch(job)
-    parts = split(
-        batch,
-        micro_batches=micro_batches,
-        replicas=layout.dp,
-        weights=job.weight or weigher(model),
-        batch_dims=job.batch_dims,
-    )
+    model, fill = model_of(job)
+    parts = _parts(job, model, micro_batches, layout.dp)
     program = assemble(
         model,
         parts[0][0].inputs,
@@ -97,18 +78,30 @@ def run_side(context: RankContext, job: Job, layout: Layout, micro_batches: int,
         fill=fill,
     )
     mine = parts[program.place.replica]
-    with _probing(program, mine, probe) as outputs:
-        side = _steps(job, program, mine)
+    nothing: Outputs = {}
+    with probing(program, mine) if probe else contextlib.nullcontext(nothing) as outputs:
+        side = _steps(job, program, mine) if folder is None else _stored_step(job, program, mine, folder)
     side.outputs = outputs
+    side.couples = couples_samples(model, job.batch)
     program.close()
     return side
+
+
+def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Sequence[Sequence[MicroBatch]]:
+    return split(
+        batch_of(job),
+        micro_batches=micro_batches,
+        replicas=replicas,
+        weights=job.weight or weigher(model),
+        batch_dims=job.batch_dims,
+    )
 
 
 def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
     owned = {name: p for name, p in program.parameters.items() if program.owns(name)}
     before = {name: p.detach().clone() for name, p in owned.items()}
     held = [p for p in program.parameters.values() if p.requires_grad]
-    optimizer = _optimizer(job, held)
+    optimizer = optimizer_over(job, held) if held else None
     losses: list[float] = []
     norm = 0.0
     gradients: dict[str, torch.Tensor | None] = {}
@@ -126,83 +119,115 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
         norm=norm,
         gradients=gradients,
         updates={name: p.detach() - before[name] for name, p in owned.items()},
-        roundings={name: float(w.double().norm()) * _unit(w.dtype) * job.steps for name, w in before.items()},
-        calls=[(node.name, node.call) for node in program.tape.flow.calls],
-        edges=_edges(program),
+        roundings={name: _rounding(w) * job.steps for name, w in before.items()},
+        calls=_calls(program),
         random=program.random,
-        outputs={},
+        edges=_edges(program),
     )
 
 
-def _unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder: Path) -> Side:
+    """One step; gradients and updates go to files, one parameter after another."""
+    loss = program.step(mine, step=0).loss
+    norm = program.gradient_norm()
+    stored = _Stored(job, folder / f"rank{program.place.rank}")
+    for name, parameter in program.parameters.items():
+        if program.owns(name):
+            stored.take(name, parameter)
+        parameter.grad = None
+    return Side(
+        losses=[loss],
+        norm=norm,
+        gradients=stored.gradients,
+        updates=stored.updates,
+        roundings=stored.roundings,
+        calls=_calls(program),
+        random=program.random,
+        edges=_edges(program),
+    )
+
+
+def run_streamed_side(context: RankContext, job: Job, micro_batches: int, stage_bytes: int, folder: Path) -> Side:
+    """The reference on one device that holds about `stage_bytes` of parameters at once, and no more than an eighth of
+    the model; tensors are written to `folder`."""
+    torch.manual_seed(0)
+    model, fill = unfilled_model_of(job)
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    stored = _Stored(job, folder)
+    outputs: Outputs = {}
+    streamed = run_streamed(
+        model,
+        _parts(job, model, micro_batches, 1)[0],
+        fill=fill,
+        take=stored.take,
+        stage_bytes=min(stage_bytes, model_bytes // 8),
+        loss=job.loss,
+        units=job.units,
+        seed=job.layout.seed,
+        device=job.device,
+        watch=streamed_probe(model, outputs),
+    )
+    return Side(
+        losses=[streamed.loss],
+        norm=math.sqrt(stored.squares),
+        gradients=stored.gradients,
+        updates=stored.updates,
+        roundings=stored.roundings,
+        calls=list(streamed.calls),
+        random=streamed.random,
+        outputs=outputs,
+        num_stages=streamed.num_stages,
+    )
+
+
+class _Stored:
+    """Takes a parameter with its gradient, writes the gradient and the update of one optimizer step."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._job = job
+        self.gradients = StoredTensors(_made(folder / "gradients"))
+        self.updates = StoredTensors(_made(folder / "updates"))
+        self.roundings: dict[str, float] = {}
+        self.squares = 0.0  # of all gradients
+
+    def take(self, name: str, parameter: nn.Parameter) -> None:
+        """Write what `parameter` becomes; its gradient and value are of no use afterwards."""
+        before = parameter.detach()
+        self.roundings[name] = _rounding(before) * self._job.steps
+        if parameter.grad is None:
+            self.updates.put(name, torch.zeros_like(before))
+            return
+        self.gradients.put(name, parameter.grad)
+        self.squares += float(sum_of_squares([parameter.grad]))
+        after = nn.Parameter(before.clone())
+        after.grad, parameter.grad = parameter.grad, None
+        optimizer_over(self._job, [after]).step()
+        self.updates.put(name, after.detach().sub_(before))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def run_whole(context: RankContext, job: Job) -> Whole:
     """The whole batch in one plain forward and backward."""
-    model, fill = _model(job)
+    model, fill = model_of(job)
     if fill is not None:
         fill(model, [name for name, _ in model.named_parameters()])
-    batch = _batch(job)
-    loss = objective(model, batch, job.loss)
+    loss = objective(model, batch_of(job), job.loss)
     torch.autograd.backward([loss])
     gradients = {name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters()}
     return Whole(loss=float(loss.detach()), gradients=gradients)
 
 
-def _model(job: Job) -> tuple[nn.Module, Any]:
-    """The model on this rank and how to fill it: shared tensors are copied where they are kept."""
-    if isinstance(job.model, nn.Module):
-        model = job.model
-        if job.dtype is not None:
-            model = model.to(job.dtype)
-        for parameter in model.parameters():
-            parameter.grad = None
-        _as_constructed(model)
-        return _own_values(model), None
-    factory = job.model
-    dtype = job.dtype
-    blueprint = defer(
-        factory if dtype is None else lambda: factory().to(dtype), seed=job.layout.seed, device=job.device
-    )
-    model = blueprint.module
-    place_values(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
-    return model, fill_from(blueprint.materialize, job.device)
+def _rounding(weight: torch.Tensor) -> float:
+    eps = torch.finfo(weight.dtype).eps if weight.dtype.is_floating_point else 0.0
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) * eps if eps else 0.0
 
 
-def _as_constructed(model: nn.Module) -> None:
-    """Unpickling constructs nothing, and transformers notes only of constructed classes which outputs they record."""
-    recording = sys.modules.get("transformers.utils.output_capturing")
-    registry = vars(recording).get("_CAN_RECORD_REGISTRY") if recording is not None else None
-    if registry is None:
-        return
-    for module in model.modules():
-        recorded = getattr(module, "_can_record_outputs", None)
-        if isinstance(recorded, dict):
-            registry[module] = recorded
-
-
-def _own_values(model: nn.Module) -> nn.Module:
-    """Parameters that are read-only or shared with other ranks are copied before they are trained."""
-    return copy.deepcopy(model)
-
-
-def _batch(job: Job) -> Any:
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        leaf = leaf.detach().to(job.device, copy=True)
-        return leaf.to(job.dtype) if job.dtype is not None and leaf.is_floating_point() else leaf
-
-    return tree_map(own, job.batch)
-
-
-def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
-    if not parameters:
-        return None
-    if job.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=job.learning_rate)
-    return torch.optim.SGD(parameters, lr=job.learning_rate)
+def _calls(program: Program) -> list[tuple[str, int]]:
+    return [(node.name, node.call) for node in program.tape.flow.calls]
 
 
 def _edges(program: Program) -> list[tuple[int, int, int, str]]:
@@ -213,39 +238,3 @@ def _edges(program: Program) -> list[tuple[int, int, int, str]]:
         what = ", ".join(f"{flow.nodes[flow.values[v].node].label} {list(flow.values[v].shape)}" for v in values)
         found.append((source, target, program.cut.edge_bytes[(source, target)], what))
     return found
-
-
-@contextlib.contextmanager
-def _probing(
-    program: Program, mine: Sequence[MicroBatch], probe: bool
-) -> Iterator[dict[tuple[int, str, int], tuple[float, float]]]:
-    """Note sum and norm of what every present unit returns in the first step."""
-    outputs: dict[tuple[int, str, int], tuple[float, float]] = {}
-    here: dict[str, list[int]] = {}
-    for node in program.cut.stages[program.place.stage].calls:
-        flow_node = program.tape.flow.nodes[node]
-        here.setdefault(flow_node.name, []).append(flow_node.call)
-    counts = dict.fromkeys(here, 0)
-
-    def watch(unit: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
-            if any(isinstance(tensor, (Absent, FakeTensor)) for tensor in tensors):
-                return
-            number, place = divmod(counts[unit], len(here[unit]))
-            counts[unit] += 1
-            if number < len(mine):
-                with torch._C.DisableTorchFunction(), torch.no_grad():
-                    floats = [tensor.double() for tensor in tensors if tensor.is_floating_point()]
-                    summed = sum(float(tensor.sum()) for tensor in floats)
-                    norm = sum(float(tensor.square().sum()) for tensor in floats) ** 0.5
-                outputs[(mine[number].index, unit, here[unit][place])] = (summed, norm)
-
-        return hook
-
-    handles = [program.model.get_submodule(u).register_forward_hook(watch(u)) for u in here] if probe else []
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

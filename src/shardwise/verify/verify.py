@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +15,17 @@ import torch.nn as nn
 
 from shardwise.errors import ConfigError
 from shardwise.execute.batches import batch_size
-from shardwise.launch import RankPool, RankStarter
+from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.trace.objective import LossFunction
-from shardwise.verify.comparison import Comparison, TensorError, errors_of, relative
-from shardwise.verify.sides import Job, Side, Whole, run_side, run_whole
+from shardwise.verify.comparison import Comparison, errors_of, relative
+from shardwise.verify.difference import first_difference
+from shardwise.verify.job import open_source, whole_bytes
+from shardwise.verify.reference import Reference, choose
+from shardwise.verify.sides import Job, Side, Whole, run_side, run_streamed_side, run_whole
+from shardwise.verify.stored import Merged
 
-__all__ = ["couples_samples", "verify"]
+__all__ = ["verify"]
 
 # What float32 leaves of a sum taken in another order: unit roundoff 6e-8, a few thousand terms, some tens of layers.
 _TOLERANCES = {
@@ -41,6 +48,10 @@ def verify(
     units: Sequence[str] = (),
     weight: Callable[[Any], float] | None = None,
     couples: str | None = None,
+    checkpoint: str | Path | None = None,
+    reference: str = "auto",
+    memory_bytes: int | None = None,
+    starter: RankStarter | None = None,
     timeout_s: float = 600.0,
 ) -> Comparison:
     """Compare one device with `layout` on `batch`: loss, every gradient, their norm, weights after `steps` steps.
@@ -49,20 +60,32 @@ def verify(
     seed. batch: what `forward` takes, a mapping by name or a sequence by position. loss: `loss(outputs, batch)`; by
     default what the model returns as its loss. dtype: "float64" settles doubt (tolerance 1e-9). couples: why samples
     of this model influence each other (a contrastive loss), so that the whole batch in one forward means something
-    else; BatchNorm and router losses are known.
+    else; BatchNorm and router losses are known. checkpoint: a folder of safetensors, or of a run's checkpoints, whose
+    values are used instead of the model's own; each rank reads its own alone.
 
-    Raises the errors of the ranks: `LayoutError`, `BatchError`, `ModelError`, `DataflowError`, `LaunchError`.
+    reference: "whole", the model on one device; "streamed", one device that holds the parameters of a few units at a
+    time (one step only; gradients and updates of both sides lie in files of a temporary folder meanwhile, four times
+    the weights together); "auto", streamed where weights, gradients and two copies exceed `memory_bytes`, by default
+    what the machine has free. `Comparison.reference` says which, with the numbers.
+
+    starter: starts all ranks and is left open, so that several verifications pay the start once (seconds); else one
+    is made and ended. Let it preload what models are made of, such as "transformers.models.llama.modeling_llama".
+
+    Raises the errors of the ranks: `LayoutError`, `BatchError`, `ModelError`, `DataflowError`, `CheckpointError`,
+    `LaunchError`; `ConfigError` for options that do not go together.
     """
-    chosen = Layout.parse(layout) if isinstance(layout, str) else layout
+    laid_out = Layout.parse(layout) if isinstance(layout, str) else layout
     if optimizer not in ("sgd", "adamw"):
         raise ConfigError(f"optimizer={optimizer!r} is not one of sgd, adamw")
+    if checkpoint is not None:
+        open_source(str(Path(checkpoint).expanduser()))  # what is wrong with it is said before ranks are started
     size = batch_size(batch, batch_dims)
     job = Job(
         model=model,
         batch=batch,
         loss=loss,
-        layout=chosen,
-        micro_batches=chosen.num_micro_batches(size),
+        layout=laid_out,
+        micro_batches=laid_out.num_micro_batches(size),
         steps=steps,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -70,45 +93,97 @@ def verify(
         batch_dims=dict(batch_dims or {}),
         units=tuple(units),
         weight=weight,
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()),
     )
-    exempt = couples or couples_samples(model, batch)
-    with RankStarter(preload=_preload(model)) as starter:
-        return _compare(job, exempt, starter, timeout_s)
+    on_a_rank = reference == "auto" and not isinstance(model, nn.Module)  # a factory may make what it builds
+    early = None if on_a_rank else _chosen(job, reference, memory_bytes, lambda: whole_bytes(job))
+    with contextlib.ExitStack() as stack:
+        ranks = _Ranks(
+            starter or stack.enter_context(RankStarter(preload=_preload(model))), job.layout.world_size, timeout_s
+        )
+        chosen = early or _chosen(job, reference, memory_bytes, lambda: _bytes_by_rank(job, ranks))
+        if chosen.streamed:
+            return _compare_streamed(job, chosen, ranks)
+        return _compare_whole(job, chosen, couples or "", ranks)
 
 
-def _compare(job: Job, exempt: str, starter: RankStarter, timeout_s: float) -> Comparison:
+def _chosen(job: Job, wanted: str, memory_bytes: int | None, needed: Callable[[], int]) -> Reference:
+    chosen = choose(wanted, memory_bytes=memory_bytes, needed=needed)
+    if chosen.streamed and job.steps > 1:
+        raise ConfigError(
+            f"a streamed reference takes one step, but steps={job.steps} ({chosen.why}); use steps=1, or "
+            'reference="whole" on a machine with more memory'
+        )
+    return chosen
+
+
+class _Ranks:
+    """Pools of ranks from one starter."""
+
+    def __init__(self, starter: RankStarter, world_size: int, timeout_s: float) -> None:
+        self._starter = starter
+        # One number of threads on both sides: kernels that split a sum among threads round it differently.
+        self._threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+        self.timeout_s = timeout_s
+
+    def pool(self, world_size: int) -> RankPool:
+        return RankPool(world_size, starter=self._starter, num_threads=self._threads)
+
+
+def _bytes_by_rank(job: Job, ranks: _Ranks) -> int:
+    with ranks.pool(1) as pool:
+        return pool.run(_whole_bytes, job, timeout_s=ranks.timeout_s)[0]
+
+
+def _whole_bytes(context: RankContext, job: Job) -> int:
+    return whole_bytes(job)
+
+
+def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> Comparison:
     alone = Layout(seed=job.layout.seed)
+    all_parts = job.micro_batches * job.layout.dp
+    timeout_s = ranks.timeout_s
     whole: Whole | None = None
-    # One number of threads on both sides: kernels that split a sum among threads round it differently.
-    threads = max(1, len(os.sched_getaffinity(0)) // job.layout.world_size)
-    with RankPool(1, starter=starter, num_threads=threads) as pool:
-        all_parts = job.micro_batches * job.layout.dp
-        reference: Side = pool.run(run_side, job, alone, all_parts, False, timeout_s=timeout_s)[0]
-        if reference.random:
-            exempt = exempt or "the model draws random numbers, which are keyed by micro-batch or drawn by our code"
+    with ranks.pool(1) as one:
+        reference: Side = one.run(run_side, job, alone, all_parts, False, timeout_s=timeout_s)[0]
+        drawn = "the model draws random numbers, which are keyed by micro-batch or drawn by our code"
+        exempt = exempt or reference.couples or (drawn if reference.random else "")
         if not exempt:
-            whole = pool.run(run_whole, job, timeout_s=timeout_s)[0]
-        with RankPool(job.layout.world_size, starter=starter, num_threads=threads) as ranks:
-            sides: list[Side] = ranks.run(run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s)
-            comparison = _comparison(job, reference, whole, exempt, sides, None)
+            whole = one.run(run_whole, job, timeout_s=timeout_s)[0]
+        with ranks.pool(job.layout.world_size) as many:
+            sides: list[Side] = many.run(run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s)
+            comparison = _comparison(job, chosen, reference, whole, exempt, sides)
             if comparison.equal:
                 return comparison
-            probed = pool.run(run_side, job, alone, all_parts, True, timeout_s=timeout_s)[0]
-            watched = ranks.run(run_side, job, job.layout, job.micro_batches, True, timeout_s=timeout_s)
-    return _comparison(job, reference, whole, exempt, sides, _first_difference(probed, watched, comparison))
+            probed = one.run(run_side, job, alone, all_parts, True, timeout_s=timeout_s)[0]
+            watched = many.run(run_side, job, job.layout, job.micro_batches, True, timeout_s=timeout_s)
+    return dataclasses.replace(comparison, first_difference=first_difference(probed, watched, comparison))
+
+
+def _compare_streamed(job: Job, chosen: Reference, ranks: _Ranks) -> Comparison:
+    """Both sides note what units return at once: to run a large model again is dear."""
+    all_parts = job.micro_batches * job.layout.dp
+    exempt = "the model is streamed, so that there is no whole batch in one forward"
+    with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as name:
+        mine, theirs = Path(name) / "reference", Path(name) / "layout"
+        with ranks.pool(1) as one:
+            asked = (job, all_parts, chosen.stage_bytes, mine)
+            reference: Side = one.run(run_streamed_side, *asked, timeout_s=ranks.timeout_s)[0]
+        with ranks.pool(job.layout.world_size) as many:
+            call = (job, job.layout, job.micro_batches, True, theirs)
+            sides: list[Side] = many.run(run_side, *call, timeout_s=ranks.timeout_s)
+        comparison = _comparison(job, chosen, reference, None, exempt, sides)
+    if comparison.equal:
+        return comparison
+    return dataclasses.replace(comparison, first_difference=first_difference(reference, sides, comparison))
 
 
 def _comparison(
-    job: Job, reference: Side, whole: Whole | None, exempt: str, sides: Sequence[Side], first: str | None
+    job: Job, chosen: Reference, reference: Side, whole: Whole | None, exempt: str, sides: Sequence[Side]
 ) -> Comparison:
-    gradients: dict[str, torch.Tensor | None] = {}
-    updates: dict[str, torch.Tensor] = {}
-    for side in sides:
-        gradients.update(side.gradients)
-        updates.update(side.updates)
     tensors = errors_of(
-        gradients,
-        updates,
+        Merged([side.gradients for side in sides]),
+        Merged([side.updates for side in sides]),
         reference.gradients,
         reference.updates,
         by_sign=job.optimizer == "adamw",
@@ -128,10 +203,11 @@ def _comparison(
         exempt=exempt,
         tolerance=tolerance,
         reason=reason,
-        first_difference=first,
+        first_difference=None,
         tensors=tensors,
         edges=tuple(sides[0].edges),
         steps=job.steps,
+        reference=chosen.text(reference.num_stages),
     )
 
 
@@ -141,55 +217,6 @@ def _whole_error(reference: Side, whole: Whole) -> float:
     errors = errors_of(reference.gradients, zeros, whole.gradients, zeros, by_sign=False)
     worst = max((error.gradient for error in errors), default=0.0)
     return max(worst, relative(reference.losses[0], whole.loss))
-
-
-def _first_difference(reference: Side, sides: Sequence[Side], comparison: Comparison) -> str:
-    """The first unit, in the order of the forward, whose output diverges; else the last whose gradients do."""
-    outputs: dict[tuple[int, str, int], tuple[float, float]] = {}
-    for side in sides:
-        outputs.update(side.outputs)
-    for unit, call in reference.calls:
-        for (micro_batch, name, number), (summed, norm) in sorted(reference.outputs.items()):
-            if (name, number) != (unit, call) or (micro_batch, name, number) not in outputs:
-                continue
-            other_sum, other_norm = outputs[(micro_batch, name, number)]
-            scale = max(norm, 1e-12)
-            off = max(abs(other_norm - norm), abs(other_sum - summed) / 10) / scale
-            if not math.isfinite(off) or off > comparison.tolerance:
-                where = f"unit {unit} (call {call}, micro-batch {micro_batch})"
-                return f"the output of {where} diverges first, by {off:.1e}"
-    bad = [tensor for tensor in comparison.tensors if _worst(tensor) > comparison.tolerance]
-    for unit, _ in reversed(reference.calls):
-        inside = [tensor for tensor in bad if tensor.name.startswith(unit + ".")]
-        if inside:
-            return f"outputs are equal; backward, unit {unit} diverges first, at the gradient of {inside[0].name}"
-    if bad:
-        return f"outputs are equal; the gradient of {bad[0].name} diverges, which glue code reads"
-    if comparison.micro_batch_error is not None and comparison.micro_batch_error > comparison.tolerance:
-        return (
-            "the layout equals the accumulated micro-batches, but these are not the whole batch in one forward: the "
-            "loss weighs samples in a way that its weights do not say (give weight=), or samples influence each other "
-            "(give couples=)"
-        )
-    return "the loss or the norm of the gradients diverges, no single tensor does"
-
-
-def _worst(tensor: TensorError) -> float:
-    return max(tensor.gradient, tensor.update)
-
-
-def couples_samples(model: nn.Module | Callable[[], nn.Module], batch: Any) -> str:
-    """Why the samples of a batch influence each other in this model; empty where nothing is known to."""
-    if isinstance(batch, Mapping) and batch.get("return_loss"):
-        return "its contrastive loss compares the samples of a batch"
-    if not isinstance(model, nn.Module):
-        return ""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
-        return "BatchNorm takes its statistics over the micro-batch"
-    config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        return "its load-balancing loss is no mean over samples"
-    return ""
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

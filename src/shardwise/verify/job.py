@@ -1,0 +1,173 @@
+"""What both sides of a verification run, and what it takes to run it: the model on a rank, its batch, its optimizer.
+
+Knows where a model's values come from (a live module, a factory's recipes, files); refuses to know layouts and how a
+side is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_map
+
+from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
+from shardwise.checkpoint.storage import MANIFEST, complete_steps
+from shardwise.execute.assemble import Fill, fill_from
+from shardwise.layout import Layout
+from shardwise.trace.deferred import Blueprint, defer
+from shardwise.trace.objective import LossFunction
+from shardwise.trace.placing import place
+from shardwise.train.model import names_in, values_of
+
+__all__ = [
+    "Job",
+    "batch_of",
+    "couples_samples",
+    "model_of",
+    "open_source",
+    "optimizer_over",
+    "unfilled_model_of",
+    "whole_bytes",
+]
+
+COPIES = 2  # of the weights that a comparison on one device holds besides them: as they were, and their updates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What both sides run. `model` is a module, or a factory of one; `checkpoint` holds values instead of its own."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    batch: Any
+    loss: LossFunction | None
+    layout: Layout
+    micro_batches: int  # of one replica
+    steps: int
+    optimizer: str
+    learning_rate: float
+    dtype: torch.dtype | None
+    batch_dims: Mapping[str, int]
+    units: tuple[str, ...]
+    weight: Callable[[Any], float] | None
+    device: str = "cpu"
+    checkpoint: str | None = None
+
+
+def model_of(job: Job) -> tuple[nn.Module, Fill | None]:
+    """The model on this rank, and how to fill it; None where it has its values (mapped, copied when written)."""
+    if not isinstance(job.model, nn.Module) or job.checkpoint is not None:
+        return unfilled_model_of(job)
+    model = _as_constructed(job.model)
+    if job.dtype is not None:
+        model = model.to(job.dtype)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model, None
+
+
+def unfilled_model_of(job: Job) -> tuple[nn.Module, Fill]:
+    """The model without values of its parameters, its buffers real, and how to fill it, one parameter at a time."""
+    source = None if job.checkpoint is None else open_source(job.checkpoint)
+    if isinstance(job.model, nn.Module):
+        model = _as_constructed(job.model)
+        own = dict(model.named_parameters())
+        place(model, {name: _hollow(parameter, job.dtype) for name, parameter in own.items()})
+        place(model, {name: _cast(buffer, job.dtype) for name, buffer in model.named_buffers()})
+        if source is None:
+            return model, fill_from(lambda names: {name: own[name].detach() for name in names}, job.device)
+    else:
+        blueprint = _blueprint(job)
+        model = blueprint.module
+        place(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
+        if source is None:
+            return model, fill_from(blueprint.materialize, job.device)
+    values, saved = values_of(source, model), names_in(source, model)
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(values([name])[name])
+    return model, fill_from(values, job.device)
+
+
+def open_source(folder: str) -> Source:
+    """A checkpoint of a run (a step's folder, or the folder of steps: the latest), or a plain safetensors model."""
+    path = Path(folder)
+    ours = path.is_dir() and ((path / MANIFEST).is_file() or bool(complete_steps(path)))
+    return open_checkpoint(path) if ours else open_safetensors(path)
+
+
+def whole_bytes(job: Job) -> int:
+    """Bytes that the whole model takes on one device: weights, gradients, and two copies to compare.
+
+    A factory is run for it, without making values.
+    """
+    model = job.model if isinstance(job.model, nn.Module) else _blueprint(job).module
+    total = 0
+    for parameter in model.parameters():
+        dtype = job.dtype if job.dtype is not None and parameter.is_floating_point() else parameter.dtype
+        total += parameter.numel() * dtype.itemsize * (1 + COPIES + parameter.requires_grad)
+    return total
+
+
+def batch_of(job: Job) -> Any:
+    """The batch on this rank's device, in the job's dtype."""
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf.detach().to(job.device, copy=True)
+        return leaf.to(job.dtype) if job.dtype is not None and leaf.is_floating_point() else leaf
+
+    return tree_map(own, job.batch)
+
+
+def couples_samples(model: nn.Module, batch: Any) -> str:
+    """Why the samples of a batch influence each other in this model; empty where nothing is known to."""
+    if isinstance(batch, Mapping) and batch.get("return_loss"):
+        return "its contrastive loss compares the samples of a batch"
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
+        return "BatchNorm takes its statistics over the micro-batch"
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return "its load-balancing loss is no mean over samples"
+    return ""
+
+
+def optimizer_over(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The job's optimizer over some parameters, at its first step."""
+    if job.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=job.learning_rate)
+    return torch.optim.SGD(parameters, lr=job.learning_rate)
+
+
+def _blueprint(job: Job) -> Blueprint:
+    factory, dtype = job.model, job.dtype
+    return defer(factory if dtype is None else lambda: factory().to(dtype), seed=job.layout.seed, device=job.device)
+
+
+def _hollow(parameter: nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
+    """Shape, strides and dtype of a parameter, on the meta device."""
+    chosen = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=chosen, device="meta")
+
+
+def _cast(buffer: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return buffer.to(dtype) if dtype is not None and buffer.is_floating_point() else buffer
+
+
+def _as_constructed(model: nn.Module) -> nn.Module:
+    """Unpickling constructs nothing, and transformers notes only of constructed classes which outputs they record."""
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    registry = vars(recording).get("_CAN_RECORD_REGISTRY") if recording is not None else None
+    if registry is None:
+        return model
+    for module in model.modules():
+        recorded = getattr(module, "_can_record_outputs", None)
+        if isinstance(recorded, dict):
+            registry[module] = recorded
+    return model

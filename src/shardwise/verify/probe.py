@@ -1,0 +1,92 @@
+"""Sum and norm of what every unit call returns, to find the first that differs. Knows hooks; runs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten
+
+from shardwise.execute.batches import MicroBatch
+from shardwise.execute.program import Program
+from shardwise.execute.streamed import Watch
+from shardwise.plan.cut import StageCut
+from shardwise.trace.absent import Absent
+from shardwise.trace.tape import Tape
+
+__all__ = ["Outputs", "probing", "streamed_probe"]
+
+Outputs = dict[tuple[int, str, int], tuple[float, float]]  # (micro-batch, unit, call) -> (sum, norm)
+
+_Place = Callable[[str], tuple[int, int] | None]  # unit that has run here -> (micro-batch, call)
+
+
+@contextlib.contextmanager
+def probing(program: Program, mine: Sequence[MicroBatch]) -> Iterator[Outputs]:
+    """Note what every present unit returns in the first step; a forward is one micro-batch, in order."""
+    here = _calls_of(program.cut.stages[program.place.stage], program.tape)
+    counts = dict.fromkeys(here, 0)
+
+    def place(unit: str) -> tuple[int, int] | None:
+        number, position = divmod(counts[unit], len(here[unit]))
+        counts[unit] += 1
+        return (mine[number].index, here[unit][position]) if number < len(mine) else None
+
+    outputs: Outputs = {}
+    with _hooked(program.model, here, place, outputs):
+        yield outputs
+
+
+def streamed_probe(model: nn.Module, outputs: Outputs) -> Watch:
+    """A watch of a streamed step that notes what the units of each stage return."""
+
+    @contextlib.contextmanager
+    def watch(micro_batch: MicroBatch, stage: StageCut, tape: Tape) -> Iterator[None]:
+        here = _calls_of(stage, tape)
+
+        def place(unit: str) -> tuple[int, int] | None:
+            return (micro_batch.index, here[unit].pop(0)) if here[unit] else None
+
+        with _hooked(model, here, place, outputs):
+            yield
+
+    return watch
+
+
+def _calls_of(stage: StageCut, tape: Tape) -> dict[str, list[int]]:
+    here: dict[str, list[int]] = {}
+    for node in stage.calls:
+        here.setdefault(tape.flow.nodes[node].name, []).append(tape.flow.nodes[node].call)
+    return here
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, units: dict[str, list[int]], place: _Place, outputs: Outputs) -> Iterator[None]:
+    def watch(unit: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
+            if any(isinstance(tensor, (Absent, FakeTensor)) for tensor in tensors):
+                return
+            found = place(unit)
+            if found is not None:
+                outputs[(found[0], unit, found[1])] = _sum_and_norm(tensors)
+
+        return hook
+
+    handles = [model.get_submodule(unit).register_forward_hook(watch(unit)) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sum_and_norm(tensors: Sequence[torch.Tensor]) -> tuple[float, float]:
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        floats = [tensor.double() for tensor in tensors if tensor.is_floating_point()]
+        summed = sum(float(tensor.sum()) for tensor in floats)
+        return summed, sum(float(tensor.square().sum()) for tensor in floats) ** 0.5
