@@ -9,6 +9,7 @@ ends, and with it every rank, when the process that started it is gone. It does 
 
 from __future__ import annotations
 
+import gc
 import os
 import selectors
 import shutil
@@ -49,6 +50,8 @@ def main(control_descriptor: int) -> None:
     sys.path[:] = sys_path
     try:
         if _preload(control, preload):
+            gc.collect()
+            gc.freeze()  # a collection in a rank would write into every page that it shares with this process
             _serve(control, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from shardwise.errors import ModelError
@@ -23,7 +23,7 @@ from shardwise.trace.units import choose_units
 
 __all__ = ["Captured", "capture", "own", "recorded"]
 
-
+_TABLES = frozenset(vars(nn.Module()))  # of parameters, children, hooks: torch's own
 Watch = Callable[[Recorder], contextlib.AbstractContextManager[None]]
 
 
@@ -49,32 +49,53 @@ def capture(
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
 
     Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
-    where that does not help. With `watch` the backward runs too, and `watch(recorder)` is open around both.
+    where that does not help. A forward in which units are found to look at what they compute is recorded again. With
+    `watch` the backward runs too, and `watch(recorder)` is open around both.
     """
     whole: set[str] = set()
-    copy = own(batch)
+    looking: set[str] = set()  # units that look at values they compute
     while True:
         chosen = choose_units(model, named=units, whole=whole)
+        known = frozenset(looking)
+        copy = own(batch)
         try:
-            with recorded(model, chosen, scope=scope) as recorder:
-                streams = python_streams(glue_key(recorder.scope))
-                with streams, watch(recorder) if watch is not None else contextlib.nullcontext():
-                    before = _host_state()
-                    value = objective(model, copy, loss)
-                    captured = Captured(recorder, chosen, value)
-                    captured.tape.host_random = not _same(before, _host_state())
-                    if watch is not None and value.requires_grad:
-                        recorder.phase = "backward"
-                        with contextlib.suppress(*DataDependent):  # what it has not reached is estimated
-                            torch.autograd.backward([value])
+            with recorded(model, chosen, scope=scope, looking=looking) as recorder:
+                captured = _run(model, copy, loss, recorder, chosen, watch)
+            if looking == known:
                 return captured
         except GlueLooks as looks:
+            if looking != known:
+                continue
             if not looks.module or looks.module in whole:
                 raise ModelError(
                     f"the glue between units must not look at a value that a unit computed: {looks}; name a module "
                     "around it as a unit"
                 ) from looks
             whole.add(looks.module)
+        except Exception:  # of the model: an attempt that failed may have left it in a state that it does not expect
+            if looking == known:
+                raise
+
+
+def _run(
+    model: nn.Module,
+    batch: Any,
+    loss: LossFunction | None,
+    recorder: Recorder,
+    units: Mapping[str, nn.Module],
+    watch: Watch | None,
+) -> Captured:
+    """One forward, and a backward if it is watched."""
+    with python_streams(glue_key(recorder.scope)), watch(recorder) if watch else contextlib.nullcontext():
+        before = _host_state()
+        value = objective(model, batch, loss)
+        captured = Captured(recorder, units, value)
+        captured.tape.host_random = not _same(before, _host_state())
+        if watch is not None and value.requires_grad:
+            recorder.running.phase = "backward"
+            with contextlib.suppress(*DataDependent):  # what it has not reached is estimated
+                torch.autograd.backward([value])
+    return captured
 
 
 def _host_state() -> tuple[Any, Any]:
@@ -86,7 +107,13 @@ def _same(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, units: Mapping[str, nn.Module], *, scope: Scope | None = None) -> Iterator[Recorder]:
+def recorded(
+    model: nn.Module,
+    units: Mapping[str, nn.Module],
+    *,
+    scope: Scope | None = None,
+    looking: set[str] | None = None,
+) -> Iterator[Recorder]:
     """The model with fake parameters, copied buffers and watched units; everything is put back at the end."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     names: dict[int, str] = {}
@@ -100,6 +127,7 @@ def recorded(model: nn.Module, units: Mapping[str, nn.Module], *, scope: Scope |
             modules=modules,
             fake=fake,
             scope=scope or Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0),
+            looking=looking,
         )
         with installed(units, switch), switch.on(recorder), recorder.active():
             yield recorder
@@ -120,11 +148,7 @@ def _fake_parameters(model: nn.Module, fake: FakeTensorMode, names: dict[int, st
             if parameter is None:
                 continue
             if id(parameter) not in fakes:
-                with fake:
-                    empty = torch.empty_strided(
-                        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=_device(parameter)
-                    )
-                twin = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                twin = _fake_twin(parameter, fake)
                 fakes[id(parameter)] = twin
                 names[id(twin)] = canonical[id(parameter)]
             undo.append((module, name, parameter))
@@ -137,8 +161,13 @@ def _fake_parameters(model: nn.Module, fake: FakeTensorMode, names: dict[int, st
             module._parameters[name] = parameter
 
 
-def _device(parameter: torch.Tensor) -> torch.device:
-    return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+def _fake_twin(parameter: nn.Parameter, fake: FakeTensorMode) -> nn.Parameter:
+    """A parameter without memory, on the device of `parameter`; the CPU if that is on meta."""
+    device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+    empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+    twin = FakeTensor(fake, empty, device).requires_grad_(parameter.requires_grad)
+    twin._is_param = True  # what makes any tensor an nn.Parameter
+    return cast(nn.Parameter, twin)
 
 
 @contextlib.contextmanager
@@ -170,6 +199,7 @@ def _copied_buffers(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Plain attributes that the forward sets (counters, caches) are put back: a trace is not a step."""
     kept = [(module, dict(vars(module))) for module in model.modules()]
+    boxes = [(value, value.copy()) for _, attributes in kept for value in _containers(attributes)]
     hooks = [(module, module._forward_hooks.copy()) for module in model.modules()]
     try:
         yield
@@ -178,6 +208,14 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
             for name in set(vars(module)) - set(attributes):
                 del vars(module)[name]
             vars(module).update(attributes)
+        for box, content in boxes:
+            box.clear()
+            (box.extend if isinstance(box, list) else box.update)(content)
         for module, before in hooks:
             module._forward_hooks.clear()
             module._forward_hooks.update(before)
+
+
+def _containers(attributes: Mapping[str, Any]) -> list[Any]:
+    """Lists, dictionaries and sets among a module's plain attributes."""
+    return [v for name, v in attributes.items() if name not in _TABLES and type(v) in (list, dict, set)]

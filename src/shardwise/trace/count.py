@@ -72,7 +72,6 @@ class Counter:
         self.reached: set[int] = set()  # nodes of which some backward ran
         self._makers: dict[int, int | None] = {}  # storage -> the node that made it
         self._saved: dict[int, int] = {}  # storage -> bytes
-        self._second: set[int] = set()  # nodes that are run a second time
         self._alive: list[object] = []  # storages stay, so that their addresses stay unique
         self._starts: list[int] = []  # autograd numbers at which a range of `_owners` starts
         self._owners: list[int] = []
@@ -83,26 +82,24 @@ class Counter:
         """Count what `recorder` sees inside the block."""
 
         def observe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-            if recorder.phase == "forward":
-                if recorder.current is not None and recorder.current.for_real:
-                    self._start_over(recorder.current.node)
+            if recorder.running.phase == "forward":
                 self._forward(recorder.place, func, args, kwargs, out)
             else:
                 self._backward(func, args, kwargs, out)
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if recorder.phase == "forward" and tensor.layout is torch.strided:
+            if recorder.running.phase == "forward" and tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
                 self._saved[storage._cdata] = storage.nbytes()
                 self._alive.append(storage)
             return tensor
 
-        before, recorder.observer = recorder.observer, observe
+        before, recorder.below.observer = recorder.below.observer, observe
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 yield
         finally:
-            recorder.observer = before
+            recorder.below.observer = before
 
     def saved_bytes(self) -> dict[int, int]:
         """Node -> bytes of the storages it made that are kept for backward."""
@@ -124,15 +121,6 @@ class Counter:
         flops = flops_of(func, args, kwargs, out)
         if flops:
             self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
-
-    def _start_over(self, node: int) -> None:
-        """Forget the first attempt of a unit that is run a second time."""
-        if node in self._second:
-            return
-        self._second.add(node)
-        self.forward_flops.pop(node, None)
-        for storage in [storage for storage, maker in self._makers.items() if maker == node]:
-            self._saved.pop(storage, None)
 
     def _made(self, tensor: torch.Tensor, node: int | None) -> None:
         storage = tensor.untyped_storage()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from shardwise.trace.tape import AtArgument, AtAttribute, AtHook, HookedCall, Made, Place
 
-__all__ = ["changed_attributes", "follow", "grown_containers", "place_of"]
+__all__ = ["changed_attributes", "containers_of", "follow", "grown_containers", "place_of"]
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -49,25 +49,24 @@ def changed_attributes(module: nn.Module, names: Mapping[nn.Module, str]) -> Cal
     return after
 
 
-def _containers(tree: Any, path: tuple[object, ...] = ()) -> list[tuple[tuple[object, ...], Any]]:
+def containers_of(tree: Any, path: tuple[object, ...] = ()) -> list[tuple[tuple[object, ...], Any]]:
     """Lists and dictionaries inside a structure of tuples, lists and dictionaries, with their paths."""
     found: list[tuple[tuple[object, ...], Any]] = []
     if isinstance(tree, (list, dict)):
         found.append((path, tree))
     if isinstance(tree, (list, tuple)):
         for place, element in enumerate(tree):
-            found.extend(_containers(element, (*path, place)))
+            found.extend(containers_of(element, (*path, place)))
     elif isinstance(tree, dict):
         for key, element in tree.items():
-            found.extend(_containers(element, (*path, key)))
+            found.extend(containers_of(element, (*path, key)))
     return found
 
 
 def grown_containers(arguments: Any) -> Callable[[], dict[int, Place]]:
     """Look at the lists and dictionaries among the arguments now; the answer tells what was put into them since."""
-    before = [
-        (path, box, set(range(len(box))) if isinstance(box, list) else set(box)) for path, box in _containers(arguments)
-    ]
+    boxes = containers_of(arguments)
+    before = [(path, box, set(range(len(box))) if isinstance(box, list) else set(box)) for path, box in boxes]
 
     def after() -> dict[int, Place]:
         grown: dict[int, Place] = {}

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -159,8 +160,13 @@ def _on_own_ranks(job: Job, sink: Sink) -> Trained:
         if isinstance(value, Event):
             sink.emit(value)
 
-    preload = ("shardwise.train.run", *(("transformers",) if job.run.model.factory is None else ()))
+    preload = ("shardwise.train.run", *_modelling())
     return run_ranks(train_on_rank, (job,), world_size=job.run.layout.world_size, on_message=show, preload=preload)[0]
+
+
+def _modelling() -> tuple[str, ...]:
+    """The modules of transformers that making the plan has imported: once for all ranks is enough."""
+    return tuple(name for name in sys.modules if name == "transformers" or name.startswith("transformers.models."))
 
 
 def _as_one_rank(
