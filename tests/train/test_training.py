@@ -109,14 +109,15 @@ def evaluations(folder: Path) -> list[float]:
 
 
 @on_ranks(2, timeout_s=60)
-@pytest.mark.parametrize("layout", ["dp=2", "pp=2"])
+@pytest.mark.parametrize("layout", ["dp=2", "pp=2", "tp=2"])
 def test_two_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, layout) -> None:
     check_curve(rank, tmp_path, layout)
 
 
 @on_ranks(4, timeout_s=60)
-def test_four_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path) -> None:
-    check_curve(rank, tmp_path, "dp=2,pp=2")
+@pytest.mark.parametrize("layout", ["dp=2,pp=2", "dp=2,tp=2"])
+def test_four_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, layout) -> None:
+    check_curve(rank, tmp_path, layout)
 
 
 def check_curve(rank: RankContext, folder: Path, layout: str) -> None:
@@ -132,8 +133,9 @@ def check_curve(rank: RankContext, folder: Path, layout: str) -> None:
 
 
 @on_ranks(4, timeout_s=60)
-def test_a_run_of_four_ranks_is_resumed_bit_by_bit_and_on_one_device_too(rank, tmp_path) -> None:
-    layout, checkpoint = "dp=2,pp=2", {"folder": str(tmp_path / "saved"), "every": 4, "keep": 2}
+@pytest.mark.parametrize("layout", ["dp=2,pp=2", "tp=2,pp=2"])
+def test_a_run_of_four_ranks_is_resumed_bit_by_bit_and_on_one_device_too(rank, tmp_path, layout) -> None:
+    checkpoint = {"folder": str(tmp_path / "saved"), "every": 4, "keep": 2}
     whole = train_on_rank(rank, job(tmp_path / "whole", layout=layout, steps=10)).losses
     # A run of 10 steps that ends after 6: the rate of every step is that of the whole run.
     constant = {"steps": 6, "global_batch": 8, "learning_rate": 3e-3, "schedule": "constant", "seed": 7}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwise.describe.tensor import Slice, TensorPlan, UnitPlan
+from shardwise.parallel.tensor.slices import cut
 from shardwise.verify.comparison import errors_of
-from shardwise.verify.stored import Merged, StoredTensors
+from shardwise.verify.stored import Joined, StoredTensors
 
 
 def test_what_is_put_is_read_under_any_name(tmp_path: Path) -> None:
@@ -42,14 +44,34 @@ def test_a_name_that_was_not_put_is_missing(tmp_path: Path) -> None:
         stored["w"]
 
 
-def test_sides_merge_to_all_names(tmp_path: Path) -> None:
+def test_stages_are_joined_to_all_names(tmp_path: Path) -> None:
     stored = StoredTensors(tmp_path)
     stored.put("w", torch.ones(1))
-    merged = Merged([stored, {"v": torch.zeros(1)}])
-    assert list(merged) == ["w", "v"]
-    assert merged["w"] == 1
-    assert merged["v"] == 0
-    assert merged.get("u") is None
+    joined = Joined([(stored, 0, None), ({"v": torch.zeros(1)}, 0, None)])
+    assert list(joined) == ["w", "v"]
+    assert joined["w"] == 1
+    assert joined["v"] == 0
+    assert joined.get("u") is None
+
+
+def test_shards_are_joined_to_whole_tensors_and_what_two_hold_is_counted_once() -> None:
+    packed = Slice.even(0, 8, 2, parts=(4, 4))
+    keys = Slice(dim=0, size=2, ranges=(((0, 2),), ((0, 2),)))
+    unit = UnitPlan(slices={"packed": packed, "keys": keys})
+    plan = TensorPlan(tp=2, units={"block": unit}, reasons={}, sharded_share=1.0)
+    whole = torch.arange(8.0)
+    sides = [
+        (
+            {"block.packed": cut(whole, packed, shard), "block.keys": torch.tensor([5.0, 7.0]), "block.none": None},
+            shard,
+            plan,
+        )
+        for shard in (0, 1)
+    ]
+    joined = Joined(sides)
+    assert torch.equal(joined["block.packed"], whole)
+    assert joined["block.keys"].tolist() == [5.0, 7.0]
+    assert joined["block.none"] is None
 
 
 def test_errors_in_files_are_the_errors_in_memory(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How the tensors inside units are divided among the ranks of the tensor axis, as a value. Knows no torch.
 
-    column-parallel C, row-parallel R:   x ──copy──► C_t ──► … ──► R_t ──all-reduce──► y      on rank t of tp
+column-parallel C, row-parallel R:   x ──copy──► C_t ──► … ──► R_t ──all-reduce──► y      on rank t of tp
 """
 
 from __future__ import annotations
@@ -102,16 +102,17 @@ class UnitPlan:
     """How one unit is divided. Names of modules and tensors are relative to the unit ("" is the unit itself).
 
     Modules:
-    `copies`   whole input, partial input gradient: identity forward, all-reduce backward (column-parallel)
+    `copies`   whole inputs, partial input gradients: identity forward, all-reduce backward (column-parallel)
     `forks`    whole output, partial output gradient: the same behind the module (MLA's shared key)
     `reduces`  partial output: all-reduce forward, identity backward; the bias is added once, behind the sum
     `gathers`  run whole inside the divided region: input gathered, output cut again (a norm over a divided width)
 
     Tensors: `slices` are parameters and buffers of which a rank holds a part; `partial` are parameters held whole
-    whose gradients are partial and must be summed. `inputs` are arguments of the unit's forward, by parameter name, of
-    which the inside sees a part (per-head position biases), `outputs` places among the returned tensors that the
-    inside makes in part and the outside gets whole. `draws` are random draws, by their number in a call, of which a
-    rank keeps a part. `attributes` maps (module, attribute) to its value on each rank; an attribute may be a path
+    whose gradients are partial and must be summed; `once` are those of them that only the first rank computes with
+    (biases in front of a sum; elsewhere they count as zero). `inputs` are arguments of the unit's forward, by
+    parameter name, of which the inside sees a part (per-head position biases), `outputs` places among the returned
+    tensors that the inside makes in part and the outside gets whole. `draws` are random draws, by their number in a
+    call, of which a rank keeps a part. `attributes` maps (module, attribute) to its value on each rank; an attribute may be a path
     (`config.num_heads`: the module gets a config of its own).
 
     A slice of an argument, output or draw whose dim is a multiple of the slice's size counts it as (others × size).
@@ -123,6 +124,7 @@ class UnitPlan:
     gathers: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     slices: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     partial: frozenset[str] = frozenset()
+    once: frozenset[str] = frozenset()
     inputs: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     outputs: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
     draws: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
@@ -155,3 +157,14 @@ class TensorPlan:
             if parameter.startswith(prefix):
                 return unit, parameter[len(prefix) :]
         return None, parameter
+
+    def lines(self) -> list[str]:
+        """The plan in words: how much is divided, and each reason once, with the units it holds for."""
+        told = [f"divided among {self.tp} shards: {self.sharded_share:.0%} of the blocks' matrix products"]
+        by_reason: dict[str, list[str]] = {}
+        for unit, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(unit)
+        for reason, units in by_reason.items():
+            more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+            told.append(f"whole in {units[0] or 'the model'}{more}: {reason}")
+        return told

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import Transport
@@ -19,6 +20,7 @@ from shardwise.errors import LayoutError
 from shardwise.execute.large_blocks import give_back_large_blocks
 from shardwise.execute.program import Fill, Part, Place, Program, build
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.plan.partition import place as place_calls
 from shardwise.trace.capture import capture
 from shardwise.trace.count import Counter
@@ -46,17 +48,13 @@ def assemble(
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
-    layouts with tp > 1 (see `parallel.tensor.plan_tensor`). Collective. Raises `LayoutError`
+    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`). Collective. Raises `LayoutError`
     if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
             f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} "
             "ranks"
-        )
-    if layout.tp > 1 and tensor is None:
-        raise LayoutError(
-            f"units are divided as a proven plan says, and layout {layout} comes without one; give tensor=, or use tp=1"
         )
     counters: list[Counter] = []
 
@@ -68,6 +66,8 @@ def assemble(
     profile = profile_of(model, captured, counters[-1])
     stages = place_calls(_with_seconds(profile, measured), layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
+    if layout.tp > 1 and tensor is None:
+        tensor = _proven(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
@@ -85,6 +85,18 @@ def assemble(
         fill=fill,
         tensor=tensor,
     )
+
+
+def _proven(
+    model: nn.Module, inputs: Any, *, layout: Layout, rank: int, loss: LossFunction | None, units: Sequence[str]
+) -> TensorPlan:
+    """The plan that rank 0 has proven, on every rank. Raises what its proof raised on rank 0."""
+    told: list[Any] = [None]
+    if rank == 0:
+        told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units)]
+    dist.broadcast_object_list(told, src=0)
+    assert isinstance(told[0], TensorPlan)
+    return told[0]
 
 
 def _with_seconds(profile: ModelProfile, measured: ModelProfile | None) -> ModelProfile:

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from shardwise.checkpoint.load import load_slices
+from shardwise.checkpoint.load import load_into
 from shardwise.checkpoint.manifest import TensorEntry
 from shardwise.checkpoint.save import Shard, write_rank
-from shardwise.checkpoint.slices import TensorSlice
 from shardwise.checkpoint.source import Source
 from shardwise.checkpoint.storage import begin, commit, prune
 from shardwise.errors import CheckpointError
 from shardwise.execute.program import Program
+from shardwise.train.divided import shards_of, targets_of
 
 __all__ = ["check_model", "check_state", "restore", "save"]
 
@@ -40,7 +40,7 @@ def save(
 
     It appears whole or not at all. Raises CheckpointError.
     """
-    rank, world_size = program.place.rank, program.place.dp * program.place.pp
+    rank, world_size = program.place.rank, program.place.world_size
     told = [str(begin(root, step)) if rank == 0 else ""]
     if world_size > 1:
         dist.broadcast_object_list(told, src=0)
@@ -103,19 +103,16 @@ def restore(source: Source, *, program: Program, optimizer: torch.optim.Optimize
     saved = source.manifest.tensors
     for name, buffer in program.model.named_buffers():
         if name in saved:
-            buffer.copy_(_loaded(source, name, tuple(buffer.shape)))
+            load_into(source, targets_of(program, name, name, buffer))
     if optimizer is None:
         return
     for name, parameter in program.parameters.items():
         if parameter.requires_grad and _moment(name, "step") in saved:
-            shapes = {"step": ()} | {each: tuple(parameter.shape) for each in _MOMENTS[:2]}
-            optimizer.state[parameter] = {
-                each: _loaded(source, _moment(name, each), shapes[each]).to(parameter.device) for each in _MOMENTS
-            }
-
-
-def _loaded(source: Source, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return load_slices(source, {name: TensorSlice.whole(shape)}, global_shapes={name: shape})[name]
+            state = {each: torch.zeros_like(parameter, requires_grad=False) for each in _MOMENTS[:2]}
+            state |= {"step": torch.zeros((), device=parameter.device)}
+            targets = [t for each in _MOMENTS for t in targets_of(program, name, _moment(name, each), state[each])]
+            load_into(source, targets)
+            optimizer.state[parameter] = state
 
 
 def _shards(program: Program, optimizer: torch.optim.Optimizer | None) -> Iterator[Shard]:
@@ -123,14 +120,14 @@ def _shards(program: Program, optimizer: torch.optim.Optimizer | None) -> Iterat
     for name, parameter in program.parameters.items():
         if not program.owns(name):
             continue
-        yield Shard.whole(name, parameter.detach())
+        yield from shards_of(program, name, name, parameter.detach(), kind="parameter")
         moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for each in _MOMENTS:
             if each in moments:
-                yield Shard.whole(_moment(name, each), moments[each], kind="optimizer")
+                yield from shards_of(program, name, _moment(name, each), moments[each], kind="optimizer")
     for name, buffer in _persistent_buffers(program.model).items():
         if _owns_buffer(program, name):
-            yield Shard.whole(name, buffer.detach(), kind="buffer")
+            yield from shards_of(program, name, name, buffer.detach(), kind="buffer")
 
 
 def _moment(name: str, each: str) -> str:
@@ -144,10 +141,13 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _owns_buffer(program: Program, name: str) -> bool:
     """A buffer is written where the first parameter of its module is, or of the closest module that has one."""
+    place = program.place
+    stage = 0
     prefix = name
     while "." in prefix:
         prefix = prefix.rpartition(".")[0]
         near = [held for held in program.holders if held.startswith(prefix + ".")]
         if near:
-            return program.owns(near[0])
-    return program.place.rank == 0
+            stage = program.holders[near[0]][0]
+            break
+    return place.stage == stage and place.replica == 0

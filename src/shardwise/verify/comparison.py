@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from shardwise.describe.tensor import TensorPlan
+
 __all__ = ["FLOOR", "Comparison", "TensorError", "errors_of", "relative"]
 
 FLOOR = 1e-3
@@ -53,6 +55,7 @@ class Comparison:
     edges: tuple[tuple[int, int, int, str], ...]  # (from stage, to stage, bytes a micro-batch, what crosses)
     steps: int
     reference: str = "the whole model on one device"
+    tensor: TensorPlan | None = None  # how units were divided among shards, proven block by block before
 
     @property
     def equal(self) -> bool:
@@ -85,6 +88,8 @@ class Comparison:
             lines.append(f"  micro-batches against one forward: not comparable, {self.exempt}")
         for source, target, nbytes, what in self.edges:
             lines.append(f"  edge stage {source} -> {target}: {nbytes:,} bytes a micro-batch: {what}")
+        if self.tensor is not None:
+            lines += [f"  {line}" for line in self.tensor.lines()]
         lines.append(f"  tolerance {self.tolerance:.0e}: {self.reason}")
         lines.append("")
         if self.equal:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
 from shardwise.execute.norms import sum_of_squares
@@ -47,6 +48,8 @@ class Side:
     outputs: Outputs = dataclasses.field(default_factory=dict)  # if probed
     couples: str = ""  # why samples of the batch influence each other, where something is known to do that
     num_stages: int = 1  # in which a streamed model is run
+    shard: int = 0
+    tensor: TensorPlan | None = None  # how units are divided among shards; tensors that are, come in parts
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,6 +86,8 @@ def run_side(
         side = _steps(job, program, mine) if folder is None else _stored_step(job, program, mine, folder)
     side.outputs = outputs
     side.couples = couples_samples(model, job.batch)
+    if program.divided is not None:
+        side.shard, side.tensor = program.divided.shard, program.divided.plan
     program.close()
     return side
 

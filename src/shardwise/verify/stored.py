@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["Merged", "StoredTensors"]
+from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.parallel.tensor.slices import paste
 
-T = TypeVar("T")
+__all__ = ["Joined", "StoredTensors"]
 
 _KEY = "tensor"
 
@@ -50,17 +50,29 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         return self.folder / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
-class Merged(Mapping[str, T]):
-    """Several mappings as one, each asked for what it has; of a name in two of them, the last."""
+class Joined(Mapping[str, torch.Tensor | None]):
+    """The tensors of several shards as whole ones: `parts` are each shard's mapping, its number, and its plan."""
 
-    def __init__(self, parts: Sequence[Mapping[str, T]]) -> None:
-        self._part_of = {name: part for part in parts for name in part}
+    def __init__(self, parts: Sequence[tuple[Mapping[str, torch.Tensor | None], int, TensorPlan | None]]) -> None:
+        self._parts_of: dict[str, list[tuple[Mapping[str, torch.Tensor | None], int, Slice | None]]] = {}
+        for tensors, shard, plan in parts:
+            for name in tensors:
+                part = None if plan is None else plan.slice_of(name)
+                self._parts_of.setdefault(name, []).append((tensors, shard, part))
 
-    def __getitem__(self, name: str) -> T:
-        return self._part_of[name][name]
+    def __getitem__(self, name: str) -> torch.Tensor | None:
+        total: torch.Tensor | None = None
+        for tensors, shard, part in self._parts_of[name]:
+            local = tensors[name]
+            if part is None or local is None:
+                total = local
+            else:
+                mine = paste(local, part, shard, owned=True)
+                total = mine if total is None else total.add_(mine)
+        return total
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._part_of)
+        return iter(self._parts_of)
 
     def __len__(self) -> int:
-        return len(self._part_of)
+        return len(self._parts_of)

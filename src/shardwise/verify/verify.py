@@ -23,7 +23,7 @@ from shardwise.verify.difference import first_difference
 from shardwise.verify.job import open_source, whole_bytes
 from shardwise.verify.reference import Reference, choose
 from shardwise.verify.sides import Job, Side, Whole, run_side, run_streamed_side, run_whole
-from shardwise.verify.stored import Merged
+from shardwise.verify.stored import Joined
 
 __all__ = ["verify"]
 
@@ -182,8 +182,8 @@ def _comparison(
     job: Job, chosen: Reference, reference: Side, whole: Whole | None, exempt: str, sides: Sequence[Side]
 ) -> Comparison:
     tensors = errors_of(
-        Merged([side.gradients for side in sides]),
-        Merged([side.updates for side in sides]),
+        Joined([(side.gradients, side.shard, side.tensor) for side in sides]),
+        Joined([(side.updates, side.shard, side.tensor) for side in sides]),
         reference.gradients,
         reference.updates,
         by_sign=job.optimizer == "adamw",
@@ -208,6 +208,7 @@ def _comparison(
         edges=tuple(sides[0].edges),
         steps=job.steps,
         reference=chosen.text(reference.num_stages),
+        tensor=sides[0].tensor,
     )
 
 

@@ -158,6 +158,9 @@ class Sharding:
                 body = self._reducing(module, body)
             if name in plan.copies:
                 body = self._copying(body)
+            once = [leaf for owner, _, leaf in (of.rpartition(".") for of in sorted(plan.once)) if owner == name]
+            if once and self.group.rank:
+                body = _zeroed(module, once, body)
             if name in plan.gathers:
                 body = self._gathering(body, plan.gathers[name])
             if name in plan.forks:
@@ -177,13 +180,15 @@ class Sharding:
         self._forwards.append((module, before, forward))
 
     def _copying(self, body: Forward) -> Forward:
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return body(self._copy(x), *args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return body(*[self._copy(arg) for arg in args], **{name: self._copy(arg) for name, arg in kwargs.items()})
 
         return forward
 
-    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+    def _copy(self, x: Any) -> Any:
         """One copy for all layers that read the same tensor, so that their input gradients are summed once."""
+        if not isinstance(x, torch.Tensor) or not x.requires_grad:
+            return x
         known = self._copied
         if known is not None and known[0] is x and known[1] == x._version:
             return known[2]
@@ -195,11 +200,11 @@ class Sharding:
     def _reducing(self, module: nn.Module, body: Forward) -> Forward:
         layer = layer_of(module)
         if layer is None:
-            raise ModelError(f"only matrix products are divided by rows, and a plan names a {type(module).__name__}")
+            return lambda *args, **kwargs: reduce_from(body(*args, **kwargs), self.group)
         partial = product(module, body, layer)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            total = reduce_from(partial(x), self.group)
+        def forward(*args: Any) -> torch.Tensor:
+            total = reduce_from(partial(*args), self.group)
             bias = module._parameters.get("bias")
             return total if bias is None else total + bias.view(bias_shape(layer))
 
@@ -258,6 +263,21 @@ class Sharding:
         for number, part in self.plan.outputs.items():
             leaves[tensors[number]] = gather_from(leaves[tensors[number]], part, self.group)
         return tree_unflatten(leaves, spec)
+
+
+def _zeroed(module: nn.Module, names: list[str], body: Forward) -> Forward:
+    """`body` with these parameters as zeros, whose gradients are zeros: another rank computes with them."""
+    table = module._parameters
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kept = {name: parameter for name in names if (parameter := table[name]) is not None}
+        table.update({name: parameter * 0.0 for name, parameter in kept.items()})  # type: ignore[misc]
+        try:
+            return body(*args, **kwargs)
+        finally:
+            table.update(kept)
+
+    return forward
 
 
 def _part(whole: torch.Tensor, part: Slice, rank: int, name: str) -> torch.Tensor:

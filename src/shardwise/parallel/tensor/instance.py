@@ -27,12 +27,14 @@ _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 class Call:
     """One call of a unit as it was captured: arguments with real tensors (random where the model computes them).
 
-    `requires_grad` are the places, among the tensors of the arguments, that a gradient flows back to.
+    `requires_grad` are the places, among the tensors of the arguments, that a gradient flows back to; `read` the
+    places, among the tensors that are returned, that somebody outside reads (None: all).
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     requires_grad: frozenset[int]
+    read: frozenset[int] | None = None
 
     def fresh(self, *, seed: int | None = None, all_gradients: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of one run: new leaves in float64, containers and caches copied. `seed` draws other numbers.
@@ -117,7 +119,9 @@ class Doubled(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in _CASTS:
-            return func(args[0], torch.float64) if func is torch.Tensor.type else args[0].double()
+            return args[0].double()
+        if func is torch._grouped_mm and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **(kwargs or {}))  # no kernel for float64
         kwargs = {key: _doubled(value) for key, value in kwargs.items()} if kwargs else {}
         return func(*[_doubled(value) for value in args], **kwargs)
 
@@ -127,3 +131,12 @@ _CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16
 
 def _doubled(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def _grouped_mm(
+    rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: None = None
+) -> torch.Tensor:
+    """`F.grouped_mm` in float64: rows [offs[e - 1], offs[e]) times weights[e]."""
+    ends = offs.tolist()
+    parts = [rows[start:end] @ weights[e] for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weights.shape[-1])])

@@ -1,6 +1,7 @@
 """Modules that are matrix products: which dims of their tensors are in and out, and how a partial product is computed.
 
-Knows nn.Linear, convolutions without groups, and the transposed linear layer of GPT-2 (transformers' Conv1D).
+Knows nn.Linear, convolutions without groups, the transposed linear layer of GPT-2 (transformers' Conv1D), and linear
+layers of experts stacked in one weight.
 Whatever else a unit holds is divided by what the gradients say of its parameters.
 """
 
@@ -35,6 +36,7 @@ class Layer:
 
 _LINEAR = Layer(out_dim=0, in_dim=1, features=-1)
 _TRANSPOSED = Layer(out_dim=1, in_dim=0, features=-1, bias_optional=False)
+_STACKED = Layer(out_dim=1, in_dim=2, features=-1)
 _CONVOLUTIONS = ((nn.Conv1d, -2), (nn.Conv2d, -3), (nn.Conv3d, -4))
 
 # Fields of torch's own modules that repeat a size of a tensor: (tensor, dim) -> field.
@@ -58,6 +60,8 @@ def layer_of(module: nn.Module) -> Layer | None:
         return _TRANSPOSED
     if isinstance(module, nn.Linear):
         return _LINEAR
+    if _is_stacked(module):
+        return _STACKED
     for kind, features in _CONVOLUTIONS:
         if isinstance(module, kind):
             return Layer(out_dim=0, in_dim=1, features=features) if module.groups == 1 else None
@@ -71,15 +75,15 @@ def sized_fields(module: nn.Module) -> Mapping[tuple[str, int], str]:
     return next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})
 
 
-def product(module: nn.Module, body: Callable[..., Any], layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
+def product(module: nn.Module, body: Callable[..., Any], layer: Layer) -> Callable[..., torch.Tensor]:
     """The module's product without its bias. `body` is its own forward."""
     table = module._parameters
 
-    def without_bias(x: torch.Tensor) -> torch.Tensor:
+    def without_bias(*args: Any) -> torch.Tensor:
         bias = table["bias"]
         table["bias"] = None
         try:
-            return body(x)  # type: ignore[no-any-return]
+            return body(*args)  # type: ignore[no-any-return]
         finally:
             table["bias"] = bias
 
@@ -99,6 +103,13 @@ def bias_shape(layer: Layer) -> tuple[int, ...]:
 def _is_transposed(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """One weight (experts, out, in) and nothing else, of a class that is not torch's: a linear layer an expert."""
+    weight = module._parameters.get("weight")
+    alone = len(module._parameters) == 1 and not module._modules
+    return alone and weight is not None and weight.dim() == 3 and not type(module).__module__.startswith("torch.")
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

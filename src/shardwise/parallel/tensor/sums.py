@@ -28,7 +28,7 @@ def sum_partial(gradients: Mapping[str, torch.Tensor], plan: UnitPlan, group: Te
     for dtype in dict.fromkeys(part.gradient.dtype for part in parts):
         own = [part for part in parts if part.gradient.dtype == dtype]
         flat = group.all_reduce(torch.cat([part.given().reshape(-1) for part in own]))
-        for part, total in zip(own, flat.split([part.count for part in own]), strict=True):
+        for part, total in zip(own, torch.split(flat, [part.count for part in own]), strict=True):
             part.take(total)
 
 

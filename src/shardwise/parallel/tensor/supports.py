@@ -82,16 +82,14 @@ def supports(unit: nn.Module, call: Call, *, tp: int, cut_at: frozenset[str] = f
     seen = _Seen()
     with _cut(copied, seen, cut_at), Doubled(), torch.enable_grad():
         seen.out = copied(*args, **kwargs)
-    return _read_off(copied, leaves, seen, tp)
+    return _read_off(copied, leaves, seen, tp, call.read)
 
 
 def _named_leaves(unit: nn.Module) -> dict[Leaf, torch.Tensor]:
-    """Parameters and floating buffers that no layer owns; all ask for gradients."""
+    """Parameters and floating buffers; all ask for gradients. (A layer's own are behind the cut: they get none.)"""
     leaves: dict[Leaf, torch.Tensor] = {}
     for prefix, module in unit.named_modules():
         start = f"{prefix}." if prefix else ""
-        if layer_of(module) is not None:
-            continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
                 leaves[Leaf(kind="parameter", name=start + name)] = parameter.requires_grad_(True)
@@ -130,7 +128,9 @@ def _cutting(name: str, body: Callable[..., Any], seen: _Seen) -> Callable[..., 
     return forward
 
 
-def _read_off(unit: nn.Module, leaves: dict[Leaf, torch.Tensor], seen: _Seen, tp: int) -> Supports:
+def _read_off(
+    unit: nn.Module, leaves: dict[Leaf, torch.Tensor], seen: _Seen, tp: int, read: frozenset[int] | None
+) -> Supports:
     outputs: dict[Leaf, list[torch.Tensor]] = {}
     features: dict[str, int] = {}
     modules = dict(unit.named_modules())
@@ -153,7 +153,7 @@ def _read_off(unit: nn.Module, leaves: dict[Leaf, torch.Tensor], seen: _Seen, tp
         result.reads.setdefault(sink, set()).update(leaf for leaf in found)
         _merge(result.needs.setdefault(name, {}), found, features)
     for place, tensor in enumerate(tensors_of(seen.out)):
-        if tensor.requires_grad:
+        if tensor.requires_grad and (read is None or place in read):
             grads = _gradients(tensor, torch.randn_like(tensor), flat)
             result.reads[Sink(kind="output", name=str(place))] = {
                 leaf for (leaf, _), grad in zip(flat, grads, strict=True) if grad is not None
@@ -186,7 +186,7 @@ def _needs(
         cotangent = torch.zeros_like(x)
         share = cotangent.narrow(dim % x.dim(), rank * width // shares, width // shares)
         share.copy_(torch.randn(share.shape, dtype=x.dtype))
-        for (leaf, tensor), grad in zip(flat, _gradients(x, cotangent, flat), strict=True):
+        for (leaf, _), grad in zip(flat, _gradients(x, cotangent, flat), strict=True):
             if grad is not None:
                 of_ranks = found.setdefault(leaf, [[] for _ in range(shares)])
                 of_ranks[rank].append(grad != 0)

@@ -1,0 +1,249 @@
+"""Bytes between two processes of one host, in order, without ever waiting for the reader. Knows no ranks but its peer.
+
+    socket    ─ free 4 ─ new 7 (+ its descriptor) ─ piece: 1 MiB in 7 ─ piece: 300 in 2 ─ piece: 24 here, "..." ─▶
+    segments  7 ▓▓▓▓▓▓▓▓   2 ▓░░░░░░░   4 ░░░░░░░░
+
+Small payloads travel in the socket, others in shared segments. What the socket does not take at once is kept and
+written by later calls. What arrives before anybody asked for it stays where it is.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import ctypes
+import dataclasses
+import os
+import socket
+import struct
+from typing import Final
+
+from shardwise.comm.segments import SEGMENT_BYTES, Outbox, Segment
+
+__all__ = ["INLINE_BYTES", "Channel", "Receipt"]
+
+INLINE_BYTES = 8 << 10  # above it, a segment and a note cost less than two copies in the kernel
+
+_NOTE = struct.Struct("<IIQQ")  # kind, segment, bytes of this piece, bytes of the whole message
+_INLINE, _IN_SEGMENT, _NEW, _FREE, _DROP = range(5)
+_FREED_AT_ONCE = 8  # notes of free segments ride with the next payload, unless this many wait
+_BUFFER_BYTES = 1 << 16
+_SOCKET_BYTES = 4 << 20
+_ANCILLARY_BYTES = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
+_NOW = socket.MSG_DONTWAIT
+_GONE = (BrokenPipeError, ConnectionResetError)
+
+
+@dataclasses.dataclass(slots=True)
+class Receipt:
+    """A place where the next message is to be put: `num_bytes` at `address`, which whoever posts it keeps alive."""
+
+    address: int
+    num_bytes: int
+    keep: object
+    arrived: int = 0
+    done: bool = False
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """A message, or part of one: where it lies, and in which segment if in one."""
+
+    source: int | bytes
+    segment: int | None
+    num_bytes: int
+    total: int
+
+
+class Channel:
+    """One end of a connected AF_UNIX stream socket, which it owns. `timeout_s` bounds a silent `read`."""
+
+    def __init__(self, connected: socket.socket, peer: int, *, timeout_s: float) -> None:
+        self.peer: Final = peer
+        self.closed_by_peer = False
+        self.written = 0  # bytes that the socket has taken, of
+        self.posted = 0  # bytes that it was to take
+        self._socket = connected
+        self._socket.settimeout(None)
+        seconds, fraction = divmod(timeout_s, 1)
+        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)  # the kernel lowers it
+        self._outbox = Outbox()
+        self._mapped: dict[int, Segment] = {}
+        self._unwritten: collections.deque[tuple[bytes, int | None]] = collections.deque()
+        self._receipts: collections.deque[Receipt] = collections.deque()
+        self._early: collections.deque[_Piece] = collections.deque()
+        self._freed: list[int] = []
+        self._descriptors: collections.deque[int] = collections.deque()
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._filled = 0
+
+    @property
+    def has_unwritten(self) -> bool:
+        return bool(self._unwritten)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def send(self, address: int, num_bytes: int) -> int:
+        """Copy a message away; it is on its way once `written` has reached the number returned."""
+        if num_bytes <= INLINE_BYTES:
+            note = _NOTE.pack(_INLINE, 0, num_bytes, num_bytes)
+            self._post(self._free_notes() + note + ctypes.string_at(address, num_bytes))
+            return self.posted
+        for offset in range(0, num_bytes, SEGMENT_BYTES):
+            piece = min(SEGMENT_BYTES, num_bytes - offset)
+            self._find_segment()
+            segment = self._outbox.fill(address + offset, piece)
+            self._post(self._free_notes() + _NOTE.pack(_IN_SEGMENT, segment, piece, num_bytes))
+        return self.posted
+
+    def flush(self) -> None:
+        """Write what the socket takes now of what it did not take before."""
+        while self._unwritten:
+            data, descriptor = self._unwritten[0]
+            taken = self._write(data, descriptor)
+            if taken == 0:
+                return
+            if taken < len(data):  # a descriptor travels with the first byte
+                self._unwritten[0] = (data[taken:], None)
+                return
+            self._unwritten.popleft()
+
+    def _find_segment(self) -> None:
+        if self._outbox.has_free:
+            return
+        self.read(wait=False)
+        if not self._outbox.has_free:
+            number, descriptor = self._outbox.make()
+            self._post(_NOTE.pack(_NEW, number, 0, 0), descriptor)
+
+    def _post(self, data: bytes, descriptor: int | None = None) -> None:
+        self.posted += len(data)
+        self._unwritten.append((data, descriptor))
+        self.flush()
+
+    def _write(self, data: bytes, descriptor: int | None) -> int:
+        if self.closed_by_peer:
+            return 0
+        try:
+            if descriptor is None:
+                taken = self._socket.send(data, _NOW)
+            else:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+                taken = self._socket.sendmsg([data], rights, _NOW)
+                os.close(descriptor)
+        except BlockingIOError:
+            return 0
+        except _GONE:
+            self.closed_by_peer = True
+            return 0
+        self.written += taken
+        return taken
+
+    def _free_notes(self) -> bytes:
+        if not self._freed:
+            return b""
+        notes = b"".join(_NOTE.pack(_FREE, segment, 0, 0) for segment in self._freed)
+        self._freed.clear()
+        return notes
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def post(self, receipt: Receipt) -> None:
+        """The next message that has no receipt yet belongs to this one; parts of it may have arrived."""
+        self._receipts.append(receipt)
+        while self._early and self._receipts:
+            piece = self._early.popleft()
+            self._put(piece)
+
+    def read(self, *, wait: bool) -> bool:
+        """Take what has arrived; whether anything had, or the peer is found gone. With `wait`, until something does,
+        but no longer than the timeout."""
+        try:
+            flags = socket.MSG_CMSG_CLOEXEC if wait else socket.MSG_CMSG_CLOEXEC | _NOW
+            count, rights, _, _ = self._socket.recvmsg_into([self._buffer[self._filled :]], _ANCILLARY_BYTES, flags)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            count, rights = 0, []
+        for _, _, data in rights:
+            self._descriptors.extend(array.array("i", data))
+        if count == 0:
+            self.closed_by_peer = True
+            return True
+        self._filled += count
+        self._interpret()
+        return True
+
+    def _interpret(self) -> None:
+        position, end = 0, self._filled
+        while end - position >= _NOTE.size:
+            kind, segment, num_bytes, total = _NOTE.unpack_from(self._buffer, position)
+            after = position + _NOTE.size
+            if kind == _INLINE:
+                if end - after < num_bytes:
+                    break
+                self._arrived(_Piece(self._base + after, None, num_bytes, total))
+                after += num_bytes
+            elif kind == _IN_SEGMENT:
+                self._arrived(_Piece(self._mapped[segment].address, segment, num_bytes, total))
+            elif kind == _FREE:
+                self._released(segment)
+            elif kind == _NEW:
+                descriptor = self._descriptors.popleft()
+                self._mapped[segment] = Segment(descriptor)
+                os.close(descriptor)
+            else:
+                del self._mapped[segment]
+            position = after
+        if 0 < position < end:
+            self._buffer[: end - position] = bytes(self._buffer[position:end])
+        self._filled = end - position
+
+    def _arrived(self, piece: _Piece) -> None:
+        if self._receipts:
+            self._put(piece)
+        elif piece.segment is None:  # the buffer is needed again
+            here = ctypes.string_at(piece.source, piece.num_bytes)
+            self._early.append(dataclasses.replace(piece, source=here))
+        else:
+            self._early.append(piece)
+
+    def _put(self, piece: _Piece) -> None:
+        receipt = self._receipts[0]
+        if piece.total == receipt.num_bytes:
+            ctypes.memmove(receipt.address + receipt.arrived, piece.source, piece.num_bytes)
+        else:
+            receipt.error = f"a message of {piece.total} bytes arrived where {receipt.num_bytes} bytes were expected"
+        receipt.arrived += piece.num_bytes
+        if receipt.arrived == piece.total:
+            receipt.done = True
+            self._receipts.popleft()
+        if piece.segment is not None:
+            self._freed.append(piece.segment)
+            if len(self._freed) >= _FREED_AT_ONCE:
+                self._post(self._free_notes())
+
+    def _released(self, segment: int) -> None:
+        self._outbox.release(segment)
+        if self._outbox.is_plenty:
+            self._post(_NOTE.pack(_DROP, self._outbox.drop(), 0, 0))
+
+    def close(self) -> None:
+        """Let go of socket and segments. What the peer has not read yet it still can."""
+        self._socket.close()
+        descriptors = [descriptor for _, descriptor in self._unwritten if descriptor is not None]
+        for descriptor in (*descriptors, *self._descriptors):
+            os.close(descriptor)
+        self._unwritten.clear()
+        self._descriptors.clear()
+        self._mapped.clear()
+        self._early.clear()
+        self._receipts.clear()
+        self._outbox.close()

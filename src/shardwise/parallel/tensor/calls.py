@@ -1,0 +1,186 @@
+"""The calls of a model's units, caught while its forward is recorded with fake parameters: one of each kind of block.
+
+Two blocks are of one kind where class, settings, shapes of tensors and the signature of the call agree: what is proven
+of one holds for the other. Knows modules and arguments; refuses to know how a block is divided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten
+
+from shardwise.parallel.tensor.instance import Call, tensors_of
+from shardwise.trace.capture import capture
+from shardwise.trace.objective import Batch, LossFunction
+from shardwise.trace.tape import Fixed, FromArgument, Made, Tape
+
+__all__ = ["Kind", "kinds_of"]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Kind:
+    """Units that are alike, and their calls: as many as there are different signatures."""
+
+    unit: str  # the first of them
+    module: nn.Module
+    units: list[str]
+    calls: list[Call]
+    tied: frozenset[str]  # its parameters, by local name, that stand outside of it too
+
+
+def kinds_of(
+    model: nn.Module, batch: Batch, *, loss: LossFunction | None = None, units: Sequence[str] = ()
+) -> list[Kind]:
+    """The kinds of units of `model`, in the order of their first units, with real arguments for each.
+
+    One forward of `batch` with fake parameters. Raises `ModelError` as `trace` does.
+    """
+    caught: dict[str, dict[str, Call]] = {}
+    with _caught(model, caught):
+        captured = capture(model, batch, loss=loss, units=units)
+    read = _read_outside(captured.tape)
+    kinds: dict[tuple[object, ...], Kind] = {}
+    for name, module in captured.units.items():
+        calls = caught.get(name, {})
+        outside = read.get(name, frozenset())
+        tied = _tied(model, name, module)
+        key = (_structure(module), outside, tied, *sorted(calls))
+        if key in kinds:
+            kinds[key].units.append(name)
+        else:
+            seen = [dataclasses.replace(call, read=outside) for call in calls.values()]
+            kinds[key] = Kind(unit=name, module=module, units=[name], calls=seen, tied=tied)
+    return list(kinds.values())
+
+
+def _tied(model: nn.Module, unit: str, module: nn.Module) -> frozenset[str]:
+    own = {id(parameter): name for name, parameter in module.named_parameters()}
+    return frozenset(
+        own[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and not name.startswith(f"{unit}.")
+    )
+
+
+def _read_outside(tape: Tape) -> dict[str, frozenset[int]]:
+    """Unit -> places among the tensors it returns that somebody else reads, or that are its own arguments."""
+    read = {value for node in tape.flow.nodes for value in node.reads}.union(tape.flow.results)
+    found: dict[str, frozenset[int]] = {}
+    for node in tape.flow.calls:
+        leaves = [leaf for leaf in tape.records[node.index].answer.leaves if not isinstance(leaf, Fixed)]
+        places = {
+            place
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, FromArgument) or (isinstance(leaf, Made) and leaf.value in read)
+        }
+        found[node.name] = found.get(node.name, frozenset()) | places
+    return found
+
+
+@contextlib.contextmanager
+def _caught(model: nn.Module, calls: dict[str, dict[str, Call]]) -> Iterator[None]:
+    """Note the calls of all modules with parameters, once for each signature of a kind of module."""
+    known: dict[tuple[str, str], Call] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if not name or not any(True for _ in module.parameters()):
+            continue
+        structure = _structure(module)
+
+        def note(module: nn.Module, args: Any, kwargs: Any, *, name: str = name, structure: str = structure) -> None:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                signature = _signature(args, kwargs)
+                if (structure, signature) not in known:
+                    known[structure, signature] = _call(args, kwargs)
+                calls.setdefault(name, {})[signature] = known[structure, signature]
+
+        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _structure(module: nn.Module) -> str:
+    """Everything that makes two modules alike but the values of their tensors."""
+    lines = []
+    for name, part in module.named_modules():
+        settings = {
+            key: repr(value) for key, value in vars(part).items() if isinstance(value, (int, float, str, tuple))
+        }
+        settings.pop("layer_idx", None)
+        tensors = [(key, tuple(t.shape), str(t.dtype), t.requires_grad) for key, t in _tensors(part)]
+        lines.append(f"{name} {type(part).__module__}.{type(part).__qualname__} {sorted(settings.items())} {tensors}")
+    return "\n".join(lines)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers)
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+    return f"{spec} {[_described(leaf) for leaf in leaves]}"
+
+
+def _described(leaf: object) -> object:
+    if isinstance(leaf, torch.Tensor):
+        return (tuple(leaf.shape), str(leaf.dtype), leaf.requires_grad)
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return leaf
+    return type(leaf).__qualname__
+
+
+def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    tensors = tensors_of((tuple(args), dict(kwargs)))
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {id(tensor): _real(tensor, generator) for tensor in tensors}
+    for leaf in tree_flatten((tuple(args), dict(kwargs)))[0]:
+        memo.update({id(t): _real(t, generator) for t in _inside(leaf, set()) if id(t) not in memo})
+    own_args, own_kwargs = copy.deepcopy((tuple(args), dict(kwargs)), memo)
+    return Call(
+        args=own_args,
+        kwargs=own_kwargs,
+        requires_grad=frozenset(place for place, tensor in enumerate(tensors) if tensor.requires_grad),
+    )
+
+
+def _inside(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that an object (a cache, say) holds, however deep."""
+    if id(value) in seen or value is None or isinstance(value, (str, int, float, nn.Module)):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for element in value.values():
+            yield from _inside(element, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for element in value:
+            yield from _inside(element, seen)
+    else:
+        for element in getattr(value, "__dict__", {}).values():
+            yield from _inside(element, seen)
+
+
+def _real(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random numbers for what the model computes, a copy of what it was given."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor.detach().cpu().clone()
+    if not tensor.is_floating_point():
+        return torch.zeros(tuple(tensor.shape), dtype=tensor.dtype)
+    return torch.randn(tuple(tensor.shape), generator=generator, dtype=torch.float64).to(tensor.dtype)

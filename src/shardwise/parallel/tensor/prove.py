@@ -1,0 +1,274 @@
+"""The proof: a unit whole and the same unit divided among threads, on random numbers in float64, compared.
+
+Outputs, gradients of arguments, gradients of all parameters and written buffers must agree. What the comparison itself
+shows (a replicated parameter's partial gradient, a returned tensor that is a part, a divided dropout mask) is put into
+the plan, which is then proven again. Knows plans; refuses to guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from shardwise.describe.tensor import Slice, UnitPlan
+from shardwise.parallel.tensor.collectives import TensorGroup
+from shardwise.parallel.tensor.install import shard_unit
+from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of
+from shardwise.parallel.tensor.slices import paste
+from shardwise.parallel.tensor.sums import sum_partial
+from shardwise.parallel.tensor.threads import on_threads
+from shardwise.trace.random_calls import is_random
+from shardwise.trace.randomness import RandomMode, Scope
+
+__all__ = ["TOLERANCE", "Difference", "prove"]
+
+TOLERANCE = 1e-9  # relative; float64 sums in another order differ by 1e-15, a wrong division by 1e-3 and more
+_ROUNDS = 5
+
+
+class Difference(Exception):  # noqa: N818  it is a finding, not a fault
+    """The first tensor in which the divided unit differs from the whole one."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _Run:
+    """What one forward and backward left."""
+
+    outputs: dict[int, torch.Tensor]  # those that are read outside, by place
+    arguments: dict[str, torch.Tensor | None]  # gradients
+    parameters: dict[str, torch.Tensor | None]  # gradients
+    summed: dict[str, torch.Tensor | None]  # the same, after partial ones were summed
+    buffers: dict[str, torch.Tensor]
+    draws: list[tuple[int, ...]]  # shapes of what was drawn
+    num_samples: int
+
+
+def prove(
+    unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int, training: bool, seed: int = 0, complete: bool = False
+) -> tuple[UnitPlan, float]:
+    """The plan that is proven, and the largest relative error of its proof.
+
+    `unit` is real, in float64; it is copied. With `complete` the plan is completed by what the comparison shows,
+    without it is taken as it is. Raises `Difference` where it is not equal to the whole, or whatever the divided unit
+    raises.
+    """
+    whole = _run(copy.deepcopy(unit).train(training), call, None, None, seed)
+    for _ in range(_ROUNDS):
+        given = plan
+        parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed))  # noqa: B023
+        completed = _completed(plan, whole, parts, tp) if complete else None
+        if completed is None:
+            return plan, _compare(plan, whole, parts)
+        plan = completed
+    raise Difference("the plan was still growing after several rounds")
+
+
+def _divided(unit: nn.Module, call: Call, plan: UnitPlan, group: TensorGroup, training: bool, seed: int) -> _Run:
+    copied = copy.deepcopy(unit).train(training)
+    shard_unit(copied, plan, group)
+    return _run(copied, call, plan, group, seed)
+
+
+def _run(unit: nn.Module, call: Call, plan: UnitPlan | None, group: TensorGroup | None, seed: int) -> _Run:
+    args, kwargs = call.fresh(seed=seed)
+    given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
+    draws = _Draws()
+    with Doubled(), RandomMode(_scope(given)), draws, torch.enable_grad():
+        out = unit(*args, **kwargs)
+    outputs = {place: tensor for place, tensor in enumerate(tensors_of(out)) if call.read is None or place in call.read}
+    _backward(list(outputs.values()), seed)
+    raw = {name: parameter.grad for name, parameter in unit.named_parameters()}
+    summed = {name: None if grad is None else grad.clone() for name, grad in raw.items()}
+    if plan is not None and group is not None:
+        sum_partial({name: grad for name, grad in summed.items() if grad is not None}, plan, group)
+    return _Run(
+        outputs={place: tensor.detach() for place, tensor in outputs.items()},
+        arguments={f"argument {place}": tensor.grad for place, tensor in enumerate(given)},
+        parameters=raw,
+        summed=summed,
+        buffers={name: buffer.detach() for name, buffer in unit.named_buffers()},
+        draws=draws.shapes,
+        num_samples=_num_samples(given),
+    )
+
+
+def _scope(given: Sequence[torch.Tensor]) -> Scope:
+    return Scope(seed=0, step=0, micro_batch=0, samples=tuple(range(_num_samples(given))), place="unit")
+
+
+def _num_samples(given: Sequence[torch.Tensor]) -> int:
+    return given[0].shape[0] if given and given[0].dim() else 1
+
+
+def _backward(outputs: Sequence[torch.Tensor], seed: int) -> None:
+    """Every output that has a gradient gets a random one; a part (of a per-head tensor) a constant, for its shape."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    wanted = [tensor for tensor in outputs if tensor.requires_grad]
+    gradients = [torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) for tensor in wanted]
+    if wanted:
+        torch.autograd.backward(wanted, gradients)
+
+
+class _Draws(TorchFunctionMode):
+    """Notes the shapes of what is drawn, whole or divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_random(func, args, kwargs):
+            self.shapes.append(_drawn_shape(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _drawn_shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(first, torch.Tensor):
+        return ()
+    if func is F.scaled_dot_product_attention:
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        return (*first.shape[:-1], key.shape[-2])
+    return tuple(first.shape)
+
+
+# -- what the comparison shows ------------------------------------------------------------------
+
+
+def _completed(plan: UnitPlan, whole: _Run, parts: Sequence[_Run], tp: int) -> UnitPlan | None:
+    """The plan with what is missing in it; None where nothing is."""
+    draws = dict(plan.draws)
+    for number, (shape, local) in enumerate(zip(whole.draws, parts[0].draws, strict=False)):
+        if number not in draws and shape != local:
+            draws[number] = _even(shape, local, tp, samples=whole.num_samples, what=f"draw {number}")
+    outputs = dict(plan.outputs)
+    for place, part in parts[0].outputs.items():
+        tensor = whole.outputs[place]
+        if place not in outputs and tensor.shape != part.shape:
+            outputs[place] = _even(tensor.shape, part.shape, tp, samples=whole.num_samples, what=f"output {place}")
+    if len(draws) > len(plan.draws) or len(outputs) > len(plan.outputs):
+        return dataclasses.replace(plan, draws=draws, outputs=outputs)
+    partial = {name for name, gradient in whole.parameters.items() if _is_partial(name, gradient, plan, parts)}
+    if partial - plan.partial:
+        return dataclasses.replace(plan, partial=plan.partial | partial)
+    return None
+
+
+def _is_partial(name: str, whole: torch.Tensor | None, plan: UnitPlan, parts: Sequence[_Run]) -> bool:
+    """Whether the ranks' gradients of a parameter held whole are not the whole's, but add up to it."""
+    if whole is None or name in plan.slices or name in plan.partial:
+        return False
+    gradients = [part.parameters[name] for part in parts]
+    given = [gradient for gradient in gradients if gradient is not None]
+    if not given or any(gradient.shape != whole.shape for gradient in given):
+        return False
+    scale = max(float(whole.norm()), 1e-12)
+    if len(given) == len(gradients) and all(float((g - whole).norm()) < 1e-6 * scale for g in given):
+        return False
+    return float((torch.stack(given).sum(0) - whole).norm()) < 1e-6 * scale
+
+
+def _even(shape: Sequence[int], local: Sequence[int], tp: int, *, samples: int, what: str) -> Slice:
+    differ = [dim for dim, (n, m) in enumerate(zip(shape, local, strict=False)) if n != m]
+    if len(shape) != len(local) or len(differ) != 1 or local[differ[0]] * tp != shape[differ[0]]:
+        raise Difference(f"{what} has shape {tuple(local)} where {tuple(shape)} is divided")
+    dim = differ[0]
+    size = shape[dim] // samples if dim == 0 and shape[0] % samples == 0 else shape[dim]
+    return Slice.even(dim, size, tp)
+
+
+# -- the comparison -----------------------------------------------------------------------------
+
+
+def _compare(plan: UnitPlan, whole: _Run, parts: Sequence[_Run]) -> float:
+    worst = 0.0
+    scale = _scale(whole.parameters)
+    for rank, part in enumerate(parts):
+        if part.outputs.keys() != whole.outputs.keys():
+            raise Difference(f"rank {rank} returns {len(part.outputs)} tensors, the whole unit {len(whole.outputs)}")
+        for place, tensor in whole.outputs.items():
+            worst = max(worst, _error(f"output {place}", part.outputs[place], tensor, 0.0))
+        for name, gradient in whole.arguments.items():
+            worst = max(worst, _error(f"gradient of {name}", part.arguments[name], gradient, scale))
+        for name, gradient in whole.summed.items():
+            if name not in plan.slices:
+                worst = max(worst, _error(f"gradient of {name}", part.summed[name], gradient, scale))
+        for name, buffer in whole.buffers.items():
+            if name not in plan.slices:
+                worst = max(worst, _error(f"buffer {name}", part.buffers[name], buffer, 0.0))
+    for name, cut in plan.slices.items():
+        if name in whole.summed:
+            locals_ = [part.summed[name] for part in parts]
+            worst = max(worst, _error(f"gradient of {name}", _joined(locals_, cut), whole.summed[name], scale))
+        elif name in whole.buffers:
+            joined = _joined([part.buffers[name] for part in parts], cut)
+            worst = max(worst, _error(f"buffer {name}", joined, whole.buffers[name], 0.0))
+    return worst
+
+
+def _joined(locals_: Sequence[torch.Tensor | None], cut: Slice) -> torch.Tensor | None:
+    """The whole of which ranks hold parts. What several hold must be equal on all: else not a number."""
+    if any(local is None for local in locals_):
+        return None
+    total: torch.Tensor | None = None
+    for rank, local in enumerate(locals_):
+        assert local is not None
+        mine = paste(local, cut, rank)
+        if total is None:
+            total = mine
+            continue
+        held = paste(torch.ones_like(local), cut, rank) > 0
+        before = _held(cut, range(rank), total)
+        clash = held & before & ((mine - total).abs() > 1e-6 * total.abs().clamp(min=1e-9))
+        total = torch.where(held, mine, total)
+        if bool(clash.any()):
+            total = total + float("nan")
+    return total
+
+
+def _held(cut: Slice, ranks: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    held = torch.zeros(like.shape[cut.dim], dtype=torch.bool)
+    for rank in ranks:
+        for start, stop in cut.ranges[rank]:
+            held[start:stop] = True
+    return held.view([-1 if dim == cut.dim else 1 for dim in range(like.dim())]).expand(like.shape)
+
+
+def _scale(gradients: Mapping[str, torch.Tensor | None]) -> float:
+    """The root mean square of all gradients: a gradient that is zero by symmetry is zero compared with this."""
+    given = [gradient for gradient in gradients.values() if gradient is not None]
+    count = sum(gradient.numel() for gradient in given)
+    return math.sqrt(float(torch.stack([g.square().sum() for g in given]).sum()) / count) if count else 0.0
+
+
+def _error(what: str, a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> float:
+    if a is None or b is None:
+        if a is b or float((a if b is None else b).abs().max()) == 0.0:  # type: ignore[union-attr]
+            return 0.0
+        raise Difference(f"{what} is missing on {'a rank' if a is None else 'one device'}")
+    if a.shape != b.shape:
+        raise Difference(f"{what} has shape {tuple(a.shape)} and not {tuple(b.shape)}")
+    if a.numel() == 0 or not b.is_floating_point():
+        if not torch.equal(a, b):
+            raise Difference(f"{what} is another")
+        return 0.0
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        raise Difference(f"{what} is not finite on both sides")
+    a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+    against = max(float(b.norm()), 1e-3 * scale * b.numel() ** 0.5, 1e-30)
+    error = float((a - b).norm()) / against
+    if not error <= TOLERANCE:
+        raise Difference(f"{what} differs by {error:.1e}")
+    return error

@@ -1,0 +1,155 @@
+"""Plans found without being told anything of the model, and proven."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers as hf
+
+from parallel.tensor.blocks import Block, Model, hand_plan
+from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
+
+H = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = torch.arange(2, 22).view(2, 10)
+TEXT = {"input_ids": TOKENS, "labels": TOKENS}
+
+
+def only_unit(plan: TensorPlan) -> Any:
+    plans = list(plan.units.values())
+    assert all(dataclasses.replace(p, proof="") == dataclasses.replace(plans[0], proof="") for p in plans)
+    return plans[0]
+
+
+def test_a_hand_written_block_gets_the_plan_that_a_person_would_write() -> None:
+    plan = plan_tensor(Model(Block(), Block()), (torch.randn(2, 3, 16, requires_grad=True),), tp=2)
+    found, hand = only_unit(plan), hand_plan()
+
+    assert plan.sharded_share == 1.0
+    assert list(plan.units) == ["blocks.0", "blocks.1"]
+    assert dict(found.slices) == dict(hand.slices)
+    assert (set(found.copies), set(found.reduces), found.partial) == (
+        set(hand.copies),
+        set(hand.reduces),
+        hand.partial,
+    )
+    assert found.attributes == hand.attributes
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Model(Block())
+    before = dict(model.named_parameters())
+    plan_tensor(model, (torch.randn(2, 3, 16),), tp=2)
+
+    assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
+    assert not any(vars(module)["_forward_pre_hooks"] or "forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_without_values_is_planned_the_same() -> None:
+    with torch.device("meta"):
+        model = Model(Block())
+
+    assert plan_tensor(model, (torch.randn(2, 3, 16),), tp=2).sharded_share == 1.0
+
+
+def test_heads_that_do_not_divide_leave_attention_whole_and_say_so() -> None:
+    plan = plan_tensor(Model(Block(18, 3, 3)), (torch.randn(2, 3, 18),), tp=2)
+
+    assert set(only_unit(plan).reduces) == {"down"}
+    assert "attention.o: not proven" in plan.reasons["blocks.0"]
+
+
+def test_a_width_that_does_not_divide_leaves_the_unit_whole() -> None:
+    plan = plan_tensor(Model(Block(15, 3, 3)), (torch.randn(2, 3, 15),), tp=4)
+
+    assert plan.units == {}
+    assert plan.sharded_share == 0.0
+
+
+def test_a_layer_tied_to_one_outside_stays_whole() -> None:
+    first, second = Block(), Block()
+    second.down.weight = first.down.weight
+    plan = plan_tensor(Model(first, second), (torch.randn(2, 3, 16),), tp=2)
+
+    assert "down.weight" not in plan.units["blocks.0"].slices
+    assert "down: down.weight is tied" in plan.reasons["blocks.1"]
+
+
+def test_a_chain_of_layers_is_divided_in_pairs() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(8, 8), nn.GELU())])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layers(x)
+
+    found = only_unit(plan_tensor(Model(Chain()), (torch.randn(2, 8),), tp=2, units=("blocks.0",)))
+
+    assert (found.copies, found.reduces) == (("layers.0", "layers.4"), ("layers.2", "layers.6"))
+
+
+def llama(**settings: Any) -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=99, **{**H, **settings}))
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(vocab_size=99, **H)),
+    "llama": lambda: llama(num_key_value_heads=2),
+    "gpt2, packed [q|k|v] in transposed layers": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    ),
+    "bloom, heads interleaved, position biases of heads as an argument": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "falcon, one key head for all in a packed projection": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(vocab_size=99, **H)),
+    "phi3, packed with fewer key heads, sizes read from the configuration": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(vocab_size=99, num_key_value_heads=2, pad_token_id=0, **H)
+    ),
+    "olmo2, norms over the divided width": lambda: hf.Olmo2ForCausalLM(
+        hf.Olmo2Config(vocab_size=99, num_key_value_heads=4, **H)
+    ),
+    "mamba, a state space between": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ),
+    "t5, a table of heads in the first block for all": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_a_family_is_divided(family: str) -> None:
+    plan = plan_tensor(FAMILIES[family](), TEXT, tp=2)
+
+    assert plan.sharded_share == 1.0, plan.reasons
+    assert all("error" in unit.proof for unit in plan.units.values())
+
+
+def test_key_heads_fewer_than_ranks_are_shared() -> None:
+    found = only_unit(plan_tensor(llama(num_key_value_heads=2), TEXT, tp=4))
+    pairs = Slice(dim=0, size=16, ranges=(((0, 8),), ((0, 8),), ((8, 16),), ((8, 16),)))
+
+    assert found.slices["self_attn.k_proj.weight"] == pairs
+
+
+def test_a_shared_key_is_read_by_all_ranks() -> None:
+    settings = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    model = hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(vocab_size=99, num_key_value_heads=4, first_k_dense_replace=2, **H, **settings, **sizes)
+    )
+    found = only_unit(plan_tensor(model, TEXT, tp=2))
+
+    assert found.forks == ("self_attn.kv_a_proj_with_mqa",)
+    assert "self_attn.kv_b_proj" not in found.copies
+    assert "self_attn.kv_a_layernorm.weight" in found.partial
