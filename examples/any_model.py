@@ -1,7 +1,8 @@
 """Proves on real gradients that a model split over processes is the model on one device.
 
     python examples/any_model.py --model t5 --layout pp=2
-    python examples/any_model.py --all                       every model, on pp=2, pp=3 and dp=2,pp=2
+    python examples/any_model.py --model bloom --layout tp=2,pp=2
+    python examples/any_model.py --all                       every model, on the layouts of LAYOUTS
 
 Prints what `shardwise.verify` found: the errors of loss, gradients and updated weights, and what crosses between the
 stages. The exit status is 1 if anything differs.
@@ -15,16 +16,20 @@ import time
 from collections.abc import Iterator, Sequence
 
 import transformers
-from models import MODELS, make
+from models import DECODERS, MODELS, make
 
 import shardwise as sw
+from shardwise.launch import RankStarter
 
-LAYOUTS = ("pp=2", "pp=3", "dp=2,pp=2")
+PRELOAD = ("shardwise.verify", "transformers", "models")
+LAYOUTS = ("pp=2", "pp=3", "dp=2,pp=2", "tp=2", "tp=2,pp=2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(MODELS), action="append", help="may be given several times")
+    parser.add_argument(
+        "--model", choices=sorted({**MODELS, **DECODERS}), action="append", help="may be given several times"
+    )
     parser.add_argument("--all", action="store_true", help="every model")
     parser.add_argument("--layout", action="append", help='such as "dp=2,pp=2"; may be given several times')
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps after which weights are compared")
@@ -33,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.all or options.model):
         parser.error("name a --model, or give --all")
     transformers.logging.set_verbosity_error()
-    names = list(MODELS) if options.all else options.model
+    names = [*MODELS, *DECODERS] if options.all else options.model
     layouts = options.layout or (LAYOUTS if options.all else LAYOUTS[:1])
-    rows = list(_verified(names, layouts, options.steps, options.dtype, details=not options.all))
+    with RankStarter(preload=PRELOAD) as starter:
+        rows = list(_verified(names, layouts, options.steps, options.dtype, starter, details=not options.all))
     print()
     print(f"{'model':18s} {'layout':12s} {'gradient error':>14s}   {'seconds':>7s}")
     for name, layout, comparison, seconds in rows:
@@ -45,14 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verified(
-    names: Sequence[str], layouts: Sequence[str], steps: int, dtype: str, *, details: bool
+    names: Sequence[str], layouts: Sequence[str], steps: int, dtype: str, starter: RankStarter, *, details: bool
 ) -> Iterator[tuple[str, str, sw.Comparison, float]]:
     for name in names:
         example = make(name)
         for layout in layouts:
             start = time.perf_counter()
             comparison = sw.verify(
-                example.model, example.batch, layout=layout, loss=example.loss, steps=steps, dtype=dtype
+                example.model,
+                example.batch,
+                layout=layout,
+                loss=example.loss,
+                steps=steps,
+                dtype=dtype,
+                starter=starter,
             )
             seconds = time.perf_counter() - start
             if details or not comparison.equal:

@@ -1,4 +1,5 @@
-"""Small models of many architectures, each with a batch that its forward takes, under the names of `MODELS`.
+"""Small models of many architectures, each with a batch that its forward takes, under the names of `MODELS` and
+`DECODERS`.
 
 Configurations of `transformers` with tiny sizes, and the hand-written modules of `hand_written`. Weights are random,
 dropout, LayerDrop and SpecAugment are as the architecture has them. Knows nothing of layouts.
@@ -16,7 +17,7 @@ import torch.nn as nn
 import transformers as hf
 from hand_written import TiedReader, TwoTowerPolicy, UNet
 
-__all__ = ["MODELS", "Example", "make"]
+__all__ = ["DECODERS", "MODELS", "Example", "make"]
 
 BATCH, TOKENS, VOCABULARY = 8, 12, 97
 _IMAGE = 32  # pixels of a side
@@ -47,7 +48,7 @@ def make(name: str, *, seed: int = 0) -> Example:
     """The example `name`, with weights and batch drawn from `seed`; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = MODELS[name]()
+        made = {**MODELS, **DECODERS}[name]()
     made.model.train()
     return made
 
@@ -135,6 +136,31 @@ def _mixtral() -> Example:
 def _mamba() -> Example:
     config = hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, state_size=4)
     return Example(model=hf.MambaForCausalLM(config), batch=_text())
+
+
+def _decoder(model: Any, config: Any, **sizes: Any) -> Callable[[], Example]:
+    """A maker of a causal language model of the class, with padded text."""
+    return lambda: Example(model=model(config(vocab_size=VOCABULARY, **sizes)), batch=_padded_text())
+
+
+def _deepseek_v3() -> Example:
+    config = hf.DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        **_SIZES,
+    )
+    return Example(model=hf.DeepseekV3ForCausalLM(config), batch=_padded_text())
 
 
 def _t5() -> Example:
@@ -259,6 +285,30 @@ def _policy() -> Example:
     batch = {"image": _pixels(), "instruction": _tokens(low=0), "action": torch.randn(BATCH, 7)}
     return Example(model=TwoTowerPolicy(vocabulary=VOCABULARY), batch=batch)
 
+
+# Decoders that differ in how their projections are packed, which heads they share, and where their norms stand.
+DECODERS: Mapping[str, Callable[[], Example]] = MappingProxyType(
+    {
+        "bloom": _decoder(hf.BloomForCausalLM, hf.BloomConfig, hidden_size=32, n_layer=4, n_head=4),
+        "falcon": _decoder(
+            hf.FalconForCausalLM, hf.FalconConfig, hidden_size=32, num_hidden_layers=4, num_attention_heads=4
+        ),
+        "gpt_neox": _decoder(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, **_SIZES),
+        "phi3": _decoder(hf.Phi3ForCausalLM, hf.Phi3Config, pad_token_id=0, num_key_value_heads=2, **_SIZES),
+        "gemma2": _decoder(hf.Gemma2ForCausalLM, hf.Gemma2Config, head_dim=8, num_key_value_heads=2, **_SIZES),
+        "qwen3_moe": _decoder(
+            hf.Qwen3MoeForCausalLM,
+            hf.Qwen3MoeConfig,
+            head_dim=8,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            **_SIZES,
+        ),
+        "deepseek_v3": _deepseek_v3,
+    }
+)
 
 MODELS: Mapping[str, Callable[[], Example]] = MappingProxyType(
     {
