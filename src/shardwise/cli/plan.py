@@ -11,6 +11,7 @@ import typer
 from shardwise.cli.options import Overrides
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
 from shardwise.trace.model_config import trace_config
 from shardwise.train.balance import layout_for, profile_for, with_threads
@@ -58,7 +59,8 @@ def command(
     shardwise plan --model-config config.json --layout pp=16 --flops 400T
 
     A layout is name=value with commas:
-      dp, pp          replicas, and stages of the pipeline; 1 if not given
+      dp, pp, tp      replicas, stages of the pipeline, shards of every unit;
+                      1 if not given
       micro_batches   of a replica and step; 2 x pp if not given
       schedule        1f1b, gpipe or naive
       stages          cost, parameters, depth, or listed by hand as
@@ -95,11 +97,17 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
     with with_threads(threads_of_rank(described.layout.world_size)):
         profile = profile_for(described, model, inputs, loss=task.loss, values=values)
     layout = layout_for(described, profile)
-    plan = plan_of_profile(profile, layout=layout, num_micro_batches=described.num_micro_batches, flops_per_s=rate)
+    tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss) if layout.tp > 1 else None
+    micro_batches = described.num_micro_batches
+    plan = plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
     print(plan + statistics_note(model, layout))
 
 
 def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: int, rate: float | None) -> None:
+    if layout.tp > 1:
+        raise ConfigError(
+            f"a bare config is planned without proofs, so for tp=1, but the layout has tp={layout.tp}; use a run file"
+        )
     start = time.perf_counter()
     profile = trace_config(path, batch_size=batch_size, sequence_length=sequence_length)
     traced_s = time.perf_counter() - start

@@ -27,7 +27,7 @@ from shardwise.trace.count import Counter
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.profile import profile_of
 
-__all__ = ["Fill", "assemble", "fill_from"]
+__all__ = ["Fill", "agreed_plan", "assemble", "fill_from"]
 
 
 def assemble(
@@ -48,8 +48,8 @@ def assemble(
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
-    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`). Collective. Raises `LayoutError`
-    if the rank is none of the layout's.
+    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`). Collective. Raises
+    `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
@@ -67,7 +67,7 @@ def assemble(
     stages = place_calls(_with_seconds(profile, measured), layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
     if layout.tp > 1 and tensor is None:
-        tensor = _proven(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
+        tensor = agreed_plan(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
@@ -87,10 +87,10 @@ def assemble(
     )
 
 
-def _proven(
-    model: nn.Module, inputs: Any, *, layout: Layout, rank: int, loss: LossFunction | None, units: Sequence[str]
+def agreed_plan(
+    model: nn.Module, inputs: Any, *, layout: Layout, rank: int, loss: LossFunction | None, units: Sequence[str] = ()
 ) -> TensorPlan:
-    """The plan that rank 0 has proven, on every rank. Raises what its proof raised on rank 0."""
+    """The plan of shards that rank 0 has proven, on every rank. Collective. Raises what the proof raised, on rank 0."""
     told: list[Any] = [None]
     if rank == 0:
         told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units)]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
+from shardwise.comm.same_host import same_host_transport
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
@@ -347,7 +348,7 @@ def build(
         loss=loss,
         rank=place.rank,
         rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
-        transport=transport or ProcessGroupTransport(),
+        transport=transport or _transport(place, where, stack),
         device=where,
         sums=sums,
     )
@@ -375,6 +376,19 @@ def build(
         stack=stack,
         divided=divided,
     )
+
+
+def _transport(place: Place, device: torch.device, stack: contextlib.ExitStack) -> Transport:
+    """What carries activations between the stages of this rank's pipeline; collective where there are several."""
+    if (
+        place.pp == 1
+        or device.type != "cpu"
+        or place.world_size != dist.get_world_size()
+        or dist.get_backend() != "gloo"
+    ):
+        return ProcessGroupTransport()
+    stages = {place.rank_of(stage) for stage in range(place.pp)}
+    return stack.enter_context(same_host_transport(stages - {place.rank}))
 
 
 def _divided(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from shardwise.describe.flow import NodeKind
 from shardwise.describe.profile import ModelProfile
+from shardwise.describe.tensor import TensorPlan
 from shardwise.layout import Layout, compress, stage_ranks
 from shardwise.plan.cut import Cut
 from shardwise.plan.estimate import EdgeEstimate, Estimate, StageEstimate
@@ -24,12 +25,21 @@ _LABEL = 12  # columns of the label in front of a line
 _DRAWN = 88  # columns of the drawing
 
 
-def explain(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, *, assumes: str = "") -> str:
+def explain(
+    profile: ModelProfile,
+    layout: Layout,
+    cut: Cut,
+    estimate: Estimate,
+    *,
+    assumes: str = "",
+    tensor: TensorPlan | None = None,
+) -> str:
     """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule.
 
-    `assumes` says where the seconds of the estimate come from.
+    `assumes` says where the seconds of the estimate come from, `tensor` how units are divided among shards: profile and
+    estimate are then those of one shard.
     """
-    lines = [*_model(profile), *_layout(layout, estimate)]
+    lines = [*_model(profile, tensor), *_layout(layout, estimate), *_tensor(tensor)]
     for stage in estimate.stages:
         lines += ["", *_stage(profile, layout, cut, estimate, stage)]
     lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate, assumes)]
@@ -49,14 +59,25 @@ def _labelled(label: str, text: str, *, indent: int = 0) -> list[str]:
     )
 
 
-def _model(profile: ModelProfile) -> list[str]:
+def _tensor(tensor: TensorPlan | None) -> list[str]:
+    if tensor is None:
+        return []
+    first, *rest = tensor.lines()
+    lines = _labelled("tensor", first)
+    for line in rest:
+        lines += _labelled("", line)
+    return lines
+
+
+def _model(profile: ModelProfile, tensor: TensorPlan | None) -> list[str]:
     parameters = format_count(profile.num_parameters, "parameters")
     units = _plural(len(profile.units), "unit")
     calls = "" if len(profile.calls) == len(profile.units) else f" called {len(profile.calls)} times"
     forward, backward = format_flops(profile.forward_flops), format_flops(profile.backward_flops)
     size = f"{parameters}, {format_bytes(profile.parameter_bytes)}"
+    of_shard = "" if tensor is None else f" on each of {tensor.tp} shards"
     return [
-        *_labelled("model", f"{profile.model_class}: {size}, in {units}{calls}"),
+        *_labelled("model", f"{profile.model_class}: {size}{of_shard}, in {units}{calls}"),
         *_labelled("", f"{forward} forward and {backward} backward for the traced batch"),
     ]
 
@@ -64,6 +85,8 @@ def _model(profile: ModelProfile) -> list[str]:
 def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     schedule = estimate.schedule
     text = f"{layout}: {_plural(layout.dp, 'replica')} of {_plural(layout.pp, 'stage')}"
+    if layout.tp > 1:
+        text += f" of {layout.tp} shards"
     ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
     micro_batches = _plural(schedule.num_micro_batches, "micro-batch", "micro-batches")
     return _labelled("layout", f"{text} on {ranks} with {micro_batches} a replica")
@@ -177,6 +200,8 @@ def _step(layout: Layout, estimate: Estimate, assumes: str) -> list[str]:
 def _left_out(layout: Layout, estimate: Estimate) -> str:
     """What a step takes besides."""
     rest = "the optimizer, reading data"
+    if layout.tp > 1:
+        rest = f"sums over the shards of a unit, {rest}"
     if layout.dp == 1:
         return rest
     reduced = max(stage.all_reduce_bytes for stage in estimate.stages)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
-from shardwise.execute.assemble import assemble, fill_from
+from shardwise.execute.assemble import agreed_plan, assemble, fill_from
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
@@ -114,11 +114,14 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         if buffer.device != device:
             place(model, {name: buffer.to(device)})
     inputs = first_micro_batch(run, task, device)
+    tensor = None
+    if layout.tp > 1:
+        tensor = agreed_plan(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
     if context.rank == 0 and (on_plan is not None or run.balance == "measured"):
         profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
         layout = layout_for(run, profile)
         if on_plan is not None:
-            plan = plan_of_profile(profile, layout=layout, num_micro_batches=run.num_micro_batches)
+            plan = plan_of_profile(profile, layout=layout, num_micro_batches=run.num_micro_batches, tensor=tensor)
             on_plan(plan + statistics_note(model, layout))
     if run.balance == "measured":
         layout = of_rank_0(layout)
@@ -130,6 +133,7 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         loss=task.loss,
         device=device,
         fill=fill_from(values, device) if values is not None else None,
+        tensor=tensor,
     )
     training = run.training
     optimizer = optimizer_over(

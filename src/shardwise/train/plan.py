@@ -13,9 +13,11 @@ import torch
 import torch.nn as nn
 
 from shardwise.describe.profile import ModelProfile
+from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.plan.cut import cut_stages
+from shardwise.plan.divide import profile_of_shard
 from shardwise.plan.estimate import estimate
 from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
@@ -30,9 +32,14 @@ _PROBE_S = 0.1
 
 
 def plan_of_profile(
-    profile: ModelProfile, *, layout: Layout, num_micro_batches: int, flops_per_s: float | None = None
+    profile: ModelProfile,
+    *,
+    layout: Layout,
+    num_micro_batches: int,
+    flops_per_s: float | None = None,
+    tensor: TensorPlan | None = None,
 ) -> str:
-    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given.
+    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. `tensor` divides units.
 
     Says where its seconds come from. Raises LayoutError; ConfigError for a rate that is not above 0.
     """
@@ -42,13 +49,15 @@ def plan_of_profile(
     cut = cut_stages(profile.flow, stages, layout.pp)
     timed = work_of(profile).in_seconds
     rate = flops_per_s or (1.0 if timed else machine_rate(layout.world_size))
+    if tensor is not None:
+        profile = profile_of_shard(profile, tensor)
     predicted = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=rate)
     if timed:
         assumes = "the seconds that every unit call took here, alone; glue and transfers take no time"
     else:
         source = "as given" if flops_per_s else _source(layout.world_size)
         assumes = f"{format_flops(rate)} a second on every rank, {source}; transfers take no time"
-    return explain(profile, layout, cut, predicted, assumes=assumes)
+    return explain(profile, layout, cut, predicted, assumes=assumes, tensor=tensor)
 
 
 def machine_rate(num_ranks: int = 1) -> float:
