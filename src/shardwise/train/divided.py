@@ -5,6 +5,7 @@ Knows a program's plan of shards and the checkpoint's slices; refuses to know fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ from shardwise.execute.program import Program
 from shardwise.parallel.tensor.boxes import boxes
 from shardwise.parallel.tensor.slices import whole_shape
 
-__all__ = ["shards_of", "targets_of"]
+__all__ = ["num_elements", "shards_of", "targets_of"]
 
 
 def shards_of(program: Program, parameter: str, name: str, local: torch.Tensor, *, kind: str) -> Iterator[Shard]:
@@ -44,6 +45,14 @@ def targets_of(program: Program, parameter: str, name: str, local: torch.Tensor)
     for region, own in _regions(part, program.place.shard, shape, owned=False):
         out = local.narrow(part.dim, own, region.sizes[part.dim % len(shape)])
         yield Target(name=name, global_shape=shape, region=region, out=out)
+
+
+def num_elements(program: Program, name: str, local: torch.Tensor) -> int:
+    """Elements of the whole parameter of which `local` is this rank's part, held or absent."""
+    part = program.part_of(name)
+    if part is None:
+        return local.numel()
+    return math.prod(whole_shape(local.shape, part, program.place.shard))
 
 
 def _regions(part: Slice, shard: int, shape: tuple[int, ...], *, owned: bool) -> Iterator[tuple[TensorSlice, int]]:

@@ -24,6 +24,7 @@ from shardwise.launch import RankContext, context_of_world, init_process_group, 
 from shardwise.tasks import Task, prepare_task
 from shardwise.train.build import Job, ModelLike, about, build
 from shardwise.train.checks import check_path, check_stages, check_task, make_folder
+from shardwise.train.divided import num_elements
 from shardwise.train.loop import run_steps
 from shardwise.train.model import model_factory
 from shardwise.train.progress import ProgressSink
@@ -130,7 +131,9 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
                 tell(event)
 
         world = build(job, context, on_plan=lambda text: emit("plan", text=text))
-        shapes = [parameter.numel() for parameter in world.program.model.parameters()]
+        shapes = [
+            num_elements(world.program, name, parameter) for name, parameter in world.program.model.named_parameters()
+        ]
         emit(
             "start",
             steps=run.training.steps,
