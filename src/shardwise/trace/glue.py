@@ -81,6 +81,8 @@ class Glue(TorchFunctionMode):
         return out
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], op: GlueOp) -> Any:
+        if func is torch.Tensor.tolist:  # it reads memory without dispatching: read a copy of it, which is seen
+            return func(args[0].clone())
         if is_random(func, tuple(args), kwargs):
             op.random = True
             return draw(func, tuple(args), kwargs, scope=self._scope, index=self._num_draws)
