@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwise.errors import ShardwiseError as ShardwiseError
     from shardwise.layout import Layout as Layout
+    from shardwise.parallel.tensor.collectives import TensorGroup as TensorGroup
+    from shardwise.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+    from shardwise.parallel.tensor.modules import ColumnParallelLinear as ColumnParallelLinear
+    from shardwise.parallel.tensor.modules import RowParallelLinear as RowParallelLinear
+    from shardwise.parallel.tensor.modules import VocabParallelEmbedding as VocabParallelEmbedding
+    from shardwise.parallel.tensor.processes import ProcessTensorGroup as ProcessTensorGroup
     from shardwise.trace.deferred import defer as defer
     from shardwise.trace.profile import trace as trace
     from shardwise.trace.timing import measure as measure
@@ -26,14 +32,20 @@ __version__ = "0.1.0.dev0"
 
 PUBLIC_NAMES = MappingProxyType(
     {
+        "ColumnParallelLinear": "shardwise.parallel.tensor.modules",
         "Comparison": "shardwise.verify",
         "Layout": "shardwise.layout",
+        "ProcessTensorGroup": "shardwise.parallel.tensor.processes",
+        "RowParallelLinear": "shardwise.parallel.tensor.modules",
         "ShardwiseError": "shardwise.errors",
+        "TensorGroup": "shardwise.parallel.tensor.collectives",
+        "VocabParallelEmbedding": "shardwise.parallel.tensor.modules",
         "defer": "shardwise.trace.deferred",
         "measure": "shardwise.trace.timing",
         "trace": "shardwise.trace.profile",
         "train": "shardwise.train.run",
         "verify": "shardwise.verify",
+        "vocab_parallel_cross_entropy": "shardwise.parallel.tensor.cross_entropy",
     }
 )
 

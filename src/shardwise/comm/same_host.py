@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 import torch
+import torch.distributed as dist
 
 from shardwise.comm.point_to_point import ProcessGroupTransport, Transport, Waitable
 from shardwise.comm.same_host_channel import Channel, Receipt
@@ -21,12 +22,14 @@ from shardwise.errors import TransferError
 __all__ = ["SameHostTransport", "same_host_transport"]
 
 
-def same_host_transport(peers: Collection[int], *, timeout_s: float = 600.0) -> SameHostTransport:
+def same_host_transport(peers: Collection[int], *, timeout_s: float | None = None) -> SameHostTransport:
     """The transport of this rank to `peers`, ranks of the default group. Collective: every rank of the group calls it.
 
     Two ranks are connected where each names the other, and both are processes of one user on one host (and in one
-    container). A wait for a rank that stays silent for `timeout_s` is an error. Close it, or use `with`.
+    container). A wait that takes longer than `timeout_s` is an error; without it, the group's timeout holds. Close it,
+    or use `with`.
     """
+    timeout_s = _timeout_of_group() if timeout_s is None else timeout_s
     channels = connect(peers, timeout_s=timeout_s)
     return SameHostTransport(channels, timeout_s=timeout_s)
 
@@ -128,6 +131,13 @@ class _Received:
             self.transport.wait_until(lambda: self.receipt.done, self.channel)
         if self.receipt.error is not None:
             raise RuntimeError(self.receipt.error)
+
+
+def _timeout_of_group() -> float:
+    """Seconds that an operation of the default group may take."""
+    group = dist.distributed_c10d._get_default_group()
+    options = group._get_backend(torch.device("cpu")).options
+    return float(options._timeout.total_seconds())
 
 
 def _check_plain(tensor: torch.Tensor, what: str) -> None:

@@ -4,7 +4,8 @@
     segments  7 ▓▓▓▓▓▓▓▓   2 ▓░░░░░░░   4 ░░░░░░░░
 
 Small payloads travel in the socket, others in shared segments. What the socket does not take at once is kept and
-written by later calls. What arrives before anybody asked for it stays where it is.
+written by later calls; by Linux' defaults it takes over 300 messages that nobody reads. What arrives before anybody
+asked for it stays where it is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import array
 import collections
 import ctypes
 import dataclasses
+import fcntl
 import os
 import socket
 import struct
+import sys
+import termios
 from typing import Final
 
 from shardwise.comm.segments import SEGMENT_BYTES, Outbox, Segment
@@ -29,6 +33,9 @@ _INLINE, _IN_SEGMENT, _NEW, _FREE, _DROP = range(5)
 _FREED_AT_ONCE = 8  # notes of free segments ride with the next payload, unless this many wait
 _BUFFER_BYTES = 1 << 16
 _SOCKET_BYTES = 4 << 20
+_UNREAD_BYTES = (
+    100_000  # of payload at most: the least that a socket holds is 208 KiB, and a note takes 768 bytes of it
+)
 _ANCILLARY_BYTES = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
 _NOW = socket.MSG_DONTWAIT
 _GONE = (BrokenPipeError, ConnectionResetError)
@@ -36,7 +43,7 @@ _GONE = (BrokenPipeError, ConnectionResetError)
 
 @dataclasses.dataclass(slots=True)
 class Receipt:
-    """A place where the next message is to be put: `num_bytes` at `address`, which whoever posts it keeps alive."""
+    """Where the next message is to be put: `num_bytes` at `address`, which is alive as long as `keep`."""
 
     address: int
     num_bytes: int
@@ -66,8 +73,7 @@ class Channel:
         self.posted = 0  # bytes that it was to take
         self._socket = connected
         self._socket.settimeout(None)
-        seconds, fraction = divmod(timeout_s, 1)
-        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
+        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))  # struct timeval
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)  # the kernel lowers it
         self._outbox = Outbox()
@@ -83,7 +89,7 @@ class Channel:
 
     @property
     def has_unwritten(self) -> bool:
-        return bool(self._unwritten)
+        return self.written < self.posted
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -92,11 +98,11 @@ class Channel:
 
     def send(self, address: int, num_bytes: int) -> int:
         """Copy a message away; it is on its way once `written` has reached the number returned."""
-        if num_bytes <= INLINE_BYTES:
+        if num_bytes <= INLINE_BYTES and self._unread_bytes() < _UNREAD_BYTES:
             note = _NOTE.pack(_INLINE, 0, num_bytes, num_bytes)
             self._post(self._free_notes() + note + ctypes.string_at(address, num_bytes))
             return self.posted
-        for offset in range(0, num_bytes, SEGMENT_BYTES):
+        for offset in range(0, max(1, num_bytes), SEGMENT_BYTES):  # nothing at all is one piece
             piece = min(SEGMENT_BYTES, num_bytes - offset)
             self._find_segment()
             segment = self._outbox.fill(address + offset, piece)
@@ -114,6 +120,10 @@ class Channel:
                 self._unwritten[0] = (data[taken:], None)
                 return
             self._unwritten.popleft()
+
+    def _unread_bytes(self) -> int:
+        """What the socket holds of ours, with what the kernel needs around it."""
+        return int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def _find_segment(self) -> None:
         if self._outbox.has_free:
@@ -172,17 +182,15 @@ class Channel:
             return False
         except ConnectionResetError:
             count, rights = 0, []
-        for _, _, data in rights:
-            self._descriptors.extend(array.array("i", data))
+        self._descriptors.extend(number for _, _, data in rights for number in array.array("i", data))
         if count == 0:
             self.closed_by_peer = True
             return True
-        self._filled += count
-        self._interpret()
+        self._interpret(self._filled + count)
         return True
 
-    def _interpret(self) -> None:
-        position, end = 0, self._filled
+    def _interpret(self, end: int) -> None:
+        position = 0
         while end - position >= _NOTE.size:
             kind, segment, num_bytes, total = _NOTE.unpack_from(self._buffer, position)
             after = position + _NOTE.size
@@ -196,9 +204,7 @@ class Channel:
             elif kind == _FREE:
                 self._released(segment)
             elif kind == _NEW:
-                descriptor = self._descriptors.popleft()
-                self._mapped[segment] = Segment(descriptor)
-                os.close(descriptor)
+                self._map(segment)
             else:
                 del self._mapped[segment]
             position = after
@@ -229,6 +235,13 @@ class Channel:
             self._freed.append(piece.segment)
             if len(self._freed) >= _FREED_AT_ONCE:
                 self._post(self._free_notes())
+
+    def _map(self, number: int) -> None:
+        if not self._descriptors:  # the kernel drops what this process may not open
+            raise RuntimeError("a shared segment did not arrive: too many open files; raise `ulimit -n`")
+        descriptor = self._descriptors.popleft()
+        self._mapped[number] = Segment(descriptor)
+        os.close(descriptor)
 
     def _released(self, segment: int) -> None:
         self._outbox.release(segment)

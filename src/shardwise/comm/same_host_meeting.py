@@ -14,8 +14,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -28,6 +29,8 @@ _SECRET_BYTES = 32
 _HELLO = struct.Struct(f"<{_SECRET_BYTES}sI")  # the secret of the rank that is called, the number of the one that calls
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 _MEETING_S = 60.0
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,10 @@ def _host() -> tuple[str, ...] | None:
         return None
 
 
-def _gathered[T](mine: T) -> list[T]:
+def _gathered(mine: T) -> list[T]:
     everybody: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
-    return everybody
+    return cast(list[T], everybody)
 
 
 def _call(own: int, ranks: Sequence[int], cards: Sequence[_Card]) -> dict[int, socket.socket]:

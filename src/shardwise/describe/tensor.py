@@ -6,6 +6,7 @@ column-parallel C, row-parallel R:   x ──copy──► C_t ──► … ─
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,14 +30,12 @@ class Slice:
     ranges: tuple[Ranges, ...]  # of each rank
 
     def __post_init__(self) -> None:
-        held: set[int] = set()
-        for ranges in self.ranges:
-            for start, stop in ranges:
-                if not 0 <= start < stop <= self.size:
-                    raise LayoutError(f"a slice lies within its tensor: [{start}, {stop}) of {self.size} does not")
-                held.update(range(start, stop))
-        if len(held) != self.size:
-            raise LayoutError(f"every index is held by a rank: {self.size - len(held)} of {self.size} are not")
+        for start, stop in (bounds for ranges in self.ranges for bounds in ranges):
+            if not 0 <= start < stop <= self.size:
+                raise LayoutError(f"a slice lies within its tensor: [{start}, {stop}) of {self.size} does not")
+        missing = sum(b - a for a, b, count in _holders(self.ranges, self.size) if not count)
+        if missing:
+            raise LayoutError(f"every index is held by a rank: {missing} of {self.size} are not")
 
     @classmethod
     def even(cls, dim: int, size: int, ranks: int, parts: tuple[int, ...] = ()) -> Slice:
@@ -66,34 +65,39 @@ class Slice:
     @property
     def shared(self) -> Ranges:
         """What several ranks hold (key/value heads fewer than ranks): their gradients of it are summed."""
-        return _runs([index for index, count in enumerate(self._holders()) if count > 1])
+        return _joined([(a, b) for a, b, count in _holders(self.ranges, self.size) if count > 1])
 
     def owned(self, rank: int) -> Ranges:
         """What `rank` counts and saves: of what it holds, what no lower rank holds. Disjoint, and together everything.
 
         In indices of the whole tensor.
         """
-        lower = {index for ranges in self.ranges[:rank] for start, stop in ranges for index in range(start, stop)}
-        own = [index for start, stop in self.ranges[rank] for index in range(start, stop) if index not in lower]
-        return _runs(own)
-
-    def _holders(self) -> list[int]:
-        counts = [0] * self.size
-        for ranges in self.ranges:
-            for start, stop in ranges:
-                for index in range(start, stop):
-                    counts[index] += 1
-        return counts
+        free = [(a, b) for a, b, count in _holders(self.ranges[:rank], self.size) if not count]
+        own = self.ranges[rank]
+        return _joined([(max(a, c), min(b, d)) for a, b in free for c, d in own if max(a, c) < min(b, d)])
 
 
-def _runs(indices: list[int]) -> Ranges:
-    """Ascending indices as half-open ranges."""
+def _holders(of_ranks: tuple[Ranges, ...], size: int) -> list[tuple[int, int, int]]:
+    """Runs [start, stop) in ascending order, with how many hold each. (Not index by index: vocabularies are large.)"""
+    changes = {0: 0, size: 0}
+    for start, stop in (bounds for ranges in of_ranks for bounds in ranges):
+        changes[start] = changes.get(start, 0) + 1
+        changes[stop] = changes.get(stop, 0) - 1
+    count, runs = 0, []
+    for start, stop in itertools.pairwise(sorted(changes)):
+        count += changes[start]
+        runs.append((start, stop, count))
+    return runs
+
+
+def _joined(ranges: list[tuple[int, int]]) -> Ranges:
+    """Disjoint ranges in ascending order, neighbours as one."""
     runs: list[tuple[int, int]] = []
-    for index in sorted(indices):
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
+    for start, stop in sorted(ranges):
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
         else:
-            runs.append((index, index + 1))
+            runs.append((start, stop))
     return tuple(runs)
 
 
@@ -106,14 +110,17 @@ class UnitPlan:
     `forks`    whole output, partial output gradient: the same behind the module (MLA's shared key)
     `reduces`  partial output: all-reduce forward, identity backward; the bias is added once, behind the sum
     `gathers`  run whole inside the divided region: input gathered, output cut again (a norm over a divided width)
+    `joins`    output in parts, joined right behind the module (a head: column-parallel by itself)
+    `lookups`  tables divided by rows: other ranks' ids answer zero, all-reduce forward (a vocabulary)
 
     Tensors: `slices` are parameters and buffers of which a rank holds a part; `partial` are parameters held whole
     whose gradients are partial and must be summed; `once` are those of them that only the first rank computes with
     (biases in front of a sum; elsewhere they count as zero). `inputs` are arguments of the unit's forward, by
     parameter name, of which the inside sees a part (per-head position biases), `outputs` places among the returned
     tensors that the inside makes in part and the outside gets whole. `draws` are random draws, by their number in a
-    call, of which a rank keeps a part. `attributes` maps (module, attribute) to its value on each rank; an attribute may be a path
-    (`config.num_heads`: the module gets a config of its own).
+    call, of which a rank keeps a part. `attributes` maps (module, attribute) to its value on each rank; an attribute
+    may be a path (`config.num_heads`: the module gets a config of its own). `reshapes` maps a module to the divided
+    dims of those reshapes in its forward, in order, that ask for the elements of the whole.
 
     A slice of an argument, output or draw whose dim is a multiple of the slice's size counts it as (others × size).
     """
@@ -122,6 +129,8 @@ class UnitPlan:
     forks: tuple[str, ...] = ()
     reduces: tuple[str, ...] = ()
     gathers: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    joins: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    lookups: tuple[str, ...] = ()
     slices: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     once: frozenset[str] = frozenset()
@@ -129,6 +138,7 @@ class UnitPlan:
     outputs: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
     draws: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
     attributes: Mapping[tuple[str, str], tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    reshapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     proof: str = ""  # what was proven, on what, with which error
 
 
@@ -139,7 +149,7 @@ class TensorPlan:
     tp: int
     units: Mapping[str, UnitPlan]
     reasons: Mapping[str, str]  # unit -> why it, or a part of it, stays whole
-    sharded_share: float  # of the parameters of matrix products inside blocks (0 to 1)
+    sharded_share: float  # of the parameters of matrix products inside blocks that are called (0 to 1)
 
     def slice_of(self, parameter: str) -> Slice | None:
         """The slice of a parameter or buffer of the model, by its full name; None where every rank holds it whole."""

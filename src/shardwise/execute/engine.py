@@ -119,7 +119,8 @@ class Engine:
         last_forward = max(
             (i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.F), default=-1
         )
-        with self._sums.running(), self._surroundings.open():
+        summing = self._sums.running() if len(works) > 1 else contextlib.nullcontext()  # one gradient is no sum
+        with summing, self._surroundings.open():
             for position, action in enumerate(row):
                 if isinstance(action, Transfer):
                     self._transfer(state, action)

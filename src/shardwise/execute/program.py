@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
-from shardwise.comm.same_host import same_host_transport
+from shardwise.comm.same_host import SameHostTransport, same_host_transport
+from shardwise.comm.same_host_group import SameHostGroup
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
@@ -25,6 +26,7 @@ from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
+from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
 from shardwise.plan.cut import Cut, cut_stages
@@ -330,7 +332,8 @@ def build(
     sums = WeightSums()
     sums.install(model, tape.units, {name: p for name, p in model.named_parameters() if name in set(mine)})
     stack.callback(sums.close)
-    divided = _divided(model, place, tensor, tape.units, stack)
+    same_host = _same_host(place, where, stack)
+    divided = _divided(model, place, tensor, tape.units, stack, same_host)
     if fill is not None:
         fill(model, mine, _all_of_it if divided is None else divided.cut)
     stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
@@ -348,7 +351,7 @@ def build(
         loss=loss,
         rank=place.rank,
         rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
-        transport=transport or _transport(place, where, stack),
+        transport=transport or same_host or ProcessGroupTransport(),
         device=where,
         sums=sums,
     )
@@ -378,21 +381,24 @@ def build(
     )
 
 
-def _transport(place: Place, device: torch.device, stack: contextlib.ExitStack) -> Transport:
-    """What carries activations between the stages of this rank's pipeline; collective where there are several."""
-    if (
-        place.pp == 1
-        or device.type != "cpu"
-        or place.world_size != dist.get_world_size()
-        or dist.get_backend() != "gloo"
-    ):
-        return ProcessGroupTransport()
+def _same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -> SameHostTransport | None:
+    """Shared memory between the stages of this rank's pipeline and between the shards of its stage; collective."""
     stages = {place.rank_of(stage) for stage in range(place.pp)}
-    return stack.enter_context(same_host_transport(stages - {place.rank}))
+    shards = {place.rank - place.shard + shard for shard in range(place.tp)}
+    if place.pp * place.tp == 1 or device.type != "cpu" or not dist.is_initialized():
+        return None
+    if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
+        return None
+    return stack.enter_context(same_host_transport(stages | shards))
 
 
 def _divided(
-    model: nn.Module, place: Place, tensor: TensorPlan | None, units: Sequence[str], stack: contextlib.ExitStack
+    model: nn.Module,
+    place: Place,
+    tensor: TensorPlan | None,
+    units: Sequence[str],
+    stack: contextlib.ExitStack,
+    same_host: SameHostTransport | None,
 ) -> Divided | None:
     """The units of the model divided among this rank's shards; collective where there are any."""
     if place.tp == 1 or tensor is None:
@@ -410,9 +416,19 @@ def _divided(
             mine = group
     assert mine is not None
     stack.callback(dist.destroy_process_group, mine)
-    divided = Divided(model, tensor, ProcessTensorGroup(mine), units)
+    divided = Divided(model, tensor, _tensor_group(place, mine, same_host), units)
     stack.callback(divided.close)
     return divided
+
+
+def _tensor_group(place: Place, group: dist.ProcessGroup, same_host: SameHostTransport | None) -> TensorGroup:
+    """What sums over the shards of this rank's stage: shared memory where it reaches them all."""
+    if same_host is None:  # on every rank
+        return ProcessTensorGroup(group)
+    ranks = next(ranks for ranks in place.ranks_sharing() if place.rank in ranks)
+    everybody = torch.tensor(same_host.connected >= {*ranks} - {place.rank}, dtype=torch.int64)
+    dist.all_reduce(everybody, op=dist.ReduceOp.MIN, group=group)
+    return SameHostGroup(same_host, ranks, place.rank) if everybody.item() else ProcessTensorGroup(group)
 
 
 def _groups(

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -183,7 +183,7 @@ def _comparison(
 ) -> Comparison:
     tensors = errors_of(
         Joined([(side.gradients, side.shard, side.tensor) for side in sides]),
-        Joined([(side.updates, side.shard, side.tensor) for side in sides]),
+        cast(Mapping[str, torch.Tensor], Joined([(side.updates, side.shard, side.tensor) for side in sides])),
         reference.gradients,
         reference.updates,
         by_sign=job.optimizer == "adamw",

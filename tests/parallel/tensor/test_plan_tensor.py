@@ -21,7 +21,8 @@ TEXT = {"input_ids": TOKENS, "labels": TOKENS}
 
 
 def only_unit(plan: TensorPlan) -> Any:
-    plans = list(plan.units.values())
+    """The plan of all blocks."""
+    plans = [unit for unit in plan.units.values() if not (unit.lookups or unit.joins)]
     assert all(dataclasses.replace(p, proof="") == dataclasses.replace(plans[0], proof="") for p in plans)
     return plans[0]
 
@@ -153,3 +154,11 @@ def test_a_shared_key_is_read_by_all_ranks() -> None:
     assert found.forks == ("self_attn.kv_a_proj_with_mqa",)
     assert "self_attn.kv_b_proj" not in found.copies
     assert "self_attn.kv_a_layernorm.weight" in found.partial
+
+
+def test_units_that_are_named_are_divided_like_those_that_are_chosen() -> None:
+    model = Model(Block(), Block())
+    plan = plan_tensor(model, (torch.randn(2, 3, 16),), tp=2, units=("blocks.1",))
+
+    assert plan.sharded_share == 1.0
+    assert set(plan.units) == {"blocks.0", "blocks.1"}

@@ -22,14 +22,33 @@ from torch.utils._pytree import tree_flatten
 
 from shardwise.describe.tensor import UnitPlan
 from shardwise.parallel.tensor.install import shard_unit
-from shardwise.parallel.tensor.instance import Call, Doubled
+from shardwise.parallel.tensor.instance import Call, Doubled, twin
 from shardwise.parallel.tensor.layers import layer_of
+from shardwise.parallel.tensor.reshapes import misfit
 
-__all__ = ["Assignment", "Place", "assignments"]
+__all__ = ["Fit", "Place", "fits"]
 
 Place = tuple[str, str]  # module, attribute (or path)
-Assignment = Mapping[Place, int]
 _MOST_RUNS = 80
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """Attributes with the values of a rank, and the dims of reshapes in `module` that are divided."""
+
+    attributes: Mapping[Place, int] = dataclasses.field(default_factory=dict)
+    module: str = ""
+    dims: tuple[int, ...] = ()
+
+    def applied(self, plan: UnitPlan, tp: int) -> UnitPlan:
+        """`plan` with this fit added to it."""
+        attributes = {**plan.attributes, **{place: (value,) * tp for place, value in self.attributes.items()}}
+        reshapes = {**plan.reshapes, **({self.module: self.dims} if self.dims else {})}
+        return dataclasses.replace(plan, attributes=attributes, reshapes=reshapes)
+
+    @property
+    def _size(self) -> int:
+        return len(self.attributes) + len(self.dims)
 
 
 class Marked(int):
@@ -72,6 +91,9 @@ class _Alone:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
 
 class _Watch(TorchFunctionMode):
     """Notes which marks each function is given, and gives it plain integers."""
@@ -81,6 +103,7 @@ class _Watch(TorchFunctionMode):
         self.calls = 0
         self.given: list[frozenset[Place]] = []  # of the calls that were given marks, in order
         self.failed: frozenset[Place] | None = None
+        self.dims: tuple[int, ...] = ()  # that would make the reshape fit which failed
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -94,7 +117,19 @@ class _Watch(TorchFunctionMode):
         except Exception:
             if self.failed is None:
                 self.failed = marks
+                self.dims = _dims(func, args)
             raise
+
+
+def _dims(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Dims of a failed reshape that may be the divided one, likeliest first: heads before their sizes, widths last."""
+    wrong = misfit(func, args)
+    if wrong is None:
+        return ()
+    sizes, factor = wrong
+    order = list(range(len(sizes)))
+    order = [*order[-2:], *order[:-2]] if len(sizes) > 3 else [*order[-1:], *order[:-1]]
+    return tuple(dim for dim in order if sizes[dim] % factor == 0)
 
 
 def _marks(leaf: object) -> frozenset[Place]:
@@ -110,32 +145,49 @@ class _Try:
     done: bool
     calls: int
     suspects: tuple[Place, ...]
+    dims: tuple[int, ...]  # of the reshape that failed
 
 
-def assignments(unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int) -> Iterator[Assignment]:
-    """Assignments with which rank 0 of the divided `unit` (in float64, real) runs through, likeliest first."""
+def fits(unit: nn.Module, call: Call, plan: UnitPlan, *, module: str, tp: int) -> Iterator[Fit]:
+    """Fits with which rank 0 of the divided `unit` (in float64, real) runs through, likeliest first.
+
+    First attributes alone; then also the reshapes of `module`, which is around the layers that are divided.
+    """
+    yield from _search(unit, call, plan, module, tp, reshapes=False)
+    yield from (fit for fit in _search(unit, call, plan, module, tp, reshapes=True) if fit.dims)
+
+
+def _search(unit: nn.Module, call: Call, plan: UnitPlan, module: str, tp: int, *, reshapes: bool) -> Iterator[Fit]:
+    """Fits that get further before others."""
     values = _integers(unit)
-    queue: list[tuple[tuple[int, ...], int, dict[Place, int]]] = [((0,), 0, {})]
-    known: set[frozenset[tuple[Place, int]]] = set()
+    queue: list[tuple[tuple[int, ...], int, Fit]] = [((0,), 0, Fit(module=module))]
+    known: set[tuple[frozenset[tuple[Place, int]], tuple[int, ...]]] = set()
     runs = 0
     while queue and runs < _MOST_RUNS:
-        _, _, assigned = heapq.heappop(queue)
+        _, _, fit = heapq.heappop(queue)
         runs += 1
-        tried = _try(unit, call, plan, assigned, tp)
+        tried = _try(unit, call, plan, fit, tp)
         if tried.done:
-            yield assigned
-        for order, place in enumerate(tried.suspects):
-            for divisor in (tp, *(d for d in range(2, tp) if tp % d == 0)):
-                if place in assigned or values[place] % divisor:
-                    continue
-                child = {**assigned, place: values[place] // divisor}
-                key = frozenset(child.items())
-                if key in known:
-                    continue
+            yield fit
+        progress = 0 if tried.done else -tried.calls
+        dims = tried.dims if reshapes else ()
+        for unlikely, child in _children(fit, tried.suspects, dims, values, tp):
+            key = (frozenset(child.attributes.items()), child.dims)
+            if key not in known:
                 known.add(key)
-                progress = 0 if tried.done else -tried.calls
-                rank = (progress, len(child), _unlikely(place), order)
-                heapq.heappush(queue, (rank, len(known), child))
+                heapq.heappush(queue, ((progress, child._size, unlikely, len(known)), len(known), child))
+
+
+def _children(
+    fit: Fit, suspects: Sequence[Place], dims: Sequence[int], values: Mapping[Place, int], tp: int
+) -> Iterator[tuple[int, Fit]]:
+    for place in suspects:
+        for divisor in (tp, *(d for d in range(2, tp) if tp % d == 0)):
+            if place not in fit.attributes and values[place] % divisor == 0:
+                attributes = {**fit.attributes, place: values[place] // divisor}
+                yield _unlikely(place), dataclasses.replace(fit, attributes=attributes)
+    for dim in dims:
+        yield 1, dataclasses.replace(fit, dims=(*fit.dims, dim))
 
 
 def _unlikely(place: Place) -> int:
@@ -146,24 +198,25 @@ def _unlikely(place: Place) -> int:
     return 0 if "head" in name or "group" in name else 1
 
 
-def _try(unit: nn.Module, call: Call, plan: UnitPlan, assigned: Assignment, tp: int) -> _Try:
-    divided = {place: (value,) * tp for place, value in assigned.items()}
-    copied = copy.deepcopy(unit)
-    _mark(copied, assigned)
+def _try(unit: nn.Module, call: Call, plan: UnitPlan, fit: Fit, tp: int) -> _Try:
+    copied = twin(unit)
+    _mark(copied)
+    applied = fit.applied(plan, tp)
     watch = _Watch()
     try:
-        shard_unit(copied, dataclasses.replace(plan, attributes=_marked(divided)), _Alone(tp))
+        shard_unit(copied, dataclasses.replace(applied, attributes=_marked(applied.attributes)), _Alone(tp))
         args, kwargs = call.fresh(seed=0)
         with torch.no_grad(), Doubled(), watch:
             copied(*args, **kwargs)
     except Exception:  # whatever a model raises of sizes that do not fit
         recent = [watch.failed or frozenset(), *reversed(watch.given)][:8]
-        return _Try(False, watch.calls, tuple(dict.fromkeys(place for marks in recent for place in sorted(marks))))
+        suspects = tuple(dict.fromkeys(place for marks in recent for place in sorted(marks)))
+        return _Try(False, watch.calls, suspects, watch.dims)
     seen = dict.fromkeys(place for marks in watch.given for place in sorted(marks))
-    return _Try(True, watch.calls, tuple(seen))
+    return _Try(True, watch.calls, tuple(seen), ())
 
 
-def _marked(divided: Mapping[Place, tuple[int, ...]]) -> dict[Place, tuple[Any, ...]]:
+def _marked(divided: Mapping[Place, tuple[Any, ...]]) -> dict[Place, tuple[Any, ...]]:
     return {place: tuple(Marked(v, frozenset({place})) for v in values) for place, values in divided.items()}
 
 
@@ -181,8 +234,8 @@ def _integers(unit: nn.Module) -> dict[Place, int]:
     return found
 
 
-def _mark(unit: nn.Module, assigned: Assignment) -> None:
-    """Every integer of `_integers` that is not assigned remembers its place."""
+def _mark(unit: nn.Module) -> None:
+    """Every integer of `_integers` remembers its place."""
     places = _integers(unit)
     modules = dict(unit.named_modules())
     settings: dict[tuple[str, str], Any] = {}

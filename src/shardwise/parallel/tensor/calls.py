@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
+from shardwise.describe.flow import NodeKind
 from shardwise.parallel.tensor.instance import Call, tensors_of
 from shardwise.trace.capture import capture
 from shardwise.trace.objective import Batch, LossFunction
@@ -35,6 +36,7 @@ class Kind:
     units: list[str]
     calls: list[Call]
     tied: frozenset[str]  # its parameters, by local name, that stand outside of it too
+    foreign: frozenset[str] = frozenset()  # those of its parameters that others read without holding them (glue, say)
 
 
 def kinds_of(
@@ -48,17 +50,18 @@ def kinds_of(
     with _caught(model, caught):
         captured = capture(model, batch, loss=loss, units=units)
     read = _read_outside(captured.tape)
+    readers = _readers(model, captured.tape)
     kinds: dict[tuple[object, ...], Kind] = {}
     for name, module in captured.units.items():
         calls = caught.get(name, {})
         outside = read.get(name, frozenset())
-        tied = _tied(model, name, module)
-        key = (_structure(module), outside, tied, *sorted(calls))
+        tied, foreign = _tied(model, name, module), _foreign(readers, captured.units, module)
+        key = (_structure(module), outside, tied, foreign, *sorted(calls))
         if key in kinds:
             kinds[key].units.append(name)
         else:
             seen = [dataclasses.replace(call, read=outside) for call in calls.values()]
-            kinds[key] = Kind(unit=name, module=module, units=[name], calls=seen, tied=tied)
+            kinds[key] = Kind(unit=name, module=module, units=[name], calls=seen, tied=tied, foreign=foreign)
     return list(kinds.values())
 
 
@@ -68,6 +71,27 @@ def _tied(model: nn.Module, unit: str, module: nn.Module) -> frozenset[str]:
         own[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in own and not name.startswith(f"{unit}.")
+    )
+
+
+def _readers(model: nn.Module, tape: Tape) -> dict[int, set[str]]:
+    """Parameter, by id -> the units that read it; "" is the model's own code between units."""
+    ids = {name: id(parameter) for name, parameter in model.named_parameters()}
+    found: dict[int, set[str]] = {}
+    for node in tape.flow.nodes:
+        for name in node.parameters:
+            found.setdefault(ids[name], set()).add(node.name if node.kind is NodeKind.CALL else "")
+    return found
+
+
+def _foreign(readers: Mapping[int, set[str]], units: Mapping[str, nn.Module], module: nn.Module) -> frozenset[str]:
+    def holds(unit: str, parameter: nn.Parameter) -> bool:
+        return bool(unit) and any(each is parameter for each in units[unit].parameters())
+
+    return frozenset(
+        name
+        for name, parameter in module.named_parameters()
+        if any(not holds(unit, parameter) for unit in readers.get(id(parameter), ()))
     )
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.describe.tensor import Slice
 from shardwise.parallel.tensor.groups import Group, Refused, slice_of_sets
-from shardwise.parallel.tensor.instance import Call, Doubled, random_copy
+from shardwise.parallel.tensor.instance import Call, Doubled, twin
 from shardwise.parallel.tensor.layers import layer_of
 
 __all__ = ["closed_groups", "is_closed"]
@@ -40,14 +40,16 @@ Needs = dict[str, list[list[torch.Tensor]]]  # parameter -> for each rank, masks
 
 def is_closed(module: nn.Module) -> bool:
     """Whether it may be such a module: two and more matrices of its own, no layers inside, not of torch itself."""
-    own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() >= 2]
+    given = [parameter for parameter in module._parameters.values() if parameter is not None]
+    own = [parameter for parameter in given if sum(size > 1 for size in parameter.shape) >= 2]
     plain = type(module).__module__.partition(".")[0] != "torch"
     return plain and len(own) >= 2 and all(layer_of(part) is None for part in module.modules())
 
 
-def closed_groups(unit: nn.Module, call: Call, *, tp: int, seed: int = 0) -> tuple[list[Group], dict[str, str]]:
+def closed_groups(unit: nn.Module, call: Call, *, tp: int) -> tuple[list[Group], dict[str, str]]:
     """A group for every such module of `unit` that divides, and for the others why they do not."""
-    copied = random_copy(unit, seed=seed).train(False)
+    copied = twin(unit)
+    copied.train(False)
     watches = {
         name: _Watch({leaf: p for leaf, p in module._parameters.items() if p is not None}, tp)
         for name, module in copied.named_modules()
@@ -55,7 +57,7 @@ def closed_groups(unit: nn.Module, call: Call, *, tp: int, seed: int = 0) -> tup
     }
     if not watches:
         return [], {}
-    args, kwargs = call.fresh(seed=seed)
+    args, kwargs = call.fresh(seed=0)
     with _watched(copied, watches), Doubled(), torch.enable_grad():
         copied(*args, **kwargs)
     groups: list[Group] = []

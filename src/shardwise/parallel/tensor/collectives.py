@@ -34,6 +34,10 @@ class TensorGroup(Protocol):
         """The sum over the ranks, on every rank. `tensor` is dense and the caller's own: it may be overwritten."""
         ...
 
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of the ranks' elements, place by place. `tensor` may be overwritten."""
+        ...
+
 
 def copy_to(whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """`whole`, read by this rank's part of the work; its gradient is the sum over the ranks."""

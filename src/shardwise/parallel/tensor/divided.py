@@ -13,8 +13,9 @@ import torch.nn as nn
 
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
-from shardwise.parallel.tensor.install import Sharding, shard_unit
+from shardwise.parallel.tensor.install import Sharding, Tied, shard_unit
 from shardwise.parallel.tensor.slices import cut, paste
+from shardwise.trace.placing import named_tensors
 
 __all__ = ["Divided"]
 
@@ -25,8 +26,10 @@ class Divided:
     def __init__(self, model: nn.Module, plan: TensorPlan, group: TensorGroup, units: Collection[str]) -> None:
         self.plan = plan
         self.group = group
+        chosen = {unit: model.get_submodule(unit) for unit in plan.units if unit in units}
+        ties = _ties(chosen)
         self._shardings: dict[str, Sharding] = {
-            unit: shard_unit(model.get_submodule(unit), plan.units[unit], group) for unit in plan.units if unit in units
+            unit: shard_unit(module, plan.units[unit], group, ties) for unit, module in chosen.items()
         }
 
     @property
@@ -73,3 +76,14 @@ class Divided:
         """Forwards and attributes as they were; parameters stay this rank's parts."""
         for sharding in reversed(self._shardings.values()):
             sharding.close()
+
+
+def _ties(units: Mapping[str, nn.Module]) -> dict[int, Tied]:
+    """The tensors that stand in several of these units (an embedding that is also the head)."""
+    first: dict[int, str] = {}
+    ties: dict[int, Tied] = {}
+    for unit, module in units.items():
+        for tensor in named_tensors(module).values():
+            if first.setdefault(id(tensor), unit) != unit:
+                ties[id(tensor)] = Tied(tensor)
+    return ties

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -26,29 +27,44 @@ from shardwise.errors import ModelError
 from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
 from shardwise.parallel.tensor.draws import DividedDraws
 from shardwise.parallel.tensor.layers import bias_shape, layer_of, product, sized_fields
+from shardwise.parallel.tensor.lookup import joined, local_ids
+from shardwise.parallel.tensor.reshapes import Reshaping
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.trace.absent import Absent, absent_parameter
 from shardwise.trace.placing import as_before, named_tensors, replace
 
-__all__ = ["Sharding", "shard_unit"]
+__all__ = ["Sharding", "Tied", "Ties", "shard_unit"]
 
 Forward = Callable[..., Any]
 
 
-def shard_unit(module: nn.Module, plan: UnitPlan, group: TensorGroup) -> Sharding:
+def shard_unit(module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties | None = None) -> Sharding:
     """Make `module` this rank's part of the unit, in place.
 
     Parameters and buffers in `plan.slices` are replaced by their part, with storage of its own; absent, fake and meta
-    ones by one of the local shape without a value, for `trace.placing.place` to fill. Names stay. Raises `ModelError`
-    for a plan that names what the module does not have.
+    ones by one of the local shape without a value, for `trace.placing.place` to fill. Names stay. `ties` are tensors
+    of this unit that other units hold too: they stay one. Raises `ModelError` for a plan that names what the module
+    does not have.
     """
-    return Sharding(module, plan, group)
+    return Sharding(module, plan, group, ties or {})
+
+
+@dataclasses.dataclass(slots=True)
+class Tied:
+    """A tensor of several units: the whole, its part once a unit has cut it, and the whole without values."""
+
+    whole: torch.Tensor
+    part: torch.Tensor | None = None
+    shown: torch.Tensor | None = None
+
+
+Ties = Mapping[int, Tied]  # id of the whole -> what has become of it
 
 
 class Sharding:
     """What `shard_unit` has changed. `off()` shows the unit whole, without values; `close()` takes the changes out."""
 
-    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup) -> None:
+    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties) -> None:
         self.module = module
         self.plan = plan
         self.group = group
@@ -59,7 +75,7 @@ class Sharding:
         self._wholes: dict[str, torch.Tensor] = {}
         self._attributes: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, whole, local
         self._modules = dict(module.named_modules(remove_duplicate=False))
-        self._cut_tensors()
+        self._cut_tensors(ties)
         self._set_attributes()
         self._wrap_forwards()
 
@@ -98,9 +114,10 @@ class Sharding:
 
     # -- tensors and attributes -----------------------------------------------------------------
 
-    def _cut_tensors(self) -> None:
+    def _cut_tensors(self, ties: Ties) -> None:
         here = named_tensors(self.module)
         parts: dict[int, torch.Tensor] = {}
+        cuts: dict[int, Tied] = {}
         for name, part in self.plan.slices.items():
             if name not in here:
                 raise ModelError(f"a plan names tensors of its unit: {type(self.module).__name__} has no {name!r}")
@@ -110,9 +127,11 @@ class Sharding:
                     f"a plan fits its unit: {name} has {whole.shape[part.dim]} elements along dim {part.dim} on "
                     f"{self.group.size} ranks, and the plan divides {part.size} among {part.num_ranks}"
                 )
-            if id(whole) not in parts:
-                parts[id(whole)] = as_before(whole, _part(whole, part, self.group.rank, name))
-            self._wholes[name] = _without_values(name, whole)
+            tied = ties.get(id(whole)) or cuts.setdefault(id(whole), Tied(whole))
+            if tied.part is None or tied.shown is None:
+                tied.part = as_before(whole, _part(whole, part, self.group.rank, name))
+                tied.shown = _without_values(name, whole)
+            parts[id(whole)], self._wholes[name] = tied.part, tied.shown
             self._set_fields(name, part)
         replace(self.module, parts)
 
@@ -151,7 +170,8 @@ class Sharding:
 
     def _wrap_forwards(self) -> None:
         plan = self.plan
-        for name in dict.fromkeys((*plan.copies, *plan.reduces, *plan.gathers, *plan.forks)):
+        wrapped = (*plan.copies, *plan.reduces, *plan.gathers, *plan.forks, *plan.joins, *plan.lookups)
+        for name in dict.fromkeys(wrapped):
             module = self._module(name)
             body = module.forward
             if name in plan.reduces:
@@ -165,7 +185,13 @@ class Sharding:
                 body = self._gathering(body, plan.gathers[name])
             if name in plan.forks:
                 body = self._forking(body)
+            if name in plan.joins:
+                body = self._joining(body, plan.joins[name])
+            if name in plan.lookups:
+                body = self._looking_up(body, plan.slices[f"{name}.weight" if name else "weight"])
             self._wrap(module, body)
+        for name, dims in plan.reshapes.items():
+            self._wrap(self._module(name), _reshaping(self._module(name).forward, dims))
         if len(plan.copies) > 1 or plan.inputs or plan.outputs or plan.draws:
             self._wrap(self.module, self._entered(self.module.forward))
 
@@ -216,6 +242,19 @@ class Sharding:
 
         return forward
 
+    def _joining(self, body: Forward, part: Slice) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return gather_from(body(*args, **kwargs), part, self.group)
+
+        return forward
+
+    def _looking_up(self, body: Forward, part: Slice) -> Forward:
+        def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            own, elsewhere = local_ids(ids, part, self.group.rank)
+            return joined(body(own, *args, **kwargs), elsewhere, self.group)
+
+        return forward
+
     def _forking(self, body: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return copy_to(body(*args, **kwargs), self.group)
@@ -263,6 +302,14 @@ class Sharding:
         for number, part in self.plan.outputs.items():
             leaves[tensors[number]] = gather_from(leaves[tensors[number]], part, self.group)
         return tree_unflatten(leaves, spec)
+
+
+def _reshaping(body: Forward, dims: tuple[int, ...]) -> Forward:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with Reshaping(dims):
+            return body(*args, **kwargs)
+
+    return forward
 
 
 def _zeroed(module: nn.Module, names: list[str], body: Forward) -> Forward:

@@ -16,9 +16,9 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardwise.trace.placing import named_tensors
+from shardwise.trace.placing import held_tensors, named_tensors
 
-__all__ = ["Call", "Doubled", "random_copy"]
+__all__ = ["Call", "Doubled", "random_copy", "tensors_of", "twin"]
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -90,6 +90,18 @@ def random_copy(unit: nn.Module, *, seed: int = 0) -> nn.Module:
             memo[id(tensor)] = _random_parameter(tensor, generator)
         elif tensor.is_floating_point():
             memo[id(tensor)] = _near(tensor, generator)
+    for module in unit.modules():
+        for _, leaves, _ in held_tensors(module):
+            held = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in memo}
+            memo.update({key: leaf.detach().clone() for key, leaf in held.items()})
+    return copy.deepcopy(unit, memo)
+
+
+def twin(unit: nn.Module) -> nn.Module:
+    """A copy of a real `unit` that shares the memory of its parameters, with gradients of its own."""
+    memo: dict[int, Any] = {}
+    for parameter in unit.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     return copy.deepcopy(unit, memo)
 
 
@@ -123,10 +135,22 @@ class Doubled(TorchFunctionMode):
         if func is torch._grouped_mm and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **(kwargs or {}))  # no kernel for float64
         kwargs = {key: _doubled(value) for key, value in kwargs.items()} if kwargs else {}
+        if (
+            func in _MAKERS
+            and kwargs.get("dtype") is None
+            and not (func in _OF_VALUES and not _has_float(args, kwargs))
+        ):
+            kwargs["dtype"] = torch.float64
         return func(*[_doubled(value) for value in args], **kwargs)
 
 
 _CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+_OF_VALUES = frozenset({torch.tensor, torch.full, torch.arange})  # whose type follows the values that they are given
+_MAKERS = frozenset({torch.zeros, torch.ones, torch.empty, torch.linspace, *_OF_VALUES})
+
+
+def _has_float(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(leaf, float) for leaf in tree_flatten((args, kwargs))[0])
 
 
 def _doubled(value: Any) -> Any:

@@ -9,7 +9,7 @@ __all__ = ["ProcessTensorGroup"]
 
 
 class ProcessTensorGroup:
-    """A `TensorGroup` over a process group of which this process is a member. Counts the bytes that it sums."""
+    """A `TensorGroup` over a process group of which this process is a member. Counts the bytes that it reduces."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -29,4 +29,10 @@ class ProcessTensorGroup:
         """The sum over the ranks, in place."""
         self.reduced_bytes += tensor.numel() * tensor.element_size()
         dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest elements, in place."""
+        self.reduced_bytes += tensor.numel() * tensor.element_size()
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor

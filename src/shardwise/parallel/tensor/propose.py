@@ -35,13 +35,15 @@ def plan_of(unit: nn.Module, groups: Sequence[Group], call: Call, *, tp: int) ->
         for name, part in group.tensors.items():
             slices.update(_buffers_beside(modules, name, part))
         inputs.update({names[place]: part for place, part in group.arguments.items() if place in names})
+    once = frozenset(name for group in groups for name in group.once)
     return UnitPlan(
         copies=tuple(c for group in groups for c in (*group.columns, *group.closed) if c not in group.forked),
         forks=tuple(sorted(name for group in groups for name in group.forks)),
         reduces=tuple(row for group in groups for row in (*group.rows, *group.closed)),
         gathers={name: part for group in groups for name, part in group.gathers.items()},
         slices=slices,
-        once=frozenset(name for group in groups for name in group.once),
+        partial=once,
+        once=once,
         inputs=inputs,
     )
 

@@ -7,7 +7,6 @@ the plan, which is then proven again. Knows plans; refuses to guess.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.install import shard_unit
-from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of
+from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.slices import paste
 from shardwise.parallel.tensor.sums import sum_partial
 from shardwise.parallel.tensor.threads import on_threads
@@ -56,11 +55,11 @@ def prove(
 ) -> tuple[UnitPlan, float]:
     """The plan that is proven, and the largest relative error of its proof.
 
-    `unit` is real, in float64; it is copied. With `complete` the plan is completed by what the comparison shows,
+    `unit` is real, in float64; it is left as it is. With `complete` the plan is completed by what the comparison shows,
     without it is taken as it is. Raises `Difference` where it is not equal to the whole, or whatever the divided unit
     raises.
     """
-    whole = _run(copy.deepcopy(unit).train(training), call, None, None, seed)
+    whole = _run(_own(unit, training), call, None, None, seed)
     for _ in range(_ROUNDS):
         given = plan
         parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed))  # noqa: B023
@@ -72,9 +71,15 @@ def prove(
 
 
 def _divided(unit: nn.Module, call: Call, plan: UnitPlan, group: TensorGroup, training: bool, seed: int) -> _Run:
-    copied = copy.deepcopy(unit).train(training)
+    copied = _own(unit, training)
     shard_unit(copied, plan, group)
     return _run(copied, call, plan, group, seed)
+
+
+def _own(unit: nn.Module, training: bool) -> nn.Module:
+    copied = twin(unit)
+    copied.train(training)  # some models' own `train` returns nothing
+    return copied
 
 
 def _run(unit: nn.Module, call: Call, plan: UnitPlan | None, group: TensorGroup | None, seed: int) -> _Run:
@@ -267,7 +272,7 @@ def _error(what: str, a: torch.Tensor | None, b: torch.Tensor | None, scale: flo
     if not torch.equal(finite, a.isfinite()):
         raise Difference(f"{what} is not finite on both sides")
     a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
-    against = max(float(b.norm()), 1e-3 * scale * b.numel() ** 0.5, 1e-30)
+    against = max(float(b.norm()), 1e-3 * scale * math.sqrt(b.numel()), 1e-30)
     error = float((a - b).norm()) / against
     if not error <= TOLERANCE:
         raise Difference(f"{what} differs by {error:.1e}")

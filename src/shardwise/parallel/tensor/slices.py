@@ -7,6 +7,7 @@ A dim that is a multiple of the slice's size is counted as (others × size): bat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,18 @@ import torch
 from shardwise.describe.tensor import Ranges, Slice
 from shardwise.errors import DataflowError
 
-__all__ = ["cut", "local_shape", "paste", "whole_shape"]
+__all__ = ["cut", "local_shape", "paste", "spread", "whole_shape"]
+
+
+def spread(dim: int, size: int, ranks: int) -> Slice:
+    """One run of indices for each rank, in order; sizes differ by one at most (an odd vocabulary, say).
+
+        7 among 3 ranks:  0 1 │ 2 3 │ 4 5 6
+
+    Raises `LayoutError` where there are fewer indices than ranks.
+    """
+    starts = [rank * size // ranks for rank in range(ranks + 1)]
+    return Slice(dim=dim, size=size, ranges=tuple(((a, b),) for a, b in itertools.pairwise(starts)))
 
 
 def local_shape(shape: Sequence[int], part: Slice, rank: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from shardwise.parallel.tensor.instance import Call, Doubled, random_copy, tensors_of
+from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.layers import layer_of
 
 __all__ = ["Leaf", "Sink", "Supports", "supports"]
@@ -68,14 +68,21 @@ class _Seen:
     out: Any = None
 
 
-def supports(unit: nn.Module, call: Call, *, tp: int, cut_at: frozenset[str] = frozenset(), seed: int = 0) -> Supports:
-    """Run `call` once on a random copy of `unit` and read off the dependencies for `tp` ranks.
+def supports(
+    unit: nn.Module,
+    call: Call,
+    *,
+    tp: int,
+    cut_at: frozenset[str] = frozenset(),
+) -> Supports:
+    """Run `call` once and read off the dependencies for `tp` ranks. `unit` is real, in float64; it is left as it is.
 
     `cut_at` are further modules behind which the graph is cut, as if they were layers.
     """
-    copied = random_copy(unit, seed=seed).train(False)
+    copied = twin(unit)
+    copied.train(False)
     leaves = _named_leaves(copied)
-    args, kwargs = call.fresh(seed=seed, all_gradients=True)
+    args, kwargs = call.fresh(seed=0, all_gradients=True)
     for place, tensor in enumerate(tensors_of((args, kwargs))):
         if tensor.requires_grad:
             leaves[Leaf(kind="argument", name=str(place))] = tensor
@@ -121,6 +128,8 @@ def _cutting(name: str, body: Callable[..., Any], seen: _Seen) -> Callable[..., 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             out = body(x, *args, **kwargs)
+        if not isinstance(out, torch.Tensor):
+            return body(x, *args, **kwargs)  # no plain layer (a router that is a subclass of one)
         leaf = out.detach().requires_grad_(True)
         seen.calls.append((name, x, leaf))
         return leaf * 1  # what is behind may write into it

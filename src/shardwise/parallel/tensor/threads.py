@@ -35,6 +35,15 @@ class ThreadGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum in the order of the ranks, so the same bits on each."""
+        return self._combined(tensor, torch.Tensor.add_)
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest elements."""
+        return self._combined(tensor, lambda total, other: torch.maximum(total, other, out=total))
+
+    def _combined(
+        self, tensor: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         self._slots[self._rank] = tensor.detach()
         self._barrier.wait(_DEADLINE_SECONDS)
         given = [slot for slot in self._slots if slot is not None]
@@ -42,7 +51,7 @@ class ThreadGroup:
             raise ValueError(f"ranks sum tensors of one shape, and these have {[tuple(s.shape) for s in given]}")
         total = given[0].clone()
         for other in given[1:]:
-            total += other
+            total = combine(total, other)
         self._barrier.wait(_DEADLINE_SECONDS)  # until all have read, nobody puts the next one into the slots
         return total
 
