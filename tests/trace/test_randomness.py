@@ -179,6 +179,14 @@ def test_a_generator_of_the_user_is_followed() -> None:
     assert torch.equal(drawn, torch.rand(8, generator=torch.Generator().manual_seed(5)))
 
 
+def test_no_generator_said_aloud_is_no_generator() -> None:
+    with RandomMode(scope(samples=range(4))):
+        aloud = torch.randn(4, 3, generator=None)
+    with RandomMode(scope(samples=range(4))):
+        silent = torch.randn(4, 3)
+    assert torch.equal(aloud, silent)
+
+
 def test_dropout_keeps_with_the_right_probability_and_scale() -> None:
     with RandomMode(scope()):
         y = F.dropout(torch.ones(8, 5000), 0.25)

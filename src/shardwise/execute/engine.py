@@ -6,6 +6,7 @@ receives where the row says, and hands values between two stages of one rank wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence

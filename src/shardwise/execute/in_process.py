@@ -15,6 +15,7 @@ import torch.nn as nn
 from shardwise.execute.stage import StageRun, programme
 from shardwise.parallel.hold import hold
 from shardwise.plan.cut import Cut
+from shardwise.trace.capture import own
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import Batch, LossFunction, objective
 from shardwise.trace.randomness import Scope
@@ -73,7 +74,8 @@ def run_in_process(
                     scope=scope,
                     checked=checked,
                 )
-                out = runs[stage].forward(lambda: objective(model, batch, loss), switch)
+                inputs = own(batch)  # glue may write into it in place
+                out = runs[stage].forward(lambda inputs=inputs: objective(model, inputs, loss), switch)  # type: ignore[misc]
             if stage == cut.loss_stage:
                 value_of_loss = out
         assert value_of_loss is not None

@@ -239,7 +239,7 @@ class Program:
         _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
         if self._gradients is not None and backward:
             self._gradients.finish()
-        if self.divided is not None and backward:
+        if self.divided is not None and self.divided.shares and backward:
             self.divided.sum_shared(self.parameters)
         for flow in flows:
             flow.met += 1

@@ -82,7 +82,7 @@ def with_generator(func: OpOverload, args: _Arguments, kwargs: _Keywords, genera
             f"{func} cannot be given a generator, so its numbers would depend on the layout; "
             "use an unfused version of this operation, or one without dropout"
         )
-    return accepting(*args, **kwargs, generator=generator)
+    return accepting(*args, **{**kwargs, "generator": generator})
 
 
 @cache
