@@ -112,9 +112,19 @@ class StepResult:
 
 
 class _MeanLoss:
-    """The mean loss of a step, summed over all ranks while the last backwards run."""
+    """The mean loss of a step, summed over all ranks: behind the step through `group`, which costs next to nothing, or
+    while the last backwards run."""
 
-    def __init__(self, factors: Sequence[float], *, device: torch.device, alone: bool, shards: int) -> None:
+    def __init__(
+        self,
+        factors: Sequence[float],
+        *,
+        device: torch.device,
+        alone: bool,
+        shards: int,
+        group: SameHostGroup | None = None,
+    ) -> None:
+        self._group = group
         self._factors = [factor / shards for factor in factors]  # every shard of a stage knows the same losses
         self._alone = alone
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -126,10 +136,13 @@ class _MeanLoss:
         if weighed:
             factors = torch.tensor([self._factors[m] for m in weighed], dtype=torch.float64, device=self._sum.device)
             self._sum = torch.stack(list(weighed.values())).to(factors).dot(factors)
-        if not self._alone:
+        if not self._alone and self._group is None:
             self._pending = dist.all_reduce(self._sum, async_op=True)
 
     def wait(self) -> float:
+        """The sum. Behind everything that the step sends: messages of a pair of ranks keep their order."""
+        if self._group is not None:
+            self._group.all_reduce(self._sum)
         if self._pending is not None:
             self._pending.wait()
         return float(self._sum.item())
@@ -154,8 +167,10 @@ class Program:
         cut: Cut,
         stack: contextlib.ExitStack,
         divided: Divided | None = None,
+        everyone: SameHostGroup | None = None,
     ) -> None:
         self.model = model
+        self._everyone = everyone
         self.divided = divided
         self.tape = tape
         self.cut = cut
@@ -235,7 +250,9 @@ class Program:
         gradients = self._gradients
         arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
         factors = [work.factor for work in works]
-        mean = _MeanLoss(factors, device=self._engine_device, alone=self._world == 1, shards=self.place.tp)
+        mean = _MeanLoss(
+            factors, device=self._engine_device, alone=self._world == 1, shards=self.place.tp, group=self._everyone
+        )
         _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
         if self._gradients is not None and backward:
             self._gradients.finish()
@@ -378,6 +395,7 @@ def build(
         cut=cut,
         stack=stack,
         divided=divided,
+        everyone=_everyone(place, same_host),
     )
 
 
@@ -419,6 +437,15 @@ def _divided(
     divided = Divided(model, tensor, _tensor_group(place, mine, same_host), units)
     stack.callback(divided.close)
     return divided
+
+
+def _everyone(place: Place, same_host: SameHostTransport | None) -> SameHostGroup | None:
+    """All ranks, where they are one pipeline on one host; collective."""
+    if same_host is None or place.dp * place.tp > 1:  # on every rank
+        return None
+    connected = torch.tensor(len(same_host.connected) == place.pp - 1, dtype=torch.int64)
+    dist.all_reduce(connected, op=dist.ReduceOp.MIN)
+    return SameHostGroup(same_host, range(place.pp), place.rank) if connected.item() else None
 
 
 def _tensor_group(place: Place, group: dist.ProcessGroup, same_host: SameHostTransport | None) -> TensorGroup:
