@@ -63,7 +63,11 @@ def test_a_figure_is_the_median_of_the_slower_ranks_paired_ratios() -> None:
         ("decoder", "512"): {OURS: ours, DTENSOR: theirs, MEGATRON: theirs, MEGATRON_WORDS: ours},
         ("llama", "512"): {OURS: ours, TRANSFORMERS: ours},
     }
-    memory = {OURS: [(90, 10), (80, 10)], DTENSOR: [(100, 10), (100, 10)], MEGATRON_WORDS: [(100, 10), (50, 10)]}
+    memory = {
+        OURS: [(90, 1, 95), (80, 1, 95)],
+        DTENSOR: [(100, 1, 95)] * 2,
+        MEGATRON_WORDS: [(100, 1, 95), (50, 1, 95)],
+    }
     assert _figures(measured, memory) == {
         "h256_vs_dtensor": None,
         "h512_vs_dtensor": 0.5,

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import transformers as hf
 
 from shardwise.describe.tensor import TensorPlan, UnitPlan
+from shardwise.errors import ModelError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.check_plan import check_plan
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.instance import Call, random_copy
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -248,3 +250,22 @@ def test_a_tie_between_the_first_and_the_last_stage(rank: RankContext) -> None:
 @on_ranks(4)
 def test_a_large_tied_vocabulary_whose_gradients_are_summed_in_place(rank: RankContext) -> None:
     assert_equal_to_one_device(rank, Layout(tp=4, micro_batches=2), tied=True, vocabulary=4099, width=32)
+
+
+# -- given plans --------------------------------------------------------------------------------
+
+
+def test_a_found_plan_of_a_tied_model_is_also_one_that_may_be_given() -> None:
+    model = Reader(tied=True)
+    plan = planned(model)
+
+    assert check_plan(model, (IDS,), plan).slice_of("head.weight") == plan.slice_of("embed.weight")
+
+
+def test_a_given_plan_that_divides_one_end_of_a_tie_is_refused() -> None:
+    model = Reader(tied=True)
+    plan = planned(model)
+    one_end = dataclasses.replace(plan, units={"embed": plan.units["embed"]})
+
+    with pytest.raises(ModelError, match="embed.weight is tied to head.weight, and the plan divides them differently"):
+        check_plan(model, (IDS,), one_end)

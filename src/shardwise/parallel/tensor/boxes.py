@@ -1,6 +1,6 @@
 """Where the parts of a divided tensor lie in the whole: boxes that checkpoints name. Pure arithmetic on sizes.
 
-    whole  q0 q1 k0 k1 v0 v1      rank 1:  (whole 1, own 0, length 1)  (whole 3, own 1, length 1)  (whole 5, own 2, …)
+whole  q0 q1 k0 k1 v0 v1      rank 1:  (whole 1, own 0, length 1)  (whole 3, own 1, length 1)  (whole 5, own 2, …)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from shardwise.errors import ModelError, ShardwiseError
 from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.prove import Difference, prove
+from shardwise.parallel.tensor.ties import names_of
 from shardwise.trace.objective import Batch, LossFunction
 
 __all__ = ["check_plan"]
@@ -32,6 +33,8 @@ def check_plan(
     proofs: dict[tuple[str, str], str] = {}
     proven: dict[str, UnitPlan] = {}
     for unit, given in plan.units.items():
+        _refuse_torn(model, unit, given, kinds.get(unit), plan)
+    for unit, given in plan.units.items():
         if unit not in kinds or not kinds[unit].calls:
             known = ", ".join(kinds)
             raise ModelError(f"a plan divides units that the batch runs through: {unit!r} is none; there are {known}")
@@ -42,10 +45,23 @@ def check_plan(
     return dataclasses.replace(plan, units=proven)
 
 
+def _refuse_torn(model: nn.Module, unit: str, given: UnitPlan, kind: Kind | None, plan: TensorPlan) -> None:
+    """A tied tensor is divided alike under all of its names, and what others read is not divided."""
+    holders = names_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for local, part in given.slices.items():
+        name = f"{unit}.{local}"
+        for other in holders.get(id(parameters[name]), ()) if name in parameters else ():
+            if plan.slice_of(other) != part:
+                raise ModelError(
+                    f"a divided parameter is divided alike under all of its names: {name} is tied to {other}, and the "
+                    "plan divides them differently; leave both whole"
+                )
+        if kind is not None and local in kind.foreign:
+            raise ModelError(f"a divided parameter is read in its unit: {name} is read outside of it; leave it whole")
+
+
 def _proof(unit: str, kind: Kind, given: UnitPlan, tp: int) -> str:
-    tied = sorted(name for name in given.slices if name in kind.tied)
-    if tied:
-        raise ModelError(f"a divided parameter stands in one unit: {unit}.{tied[0]} is tied to another; leave it whole")
     copied, worst = random_copy(kind.module), 0.0
     for training in (True, False):
         for seed, call in enumerate(kind.calls):

@@ -13,23 +13,36 @@ import torch.nn as nn
 
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
-from shardwise.parallel.tensor.install import Sharding, Tied, shard_unit
+from shardwise.parallel.tensor.install import Sharding, shard_unit
 from shardwise.parallel.tensor.slices import cut, paste
-from shardwise.trace.placing import named_tensors
+from shardwise.parallel.tensor.ties import ties_between
 
 __all__ = ["Divided"]
 
 
 class Divided:
-    """The units `units` of `model`, divided in place as `plan` says; the others are left alone."""
+    """The units `units` of `model`, divided in place as `plan` says; the others are left alone.
 
-    def __init__(self, model: nn.Module, plan: TensorPlan, group: TensorGroup, units: Collection[str]) -> None:
+    With `keep_logits` heads give `DividedLogits`: whoever sends one to another process makes it whole before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: TensorPlan,
+        group: TensorGroup,
+        units: Collection[str],
+        *,
+        keep_logits: bool = False,
+    ) -> None:
         self.plan = plan
         self.group = group
+        self.shares = any(part.shared for unit in plan.units.values() for part in unit.slices.values())
         chosen = {unit: model.get_submodule(unit) for unit in plan.units if unit in units}
-        ties = _ties(chosen)
+        ties = ties_between(chosen)
         self._shardings: dict[str, Sharding] = {
-            unit: shard_unit(module, plan.units[unit], group, ties) for unit, module in chosen.items()
+            unit: shard_unit(module, plan.units[unit], group, ties, keep_logits=keep_logits)
+            for unit, module in chosen.items()
         }
 
     @property
@@ -76,14 +89,3 @@ class Divided:
         """Forwards and attributes as they were; parameters stay this rank's parts."""
         for sharding in reversed(self._shardings.values()):
             sharding.close()
-
-
-def _ties(units: Mapping[str, nn.Module]) -> dict[int, Tied]:
-    """The tensors that stand in several of these units (an embedding that is also the head)."""
-    first: dict[int, str] = {}
-    ties: dict[int, Tied] = {}
-    for unit, module in units.items():
-        for tensor in named_tensors(module).values():
-            if first.setdefault(id(tensor), unit) != unit:
-                ties[id(tensor)] = Tied(tensor)
-    return ties

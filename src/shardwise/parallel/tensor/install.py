@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -25,46 +24,44 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import ModelError
 from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
+from shardwise.parallel.tensor.divided_logits import DividedLogits
 from shardwise.parallel.tensor.draws import DividedDraws
 from shardwise.parallel.tensor.layers import bias_shape, layer_of, product, sized_fields
 from shardwise.parallel.tensor.lookup import joined, local_ids
 from shardwise.parallel.tensor.reshapes import Reshaping
 from shardwise.parallel.tensor.slices import cut, local_shape
+from shardwise.parallel.tensor.ties import Tied, Ties
 from shardwise.trace.absent import Absent, absent_parameter
 from shardwise.trace.placing import as_before, named_tensors, replace
 
-__all__ = ["Sharding", "Tied", "Ties", "shard_unit"]
+__all__ = ["Sharding", "shard_unit"]
 
 Forward = Callable[..., Any]
 
 
-def shard_unit(module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties | None = None) -> Sharding:
+def shard_unit(
+    module: nn.Module,
+    plan: UnitPlan,
+    group: TensorGroup,
+    ties: Ties | None = None,
+    *,
+    keep_logits: bool = False,
+) -> Sharding:
     """Make `module` this rank's part of the unit, in place.
 
     Parameters and buffers in `plan.slices` are replaced by their part, with storage of its own; absent, fake and meta
     ones by one of the local shape without a value, for `trace.placing.place` to fill. Names stay. `ties` are tensors
-    of this unit that other units hold too: they stay one. Raises `ModelError` for a plan that names what the module
-    does not have.
+    of this unit that other units hold too: they stay one. With `keep_logits` outputs in parts are `DividedLogits`,
+    joined when somebody reads them. Raises `ModelError` for a plan that names what the module does not have.
     """
-    return Sharding(module, plan, group, ties or {})
-
-
-@dataclasses.dataclass(slots=True)
-class Tied:
-    """A tensor of several units: the whole, its part once a unit has cut it, and the whole without values."""
-
-    whole: torch.Tensor
-    part: torch.Tensor | None = None
-    shown: torch.Tensor | None = None
-
-
-Ties = Mapping[int, Tied]  # id of the whole -> what has become of it
+    return Sharding(module, plan, group, ties or {}, keep_logits)
 
 
 class Sharding:
     """What `shard_unit` has changed. `off()` shows the unit whole, without values; `close()` takes the changes out."""
 
-    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties) -> None:
+    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties, keep_logits: bool) -> None:
+        self.keep_logits = keep_logits
         self.module = module
         self.plan = plan
         self.group = group
@@ -244,7 +241,9 @@ class Sharding:
 
     def _joining(self, body: Forward, part: Slice) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return gather_from(body(*args, **kwargs), part, self.group)
+            local = body(*args, **kwargs)
+            keep = self.keep_logits
+            return DividedLogits(local, part, self.group) if keep else gather_from(local, part, self.group)
 
         return forward
 

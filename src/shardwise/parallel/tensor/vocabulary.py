@@ -19,6 +19,7 @@ from shardwise.describe.tensor import UnitPlan
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.prove import Difference
 from shardwise.parallel.tensor.prove_vocabulary import is_head, is_table, local_names, prove_layers
+from shardwise.parallel.tensor.ties import names_of
 
 __all__ = ["Vocabularies", "vocabularies"]
 
@@ -87,9 +88,9 @@ def _layers(kind: Kind, plan: UnitPlan, sizes: Collection[int], *, lone: bool) -
     """Tables, and heads of one of these sizes, that a unit's plan leaves whole; with `lone` only the unit itself."""
     modules = [("", kind.module)] if lone else kind.module.named_modules()
     for name, module in modules:
-        if is_table(module) or (is_head(module) and module.get_parameter("weight").shape[0] in sizes):
-            if _weight_of(name) not in plan.slices and name not in plan.reduces:
-                yield name, module
+        whole = _weight_of(name) not in plan.slices and name not in plan.reduces
+        if whole and (is_table(module) or (is_head(module) and module.get_parameter("weight").shape[0] in sizes)):
+            yield name, module
 
 
 def _in_list(model: nn.Module, unit: str) -> bool:
@@ -106,13 +107,13 @@ def _drop_untied(
     model: nn.Module, kinds: Sequence[Kind], layers: dict[Layer, nn.Module], reasons: dict[Layer, str], tp: int
 ) -> None:
     """Drop layers whose tensors somebody holds or reads whole, until none is left."""
-    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    holders = names_of(model)
     while True:
         names = _names_when_divided(model, kinds, layers)
         dropped = {
             layer: why
             for layer in layers
-            if (why := _why_whole(model, kinds[layer[0]], layer[1], names, canonical, tp)) is not None
+            if (why := _why_whole(model, kinds[layer[0]], layer[1], names, holders, tp)) is not None
         }
         reasons.update(dropped)
         for layer in dropped:
@@ -132,7 +133,7 @@ def _names_when_divided(model: nn.Module, kinds: Sequence[Kind], layers: Collect
 
 
 def _why_whole(
-    model: nn.Module, kind: Kind, layer: str, names: Collection[str], canonical: Mapping[int, str], tp: int
+    model: nn.Module, kind: Kind, layer: str, names: Collection[str], holders: Mapping[int, list[str]], tp: int
 ) -> str | None:
     rows = kind.module.get_submodule(layer).get_parameter("weight").shape[0]
     if rows < tp:
@@ -143,17 +144,7 @@ def _why_whole(
             local = next(key for key, each in module.named_parameters() if each is parameter)
             if local in kind.foreign:
                 return f"{unit}.{local} is read by code outside of its unit"
-            holders = [key for key, each in model.named_parameters(remove_duplicate=False) if each is parameter]
-            whole = [key for key in holders if key not in names and _is_first_path(model, key)]
-            if whole or canonical[id(parameter)] not in names:
-                other = whole[0] if whole else canonical[id(parameter)]
-                return f"its {name} is tied to {other}, which stays whole"
+            whole = [key for key in holders[id(parameter)] if key not in names]
+            if whole:
+                return f"its {name} is tied to {whole[0]}, which stays whole"
     return None
-
-
-def _is_first_path(model: nn.Module, name: str) -> bool:
-    """Whether the module that holds the tensor has this name, and is not only reached by it too."""
-    owner = name.rpartition(".")[0]
-    module = model.get_submodule(owner)
-    first: str = next(path for path, each in model.named_modules() if each is module)
-    return first == owner
