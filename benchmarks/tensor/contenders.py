@@ -17,8 +17,8 @@ from torch.distributed.tensor.placement_types import Shard
 
 from benchmarks.tensor.counted import Counted
 from benchmarks.tensor.megatron_peer import MegatronDecoder
-from benchmarks.tensor.model import Shape, batch_of, decoder_of, llama_of, loss_of
-from benchmarks.tensor.transformers_peer import parallel_llama
+from benchmarks.tensor.model import Shape, batch_of, decoder_of, loss_of
+from benchmarks.tensor.transformers_peer import llama_of, parallel_llama
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.execute.weights import weigher
@@ -165,7 +165,7 @@ CONTENDERS: Mapping[str, Maker] = {
     DTENSOR: _dtensor,
     MEGATRON: lambda model, shape, rank: Megatron(model, shape, rank, vocabulary=False),
     MEGATRON_WORDS: lambda model, shape, rank: Megatron(model, shape, rank, vocabulary=True),
-    TRANSFORMERS: lambda model, shape, rank: Plain(parallel_llama(model, rank), rank),
+    TRANSFORMERS: lambda model, shape, rank: Plain(parallel_llama(model), rank),
 }
 MODELS: Mapping[str, tuple[Callable[[Shape], nn.Module], tuple[str, ...]]] = {
     "decoder": (decoder_of, (OURS, DTENSOR, MEGATRON, MEGATRON_WORDS)),

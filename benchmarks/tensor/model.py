@@ -1,4 +1,4 @@
-"""The models of this benchmark, their shapes and batches. Knows no parallelism."""
+"""The decoder of this benchmark, shapes and batches. Knows no parallelism."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 __all__ = [
     "SHAPES",
@@ -16,7 +15,6 @@ __all__ = [
     "attended",
     "batch_of",
     "decoder_of",
-    "llama_of",
     "loss_of",
     "needed_bytes",
     "vocabulary_bytes",
@@ -165,23 +163,6 @@ def decoder_of(shape: Shape) -> nn.Module:
     """A `Decoder`, the same on every rank."""
     torch.manual_seed(0)
     return Decoder(shape)
-
-
-def llama_of(shape: Shape) -> nn.Module:
-    """transformers' Llama in the sizes of a shape, the same on every rank."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.sequence,
-        use_cache=False,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
 
 
 def batch_of(shape: Shape) -> dict[str, torch.Tensor]:

@@ -76,8 +76,9 @@ def timed_steps(context: RankContext, model: str, names: Sequence[str], shape: S
     return {name: Timed(seconds=tuple(seconds[name]), nbytes=nbytes[name]) for name in names}
 
 
-def peak_bytes(context: RankContext, model: str, name: str, shape: Shape) -> tuple[int, int]:
-    """The peak resident set of this process in steps of one contender, and what it was before the model was made."""
+def peak_bytes(context: RankContext, model: str, name: str, shape: Shape) -> tuple[int, int, int]:
+    """The peak resident set of this process in steps of one contender; what was resident before the model was made;
+    and the peak until the steps began: the whole model, and what is needed to divide it."""
     torch.set_num_threads(1)
     _trim()
     before = _status("VmRSS")
@@ -86,10 +87,11 @@ def peak_bytes(context: RankContext, model: str, name: str, shape: Shape) -> tup
     for _ in range(WARM_UP_STEPS + 1):
         _timed(contender, batch)
     _trim()
+    making = _status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # puts VmHWM back to what is resident now
     for _ in range(MEMORY_STEPS):
         _timed(contender, batch)
-    return _status("VmHWM"), before
+    return _status("VmHWM"), before, making
 
 
 def _of_one_process(model: nn.Module, batch: Tensors) -> tuple[float, dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from benchmarks.tensor.contenders import DTENSOR, MEGATRON, MEGATRON_WORDS, MODELS, OURS, TRANSFORMERS
 from benchmarks.tensor.model import SHAPES, needed_bytes
@@ -41,7 +41,9 @@ PRELOAD = (
 
 Case = tuple[str, str]  # model, shape
 Measured = Mapping[str, Sequence[Timed]]  # contender -> of its two ranks
-Peaks = Mapping[str, Sequence[tuple[int, int]]]  # contender -> of its two ranks: peak, before the model
+Peaks = Mapping[
+    str, Sequence[tuple[int, int, int]]
+]  # contender -> of its two ranks: peak, before the model, while made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or _file(record["date"], quick=options.quick)
     output.write_text(json.dumps(record, indent=1) + "\n")
     for case in memory_case:
-        print(f"peak resident set of the ranks, {' '.join(case)} (MiB; rise above the process without a model)")
+        print(f"peak resident set of the ranks, {' '.join(case)} (MiB; rise over no model; peak until then)")
     for name, peaks in memory.items():
-        print(f"  {name:20}", "  ".join(f"{p / 2**20:7.1f} (+{(p - b) / 2**20:.1f})" for p, b in peaks))
+        print(f"  {name:20}", "  ".join(_mebibytes(*peak) for peak in peaks))
     print(f"written to {output}")
     print(json.dumps(figures))
 
@@ -118,9 +120,13 @@ def _measured(starter: RankStarter, case: Case, names: Sequence[str], rounds: in
     return measured
 
 
-def _memory(starter: RankStarter, case: Case, name: str) -> list[tuple[int, int]]:
+def _memory(starter: RankStarter, case: Case, name: str) -> list[tuple[int, int, int]]:
     with RankPool(2, num_threads=1, starter=starter) as pool:
         return pool.run(peak_bytes, case[0], name, SHAPES[case[1]], timeout_s=600)
+
+
+def _mebibytes(peak: int, before: int, making: int) -> str:
+    return f"{peak / 2**20:7.1f} (+{(peak - before) / 2**20:.1f}; {making / 2**20:.1f})"
 
 
 def _steps(measured: Measured, name: str) -> list[float]:
@@ -164,7 +170,7 @@ def _circumstances() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": importlib.metadata.version("transformers"),
         },
         "commit": found.stdout.strip() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -17,7 +17,7 @@ from shardwise.comm.point_to_point import Transport
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import LayoutError
-from shardwise.execute.large_blocks import give_back_large_blocks
+from shardwise.execute.large_blocks import give_back_large_blocks, trim
 from shardwise.execute.program import Fill, Part, Place, Program, build
 from shardwise.layout import Layout
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -94,6 +94,7 @@ def agreed_plan(
     told: list[Any] = [None]
     if rank == 0:
         told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units)]
+        trim()
     dist.broadcast_object_list(told, src=0)
     assert isinstance(told[0], TensorPlan)
     return told[0]
