@@ -39,3 +39,10 @@ def test_what_would_end_our_own_process_is_wrapped() -> None:
     error = failure_of_call([left], world_size=1)
     assert isinstance(error, LaunchError)
     assert "SystemExit: 3" in str(error)
+
+
+def test_ranks_that_miss_a_peer_in_shared_memory_are_effects_too() -> None:
+    text = "Traceback …\nTransferError: waiting for x from rank 2 failed: rank 2 closed the channel: it has ended; gone"
+    told = str(failure_of_call([Failure(rank=0, text=text), KILLED], world_size=4))
+    assert told.startswith("rank 2 of 4 was killed by signal 9")
+    assert "rank 0 of 4 then lost its peer" in told

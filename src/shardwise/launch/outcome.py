@@ -12,7 +12,7 @@ from shardwise.errors import LaunchError
 
 __all__ = ["Failure", "Outcome", "Success", "failure_of_call"]
 
-# What gloo and NCCL say on the ranks whose peer is gone; seldom the cause, nearly always the effect.
+# What gloo, NCCL and shared memory say on the ranks whose peer is gone; seldom the cause, nearly always the effect.
 _PEER_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -21,6 +21,7 @@ _PEER_IS_GONE = (
     "Timed out waiting",
     "Read timeout",
     "remote process exited",
+    "closed the channel: it has ended",
 )
 
 
