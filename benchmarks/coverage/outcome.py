@@ -10,11 +10,12 @@ import torch
 
 from shardwise.verify.comparison import errors_of, relative
 
-__all__ = ["TOLERANCE", "Gradients", "Outcome", "gradients_of", "worst_error"]
+__all__ = ["TOLERANCE", "Gradients", "Outcome", "Run", "errors_by_name", "gradients_of", "worst_error"]
 
 TOLERANCE = 1e-5  # float32: sums of gradients that arrive in another order
 
 Gradients = Mapping[str, torch.Tensor | None]
+Run = tuple[float, Gradients]  # its loss and gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,11 @@ class Outcome:
     wrong: bool = False
     units: int = 0
     stages: tuple[int, ...] = ()  # unit calls of each
-    gradient_error: float | None = None
+    gradient_error: float | None = None  # in float32
+    float64_error: float | None = None  # where float32 ends above the tolerance; it decides then
     sharded_share: float | None = None  # of the parameters of matrix products in blocks
+    whole: str = ""  # why the rest of them is not divided
+    plan_seconds: float = 0.0  # to find and prove how units are divided
     reference: str = "the model as it is"
     seconds: float = 0.0
     reason: str = ""
@@ -37,10 +41,16 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def worst_error(got: tuple[float, Gradients], wanted: tuple[float, Gradients]) -> tuple[float, str]:
+def worst_error(got: Run, wanted: Run) -> tuple[float, str]:
     """The worst of the loss's error and every gradient's, and where it is."""
+    errors = errors_by_name(got, wanted)
+    where = max(errors, key=lambda name: errors[name])
+    return errors[where], where
+
+
+def errors_by_name(got: Run, wanted: Run) -> dict[str, float]:
+    """The error of the loss, and of the gradient of every parameter by its name."""
     (loss, gradients), (wanted_loss, wanted_gradients) = got, wanted
     sizes = {name: torch.zeros(0) if g is None else torch.zeros(g.shape) for name, g in wanted_gradients.items()}
-    worst = max(errors_of(gradients, sizes, wanted_gradients, sizes, by_sign=False), key=lambda one: one.gradient)
-    loss_error = relative(loss, wanted_loss)
-    return max((loss_error, "the loss"), (worst.gradient, worst.name))
+    found = errors_of(gradients, sizes, wanted_gradients, sizes, by_sign=False)
+    return {"the loss": relative(loss, wanted_loss), **{error.name: error.gradient for error in found}}

@@ -7,16 +7,20 @@ where it stopped. Knows nothing of models.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage.table import figures, markdown
+from benchmarks.coverage.table import figures, is_miss, markdown
 
 __all__ = ["main"]
 
@@ -24,8 +28,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "architectures.jsonl"
 TABLE = HERE.parent.parent / "docs" / "coverage.md"
 QUICK = ("bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral", "whisper", "mamba", "clip")
-LAYOUTS = ("pp2",)  # those that `layouts` has a function for
-SECONDS = 240  # of one architecture
+LAYOUTS = ("pp2", "tp2", "tp2_pp2")  # those that `layouts` has a function for
+SECONDS = 120  # of one step of an architecture: finding a model that trains, or one layout
+_LIFE = 40  # architectures of one worker
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     results = RESULTS.with_name("quick.jsonl") if options.quick else options.results
     names = _names(options)
-    if options.again or options.quick:
+    if options.quick:
         _forget(results, names)
     known = _read(results)
     if not options.table:
-        asked = {name: _missing(known.get(name), options.layouts) for name in names}
+        asked = {name: _asked_of(known.get(name), options) for name in names}
         for row in _run({name: layouts for name, layouts in asked.items() if layouts}, options.seconds):
+            known = _read(results)  # another run may write into it too
             row = _merged(known.get(row["architecture"]), row)
             known[row["architecture"]] = row
             with results.open("a", encoding="utf-8") as file:
@@ -57,6 +63,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", metavar="I/N", help="every N-th architecture, starting with the I-th of 1..N")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS, help="these layouts alone")
     parser.add_argument("--again", action="store_true", help="run also what has a result already")
+    parser.add_argument("--misses", action="store_true", help="run again the layouts that are not proven, or too small")
     parser.add_argument("--table", action="store_true", help="run nothing: write the table from the results")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one architecture")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results, one line each")
@@ -96,25 +103,29 @@ def _forget(results: Path, names: Iterable[str]) -> None:
     results.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
-def _missing(known: dict[str, Any] | None, layouts: Sequence[str]) -> tuple[str, ...]:
+def _asked_of(known: Mapping[str, Any] | None, options: argparse.Namespace) -> tuple[str, ...]:
+    """The layouts of an architecture that are to be run."""
+    if options.again:
+        return tuple(options.layouts)
+    if options.misses and known is not None:
+        return tuple(name for name in options.layouts if known["trained"] and is_miss(known, name))
+    return _missing(known, options.layouts)
+
+
+def _missing(known: Mapping[str, Any] | None, layouts: Sequence[str]) -> tuple[str, ...]:
     """The layouts that an architecture has no result of; none where it does not train."""
     if known is None:
         return tuple(layouts)
     return tuple(name for name in layouts if known["trained"] and known["layouts"].get(name) is None)
 
 
-def _merged(known: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+def _merged(known: Mapping[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
     """A new row with the layouts that were known of the architecture before."""
     if known is None or not known["trained"]:
         return row
-    if not row["trained"]:  # it did before: no answer in time, for the layouts that were asked for
-        failed = {"proven": False, "wrong": False, "gradient_error": None, "reason": row["reason"]}
-        return {
-            **known,
-            "layouts": {name: old or (name in LAYOUTS and failed) or None for name, old in known["layouts"].items()},
-        }
     fresh = {name: outcome for name, outcome in row["layouts"].items() if outcome is not None}
-    return {**row, "layouts": {**known["layouts"], **fresh}, "seconds": round(known["seconds"] + row["seconds"], 2)}
+    about = row if row["trained"] else known  # it did train before: no answer in time, say
+    return {**about, "layouts": {**dict.fromkeys(LAYOUTS), **known["layouts"], **fresh}}
 
 
 # -- the worker ----------------------------------------------------------------------------------------
@@ -122,47 +133,107 @@ def _merged(known: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]
 
 def _run(asked: Mapping[str, Sequence[str]], seconds: float) -> Iterable[dict[str, Any]]:
     """A row of every name, from one worker after another; one that hangs or dies costs its architecture alone."""
-    worker: subprocess.Popen[str] | None = None
+    worker: _Worker | None = None
     try:
         for name, layouts in asked.items():
-            worker = worker or _started()
-            row = _asked(worker, name, layouts, seconds)
-            if row is None:
-                died = worker.poll()
-                worker.kill()
-                worker.wait()
+            if worker is not None and (worker.served >= _LIFE or not worker.lives):
+                worker.end()
                 worker = None
-                reason = f"no answer within {seconds:.0f} s" if died is None else f"the process died with {died}"
-                row = {"architecture": name, "trained": False, "layouts": {}, "reason": reason, "seconds": seconds}
-            yield row
+            worker = worker or _Worker()
+            yield worker.row(name, layouts, seconds)
     finally:
         if worker is not None:
-            worker.kill()
-            worker.wait()
+            worker.end()
 
 
-def _started() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.coverage.worker"]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
-    )
+class _Worker:
+    """A worker process, and the commit of the code that it has imported. Raises SystemExit where it does not start."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.commit = _commit()
+        command = [sys.executable, "-m", "benchmarks.coverage.worker"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._answers = self._process.stdout.fileno()
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
+        if self._next(300.0) is None:
+            self.end()
+            raise SystemExit("a worker does not start; see why with: python -m benchmarks.coverage.worker")
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """The process, and the ranks that it has forked."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def row(self, name: str, layouts: Sequence[str], seconds: float) -> dict[str, Any]:
+        """What came of an architecture; what did not, because of the time or an end of the worker, says so."""
+        assert self._process.stdin is not None
+        self.served += 1
+        row: dict[str, Any] = {"architecture": name, "trained": False, "layouts": {}, "seconds": 0.0}
+        self._process.stdin.write(" ".join((name, *layouts)).encode() + b"\n")
+        self._process.stdin.flush()
+        reason = ""
+        while not row.get("done"):
+            step = self._next(seconds)
+            if step is None:
+                died = self._process.poll()
+                reason = f"no answer within {seconds:.0f} s" if died is None else f"the process died with {died}"
+                self.end()
+                break
+            row = step
+        row.pop("done", None)
+        return _failed(row, layouts, row.pop("reason", reason) or reason, self.commit)
+
+    def _next(self, seconds: float) -> dict[str, Any] | None:
+        """The next line of the worker; None where it does not come in time, or never will."""
+        end = time.monotonic() + seconds
+        while not self._lines:
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, end - time.monotonic()))
+            piece = os.read(self._answers, 1 << 16) if ready else b""
+            if not piece:
+                return None
+            *whole, self._rest = (self._rest + piece).split(b"\n")
+            self._lines.extend(whole)
+        answer: dict[str, Any] = json.loads(self._lines.popleft())
+        return answer
 
 
-def _asked(worker: subprocess.Popen[str], name: str, layouts: Sequence[str], seconds: float) -> dict[str, Any] | None:
-    assert worker.stdin is not None
-    assert worker.stdout is not None
+def _failed(row: dict[str, Any], layouts: Sequence[str], reason: str, commit: str) -> dict[str, Any]:
+    """A row with the reason where something is missing, and with the commit at every layout."""
+    if not row["trained"]:
+        return {**row, "reason": reason}
+    failure = {"proven": False, "wrong": False, "gradient_error": None, "reason": reason}
+    asked = [name for name in layouts if row["layouts"].get(name) is None]
+    outcomes = {**dict.fromkeys(LAYOUTS), **row["layouts"]}
+    for number, name in enumerate(asked):  # what came after the failure was not begun
+        outcomes[name] = failure if number == 0 else {**failure, "reason": f"not begun: {reason} before"}
+    return {**row, "layouts": {name: one and {**one, "commit": commit} for name, one in outcomes.items()}}
+
+
+def _commit() -> str:
+    """The commit that is checked out, with + where the sources differ from it; empty without git."""
     try:
-        worker.stdin.write(" ".join((name, *layouts)) + "\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        return None
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ready, _, _ = select.select([worker.stdout], [], [], max(0.0, end - time.monotonic()))
-        if ready:
-            line = worker.stdout.readline()
-            return json.loads(line) if line else None
-    return None
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        paths = ["src/shardwise", "benchmarks/coverage"]
+        changed = subprocess.run(
+            ["git", "--no-optional-locks", "diff", "--quiet", "HEAD", "--", *paths], check=False
+        ).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed else "")
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -171,6 +242,7 @@ def _line(row: dict[str, Any]) -> str:
     parts = []
     for name, outcome in row["layouts"].items():
         if outcome is not None:
+            share = outcome.get("sharded_share")
             word = "proven" if outcome["proven"] else "WRONG" if outcome["wrong"] else "missed"
-            parts.append(f"{name} {word} {outcome['reason'][:100]}")
+            parts.append(f"{name} {word} {'' if share is None else f'{share:.2f} '}{outcome['reason'][:100]}".strip())
     return f"{row['architecture']:32} {row['class']:44} {row['seconds']:6.1f} s  {'; '.join(parts)}"

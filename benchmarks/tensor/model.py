@@ -54,11 +54,10 @@ def needed_bytes(shape: Shape) -> int:
     return 4 * shape.blocks * shape.batch * shape.sequence * shape.hidden * 4
 
 
-def vocabulary_bytes(shape: Shape, *, joined_logits: bool) -> int:
+def vocabulary_bytes(shape: Shape) -> int:
     """The same for a divided embedding and head: the sum behind the lookup, that of the gradient in front of the head,
-    and either all logits or three numbers of each token (largest logit, sum of exponentials, the label's logit)."""
-    tokens = shape.batch * shape.sequence
-    return 4 * tokens * (2 * shape.hidden + (shape.vocabulary if joined_logits else 3))
+    and three numbers of each token (largest logit, sum of exponentials, the label's logit)."""
+    return 4 * shape.batch * shape.sequence * (2 * shape.hidden + 3)
 
 
 class Attention(nn.Module):

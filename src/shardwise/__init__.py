@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shardwise.parallel.tensor.modules import ColumnParallelLinear as ColumnParallelLinear
     from shardwise.parallel.tensor.modules import RowParallelLinear as RowParallelLinear
     from shardwise.parallel.tensor.modules import VocabParallelEmbedding as VocabParallelEmbedding
+    from shardwise.parallel.tensor.plan_tensor import plan_tensor as plan_tensor
     from shardwise.parallel.tensor.processes import ProcessTensorGroup as ProcessTensorGroup
     from shardwise.trace.deferred import defer as defer
     from shardwise.trace.profile import trace as trace
@@ -42,6 +43,7 @@ PUBLIC_NAMES = MappingProxyType(
         "VocabParallelEmbedding": "shardwise.parallel.tensor.modules",
         "defer": "shardwise.trace.deferred",
         "measure": "shardwise.trace.timing",
+        "plan_tensor": "shardwise.parallel.tensor.plan_tensor",
         "trace": "shardwise.trace.profile",
         "train": "shardwise.train.run",
         "verify": "shardwise.verify",

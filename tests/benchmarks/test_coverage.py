@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
 
-from benchmarks.coverage.case import NotTrainedError, architectures, find_case, pattern_loss
+from benchmarks.coverage import sharded
+from benchmarks.coverage.case import Case, NotTrainedError, architectures, find_case, pattern_loss
 from benchmarks.coverage.guess import Guess, repaired
 from benchmarks.coverage.inputs import batch_of
-from benchmarks.coverage.layouts import verify_stages
+from benchmarks.coverage.kinds import weights_by_kind
+from benchmarks.coverage.layouts import layouts
 from benchmarks.coverage.names import Meaning, meaning_of
-from benchmarks.coverage.run import _merged, _missing, main
+from benchmarks.coverage.ranks import RankError, on_forked_ranks
+from benchmarks.coverage.run import _failed, _merged, _missing, main
+from benchmarks.coverage.sharded import Shards
 from benchmarks.coverage.shrink import POLICIES, shrunk
+from benchmarks.coverage.staged import Alone
 from benchmarks.coverage.table import figures, markdown
+from shardwise.describe.tensor import TensorPlan
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
 
 TARGETS, SIXTEENTH = POLICIES[0], POLICIES[1]
 
@@ -94,11 +104,61 @@ def test_the_pattern_loss_has_a_gradient_behind_a_layer_norm() -> None:
     assert x.grad.norm() > 1e-2
 
 
-@pytest.mark.parametrize("architecture", ["vit"])
-def test_a_case_trains_and_two_stages_are_one_device(architecture: str) -> None:
-    outcome = verify_stages(find_case(architecture))
-    assert outcome.proven, outcome.reason
-    assert len(outcome.stages) == 2
+@pytest.fixture(scope="module")
+def bert() -> Case:
+    return find_case("bert")
+
+
+def test_a_case_trains_and_every_layout_is_one_device(bert: Case) -> None:
+    outcomes = {name: verify() for name, verify in layouts(bert).items()}
+    assert {name: outcome.reason for name, outcome in outcomes.items()} == {"pp2": "", "tp2": "", "tp2_pp2": ""}
+    assert all(outcome.proven for outcome in outcomes.values())
+    assert len(outcomes["pp2"].stages) == len(outcomes["tp2_pp2"].stages) == 2
+    assert outcomes["tp2"].sharded_share == 1.0  # and the embedding is tied to the head
+    assert outcomes["tp2"].gradient_error  # sums in another order: something was divided
+
+
+@pytest.mark.parametrize("forgotten", ["reduces", "copies"])
+def test_a_plan_with_a_fault_is_seen_to_differ(bert: Case, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
+    def with_fault(*args: Any, **kwargs: Any) -> TensorPlan:
+        plan = plan_tensor(*args, **kwargs)
+        last = max(name for name in plan.units if "layer" in name)
+        without: dict[str, Any] = {forgotten: ()}
+        return dataclasses.replace(plan, units={last: dataclasses.replace(plan.units[last], **without)})
+
+    monkeypatch.setattr(sharded, "plan_tensor", with_fault)
+    outcome = Shards(Alone(bert)).verify(num_stages=1)
+    assert outcome.wrong
+    assert not outcome.proven
+    assert "in float64" in outcome.reason
+
+
+def test_a_rank_that_raises_ends_all_at_once() -> None:
+    def work(group: dist.ProcessGroup) -> int:
+        if group.rank() == 1:
+            raise ValueError("no shards left")
+        dist.barrier(group)
+        return 0
+
+    with pytest.raises(RankError, match="ValueError: no shards left"):
+        on_forked_ranks(2, work, seconds=20.0)
+
+
+def test_ranks_that_never_answer_end_at_the_deadline() -> None:
+    with pytest.raises(RankError, match="no answer of rank 0 within 1 s"):
+        on_forked_ranks(1, lambda group: time.sleep(60), seconds=1.0)
+
+
+def test_what_a_model_is_made_of_is_read_from_its_weights() -> None:
+    with torch.device("meta"):
+        llama = weights_by_kind(hf.LlamaForCausalLM(shrunk(hf.LlamaConfig(), TARGETS)))
+        resnet = weights_by_kind(hf.ResNetForImageClassification(shrunk(hf.ResNetConfig(), TARGETS)))
+        mamba = weights_by_kind(hf.MambaForCausalLM(shrunk(hf.MambaConfig(), TARGETS)))
+    assert llama["matmul"] > 0
+    assert llama["convolution"] == llama["recurrence"] == 0
+    assert resnet["convolution"] > 10 * resnet["matmul"]  # its head stands in a list of modules
+    assert mamba["recurrence"] > 0
+    assert mamba["matmul"] == 0
 
 
 def test_what_has_no_model_says_so() -> None:
@@ -107,39 +167,73 @@ def test_what_has_no_model_says_so() -> None:
         find_case("sam_prompt_encoder")
 
 
-def row(name: str, *, trained: bool = True, proven: bool = True, wrong: bool = False) -> dict[str, Any]:
-    outcome = {"proven": proven, "wrong": wrong, "units": 4, "stages": [2, 2], "gradient_error": 0.0, "reason": "why|"}
-    layouts = {"pp2": outcome, "tp2": None, "tp2_pp2": None} if trained else {}
+def row(
+    name: str, *, trained: bool = True, proven: bool = True, wrong: bool = False, share: float = 1.0, convolved: int = 0
+) -> dict[str, Any]:
+    stages = {"proven": proven, "wrong": wrong, "units": 4, "stages": [2, 2], "gradient_error": 0.0, "reason": "why|"}
+    shards = {**stages, "proven": True, "wrong": False, "sharded_share": share, "whole": "7 heads", "reason": ""}
+    layouts = {"pp2": stages, "tp2": shards, "tp2_pp2": None} if trained else {}
+    weights = {"matmul": 10, "convolution": convolved, "recurrence": 0}
     about = {"class": "C", "own_loss": True, "parameters": 10, "seconds": 1.0, "reason": "no inputs"}
-    return {"architecture": name, "trained": trained, "layouts": layouts, **about}
+    return {"architecture": name, "trained": trained, "layouts": layouts, "weights": weights, **about}
 
 
 def test_figures_count_every_architecture_once() -> None:
-    rows = [row("a"), row("b", proven=False), row("c", proven=False, wrong=True), row("d", trained=False)]
-    assert figures(rows) == {"trained": 3, "pp2": 1, "tp2": None, "tp2_pp2": None, "wrong": 1, "misses": ["b", "c"]}
+    rows = [
+        row("a"),
+        row("b", proven=False),
+        row("c", proven=False, wrong=True),
+        row("d", trained=False),
+        row("e", share=0.5),
+        row("f", share=0.5, convolved=90),
+    ]
+    assert figures(rows) == {
+        "trained": 5,
+        "pp2": 3,
+        "pp2_of": 5,
+        "tp2": 3,
+        "tp2_of": 4,
+        "tp2_pp2": None,
+        "tp2_pp2_of": 0,
+        "tp2_others": 1,
+        "tp2_others_of": 1,
+        "tp2_others_median_share": 0.5,
+        "wrong": 1,
+        "misses": ["b", "c", "e"],
+    }
 
 
 def test_the_page_names_every_miss_and_every_architecture_that_does_not_train() -> None:
-    page = markdown([row("a"), row("b", proven=False), row("d", trained=False)])
+    rows = [row("a"), row("b", proven=False), row("d", trained=False), row("e", share=0.5), row("f", convolved=90)]
+    page = markdown(rows)
     assert "| b | pp2 | why\\| |" in page
+    assert "| e | tp2 | 50 % divided: 7 heads |" in page
+    assert "| f | 10 % matmul, 90 % convolution | 100 % | 7 heads |" in page
     assert "| d | no inputs |" in page
-    assert "Of 3 architectures 2 train" in page
+    assert "Of 5 architectures 4 train" in page
 
 
 def test_a_layout_that_is_new_joins_what_is_known() -> None:
     known, new = row("a"), row("a")
+    known["layouts"]["tp2"] = None
     new["layouts"] = {"pp2": None, "tp2": {"proven": True}, "tp2_pp2": None}
     assert _missing(known, ["pp2", "tp2"]) == ("tp2",)
     assert _missing(row("b", trained=False), ["tp2"]) == ()
-    assert {name: bool(one) for name, one in _merged(known, new)["layouts"].items()} == {
-        "pp2": True,
-        "tp2": True,
-        "tp2_pp2": False,
-    }
+    merged = _merged(known, new)["layouts"]
+    assert {name: bool(one) for name, one in merged.items()} == {"pp2": True, "tp2": True, "tp2_pp2": False}
+
+
+def test_a_layout_without_an_answer_says_why_and_the_next_that_it_was_not_begun() -> None:
+    failed = _failed(
+        {"trained": True, "layouts": {"pp2": {"proven": True}}}, ["pp2", "tp2", "tp2_pp2"], "no answer", "c0"
+    )
+    reasons = {name: outcome.get("reason") for name, outcome in failed["layouts"].items()}
+    assert reasons == {"pp2": None, "tp2": "no answer", "tp2_pp2": "not begun: no answer before"}
+    assert {outcome["commit"] for outcome in failed["layouts"].values()} == {"c0"}
 
 
 def test_known_results_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps(row("a")) + "\n", encoding="utf-8")
-    main(["--only", "a", "--results", str(results), "--layouts", "pp2"])
+    main(["--only", "a", "--results", str(results), "--layouts", "pp2", "tp2"])
     assert json.loads(capsys.readouterr().out)["pp2"] == 1

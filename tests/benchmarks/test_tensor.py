@@ -23,7 +23,7 @@ def test_shardwise_and_dtensor_have_the_gradients_of_one_process_and_move_no_mor
 ) -> None:
     timed = timed_steps(rank, "decoder", (OURS, DTENSOR), SMALL, 2)  # raises where a loss or a gradient differs
     assert {name: len(of.seconds) for name, of in timed.items()} == {OURS: 2, DTENSOR: 2}
-    words = vocabulary_bytes(SMALL, joined_logits=True)
+    words = vocabulary_bytes(SMALL)  # no logits
     assert timed[OURS].nbytes == {"tensor": needed_bytes(SMALL) + words, "world": 8}  # and the loss in float64
     assert timed[DTENSOR].nbytes == {"tensor": needed_bytes(SMALL)}
 

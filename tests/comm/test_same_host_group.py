@@ -46,6 +46,20 @@ def test_four_ranks_sum_in_the_order_of_the_ranks(rank: RankContext) -> None:
     check_sums(rank, torch.bfloat16)
 
 
+@on_ranks(3)
+def test_what_one_rank_has_reaches_all_and_it_does_not_wait_for_them(rank: RankContext) -> None:
+    with same_host_transport(range(3)) as transport:
+        group = SameHostGroup(transport, [2, 0, 1], rank.rank)
+        if rank.rank != 0:
+            dist.barrier()
+        for turn in range(3):
+            got = group.broadcast(torch.full((4,), float(rank.rank + 10 * turn)), 1)
+            assert got.tolist() == [10.0 * turn] * 4
+        if rank.rank == 0:
+            dist.barrier()  # the others come here before they receive anything
+        dist.barrier()
+
+
 @on_ranks(4)
 def test_two_groups_share_a_transport(rank: RankContext) -> None:
     mine = [0, 2] if rank.rank in (0, 2) else [3, 1]

@@ -55,6 +55,23 @@ def test_samples_count_where_there_are_no_labels() -> None:
     assert weigher(nn.Linear(1, 1))((torch.zeros(5, 2),)) == 5
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"labels": LABELS[:2]}, {"labels": LABELS[2:]}],
+        [{"labels": LABELS[:1]}, {"labels": LABELS[1:]}],
+        [{"labels": LABELS[0]}, {"labels": LABELS[3]}],
+        [{"labels": torch.tensor(3)}, {"labels": torch.tensor(-100)}],
+        [{"labels": LABELS[:2]}, {"shift_labels": LABELS[:2], "labels": LABELS[:2]}],
+        [{"labels": torch.zeros(2, 3)}, {"labels": LABELS[:2]}],
+        [(torch.zeros(5, 2),), (torch.zeros(1, 2),)],
+    ],
+)
+def test_parts_weigh_what_each_weighs_alone(parts) -> None:
+    for weight in (weigher(llama()), weigher(nn.Linear(1, 1))):
+        assert weight.of_parts(parts) == [weight(part) for part in parts]
+
+
 @pytest.mark.parametrize("told", [6, 6.0, torch.tensor(6)])
 def test_every_micro_batch_brings_its_own_number_of_items(told) -> None:
     batch = {"input_ids": torch.zeros(4, 4, dtype=torch.long), "labels": LABELS, ITEMS: told}

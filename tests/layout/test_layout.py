@@ -60,7 +60,7 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
         ({"pp": 2, "stages": [["a"], []]}, r"stages \[1\] of 2 have none"),
         ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
         ({"stages": [[1]]}, "lists of unit names"),
-        ({"xp": 2}, "has dp, pp, tp, micro_batches, schedule, stages, seed, but got xp"),
+        ({"xp": 2}, "has dp, pp, tp, ep, sequence_parallel, micro_batches, schedule, stages, seed, but got xp"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:

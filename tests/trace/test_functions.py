@@ -85,6 +85,24 @@ def test_an_autograd_function_is_one_function_that_equals_itself() -> None:
     assert x.grad.tolist() == [2, 2]
 
 
+class Doubling(torch.Tensor):
+    """A tensor whose sum is that of its double, by an autograd function."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            doubled = [Doubled.apply(arg) if func is torch.sum else arg for arg in args]
+            return func(*doubled, **(kwargs or {}))
+
+
+def test_an_autograd_function_inside_of_a_function_that_the_mode_was_told_of_is_not_told() -> None:
+    mode = Listening()
+    with as_one_function(lambda: mode), mode:
+        assert torch.sum(torch.ones(2).as_subclass(Doubling)) == 4
+    assert torch.sum in mode.heard
+    assert "Doubled" not in {name_of(func) for func in mode.heard}
+
+
 def test_an_autograd_function_is_itself_where_no_mode_asks() -> None:
     mode = Listening()
     with as_one_function(lambda: None), mode:

@@ -48,5 +48,13 @@ def test_evaluations_and_checkpoints_are_told() -> None:
     assert "loss 4.0000 -> 2.0000 (mean of the last 10 steps) in 1 min 01 s" in text
 
 
+def test_what_a_rank_sends_in_a_step_is_told_at_the_end_by_axis() -> None:
+    sent = {"dp.all_reduce": 0, "pp.send": 2**20, "tp.all_reduce": 3 * 2**20}
+    step = event("step", 5, loss=3.0, weight=1.0, step_s=1.0, memory_bytes=[2**20], sent_bytes=sent)
+    end = event("end", first_loss=4.0, last_loss=2.0, train_s=61.0)
+    assert shown(START, step, end).splitlines()[-1] == "rank 0 sends in a step: pp.send 1 MiB, tp.all_reduce 3 MiB"
+    assert "sends" not in shown(START, STEP, end)
+
+
 def test_on_a_terminal_there_is_a_bar_and_it_is_taken_off() -> None:
     assert "step 5/10" in shown(START, STEP, terminal=True)

@@ -11,12 +11,14 @@ import typer
 from shardwise.cli.options import Overrides
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
+from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
-from shardwise.trace.model_config import trace_config
+from shardwise.trace.model_config import empty_model, read_config, synthetic_batch
+from shardwise.trace.profile import trace
 from shardwise.train.balance import layout_for, profile_for, with_threads
 from shardwise.train.build import build_model, build_task, first_micro_batch
-from shardwise.train.plan import plan_of_profile, statistics_note, threads_of_rank
+from shardwise.train.plan import experts_note, plan_of_profile, statistics_note, threads_of_rank
 from shardwise.train.run import prepare
 from shardwise.train.run_file import load_run
 
@@ -51,16 +53,21 @@ def command(
 ) -> None:
     """Show how a model is split: what every stage runs, holds and sends, and the schedule drawn.
 
-    Starts no process and allocates nothing of the model: 671 B parameters take seconds.
+    Starts no process and allocates nothing of the model: 671 B parameters take
+    seconds. How shards (tp) divide units is found and proven on random numbers,
+    block by block; a block that is too large for that in a narrow instance of
+    the same classes, and the plan says so.
 
     shardwise plan run.toml
     shardwise plan run.toml --layout pp=4,schedule=gpipe
     shardwise plan run.toml --set balance=measured
-    shardwise plan --model-config config.json --layout pp=16 --flops 400T
+    shardwise plan --model-config config.json --layout tp=8,pp=16 --flops 400T
 
     A layout is name=value with commas:
       dp, pp, tp      replicas, stages of the pipeline, shards of every unit;
                       1 if not given
+      ep              ranks that divide the experts of a model among them, each
+                      with its own share of the batch, dp times over
       micro_batches   of a replica and step; 2 x pp if not given
       schedule        1f1b, gpipe or naive
       stages          cost, parameters, depth, or listed by hand as
@@ -97,22 +104,41 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
     with with_threads(threads_of_rank(described.layout.world_size)):
         profile = profile_for(described, model, inputs, loss=task.loss, values=values)
     layout = layout_for(described, profile)
-    tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss) if layout.tp > 1 else None
+    sequence = layout.sequence_parallel
+    tensor = None
+    if layout.tp > 1:
+        told = described.tp_plan
+        tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss, sequence=sequence, tp_plan=told)
     micro_batches = described.num_micro_batches
-    plan = plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
-    print(plan + statistics_note(model, layout))
+    experts = plan_experts(model, inputs, ep=layout.ep, loss=task.loss) if layout.ep > 1 else None
+    plan = plan_of_profile(
+        profile,
+        layout=layout,
+        num_micro_batches=micro_batches,
+        flops_per_s=rate,
+        tensor=tensor,
+        experts=experts,
+    )
+    print(plan + experts_note(experts) + statistics_note(model, layout))
 
 
 def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: int, rate: float | None) -> None:
-    if layout.tp > 1:
+    if layout.ep > 1:
         raise ConfigError(
-            f"a bare config is planned without proofs, so for tp=1, but the layout has tp={layout.tp}; use a run file"
+            f"experts are found and proven with a batch, so a bare config is planned for ep=1, but the layout has "
+            f"ep={layout.ep}; use a run file"
         )
     start = time.perf_counter()
-    profile = trace_config(path, batch_size=batch_size, sequence_length=sequence_length)
+    model = empty_model(read_config(path))
+    batch = synthetic_batch(model, batch_size=batch_size, sequence_length=sequence_length)
+    profile = trace(model, batch)
     traced_s = time.perf_counter() - start
+    tensor = plan_tensor(model, batch, tp=layout.tp, sequence=layout.sequence_parallel) if layout.tp > 1 else None
+    proven_s = time.perf_counter() - start - traced_s
     micro_batches = layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
-    print(plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate))
+    told = plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
+    print(told)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     count = format_count(profile.num_parameters, "parameters")
-    print(f"traced {count} in {format_seconds(traced_s)}; this process held {format_bytes(peak)} at most")
+    proven = "" if tensor is None else f", how shards divide them found and proven in {format_seconds(proven_s)}"
+    print(f"traced {count} in {format_seconds(traced_s)}{proven}; this process held {format_bytes(peak)} at most")

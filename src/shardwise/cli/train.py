@@ -53,6 +53,8 @@ def command(
       \\[training]                 steps, global_batch, learning_rate, warm_up,
                                  clip, seed, evaluate_every, ...
       \\[checkpoint]               every (steps; 0: never), keep, folder
+      \\[tp_plan]                  "layers.*.mlp.up_proj" = "colwise", ...: how
+                                 shards divide units; else found and proven
 
     BatchNorm: each replica keeps and evaluates with running statistics of its
     own; replica 0's are saved (docs/correctness.md).

@@ -61,6 +61,7 @@ def command(
         dtype=dtype,
         checkpoint=described.checkpoint_folder if trained else described.model.path,
         reference=reference,
+        tp_plan=described.tp_plan,
     )
     print(comparison)
     if not comparison.equal:

@@ -82,7 +82,11 @@ class Outgoing:
 
     def wait(self) -> None:
         """Until the tensors may be reused. Raises `TransferError` if the peer is gone."""
-        _wait(self.works, f"sending {self.what} to rank {self.peer}")
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise _failed(f"sending {self.what} to rank {self.peer}", error) from error
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +102,10 @@ class Incoming:
     def wait(self) -> torch.Tensor:
         """The tensor, in its full shape. Raises `TransferError` if something else arrived or the peer is gone."""
         if self.header is not None:
-            _wait(self.works[:1], f"waiting for {self.expected.what} from rank {self.peer}")
+            try:
+                self.works[0].wait()
+            except RuntimeError as error:
+                raise _failed(f"waiting for {self.expected.what} from rank {self.peer}", error) from error
             claimed = self.header.tolist()
             promised = _header(self.expected).tolist()
             if claimed != promised:
@@ -108,7 +115,10 @@ class Incoming:
                     "same batch"
                 )
         # gloo: a second wait for one receive waits for another message, so the header's is not waited for again
-        _wait(self.works[-1:], f"waiting for {self.expected.what} from rank {self.peer}")
+        try:
+            self.works[-1].wait()
+        except RuntimeError as error:
+            raise _failed(f"waiting for {self.expected.what} from rank {self.peer}", error) from error
         if self.expected.compact_shape == self.expected.shape:
             return self.buffer
         return self.buffer.expand(self.expected.shape)
@@ -165,9 +175,5 @@ def _read(header: Sequence[int]) -> str:
     return f"{dtype} {tuple(header[3 : 3 + header[2]])} (check {header[0] % 100000})"
 
 
-def _wait(works: Sequence[Waitable], doing: str) -> None:
-    try:
-        for work in works:
-            work.wait()
-    except RuntimeError as error:
-        raise TransferError(f"{doing} failed: {str(error).splitlines()[0]}; the rank is gone or too slow") from error
+def _failed(doing: str, error: RuntimeError) -> TransferError:
+    return TransferError(f"{doing} failed: {str(error).splitlines()[0]}; the rank is gone or too slow")

@@ -52,7 +52,8 @@ class SameHostTransport:
         channel = self._channels.get(peer)
         if channel is None or tensor.device.type != "cpu":
             return self._others.isend(tensor, peer)
-        _check_plain(tensor, f"sent to rank {peer}")
+        if not _is_plain(tensor):
+            raise _not_plain(tensor, f"sent to rank {peer}")
         return _Sent(self, channel, channel.send(tensor.data_ptr(), tensor.nbytes))
 
     def irecv(self, tensor: torch.Tensor, peer: int) -> Waitable:
@@ -60,7 +61,8 @@ class SameHostTransport:
         channel = self._channels.get(peer)
         if channel is None or tensor.device.type != "cpu":
             return self._others.irecv(tensor, peer)
-        _check_plain(tensor, f"received from rank {peer}")
+        if not _is_plain(tensor):
+            raise _not_plain(tensor, f"received from rank {peer}")
         receipt = Receipt(tensor.data_ptr(), tensor.nbytes, tensor)
         channel.post(receipt)
         return _Received(self, channel, receipt)
@@ -140,9 +142,12 @@ def _timeout_of_group() -> float:
     return float(options._timeout.total_seconds())
 
 
-def _check_plain(tensor: torch.Tensor, what: str) -> None:
-    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        raise TransferError(
-            f"only contiguous tensors cross between ranks; one of shape {tuple(tensor.shape)} and strides "
-            f"{tensor.stride()} was to be {what}; call .contiguous() (and .resolve_conj()) first"
-        )
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _not_plain(tensor: torch.Tensor, what: str) -> TransferError:
+    return TransferError(
+        f"only contiguous tensors cross between ranks; one of shape {tuple(tensor.shape)} and strides "
+        f"{tensor.stride()} was to be {what}; call .contiguous() (and .resolve_conj()) first"
+    )

@@ -36,6 +36,7 @@ _SOCKET_BYTES = 4 << 20
 _UNREAD_BYTES = (
     100_000  # of payload at most: the least that a socket holds is 208 KiB, and a note takes 768 bytes of it
 )
+_NOTE_BYTES = 768  # see above
 _ANCILLARY_BYTES = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
 _NOW = socket.MSG_DONTWAIT
 _GONE = (BrokenPipeError, ConnectionResetError)
@@ -83,6 +84,9 @@ class Channel:
         self._early: collections.deque[_Piece] = collections.deque()
         self._freed: list[int] = []
         self._descriptors: collections.deque[int] = collections.deque()
+        self._unread = 0  # no less than what the socket holds of ours
+        self._line = memoryview(bytearray(_NOTE.size + INLINE_BYTES))
+        self._line_base = ctypes.addressof(ctypes.c_char.from_buffer(self._line))
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._filled = 0
@@ -98,9 +102,11 @@ class Channel:
 
     def send(self, address: int, num_bytes: int) -> int:
         """Copy a message away; it is on its way once `written` has reached the number returned."""
-        if num_bytes <= INLINE_BYTES and self._unread_bytes() < _UNREAD_BYTES:
-            note = _NOTE.pack(_INLINE, 0, num_bytes, num_bytes)
-            self._post(self._free_notes() + note + ctypes.string_at(address, num_bytes))
+        if num_bytes <= INLINE_BYTES and self._has_room(num_bytes):
+            _NOTE.pack_into(self._line, 0, _INLINE, 0, num_bytes, num_bytes)
+            ctypes.memmove(self._line_base + _NOTE.size, address, num_bytes)
+            line = self._line[: _NOTE.size + num_bytes]
+            self._post(self._free_notes() + line if self._freed else line)
             return self.posted
         for offset in range(0, max(1, num_bytes), SEGMENT_BYTES):  # nothing at all is one piece
             piece = min(SEGMENT_BYTES, num_bytes - offset)
@@ -121,6 +127,16 @@ class Channel:
                 return
             self._unwritten.popleft()
 
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether the socket takes another inline payload. The kernel is asked when it might not, not every time."""
+        needed = 2 * num_bytes  # the kernel rounds up
+        if self._unread + needed >= _UNREAD_BYTES:
+            self._unread = self._unread_bytes()
+            if self._unread + needed >= _UNREAD_BYTES:
+                return False
+        self._unread += needed
+        return True
+
     def _unread_bytes(self) -> int:
         """What the socket holds of ours, with what the kernel needs around it."""
         return int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
@@ -133,12 +149,14 @@ class Channel:
             number, descriptor = self._outbox.make()
             self._post(_NOTE.pack(_NEW, number, 0, 0), descriptor)
 
-    def _post(self, data: bytes, descriptor: int | None = None) -> None:
+    def _post(self, data: bytes | memoryview, descriptor: int | None = None) -> None:
         self.posted += len(data)
-        self._unwritten.append((data, descriptor))
-        self.flush()
+        self._unread += _NOTE_BYTES
+        taken = 0 if self._unwritten else self._write(data, descriptor)
+        if taken < len(data):  # a descriptor travels with the first byte
+            self._unwritten.append((bytes(data[taken:]), None if taken else descriptor))
 
-    def _write(self, data: bytes, descriptor: int | None) -> int:
+    def _write(self, data: bytes | memoryview, descriptor: int | None) -> int:
         if self.closed_by_peer:
             return 0
         try:

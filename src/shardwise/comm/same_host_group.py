@@ -40,6 +40,8 @@ class SameHostGroup:
         self._ranks = tuple(ranks)
         self._own = self._ranks.index(rank)
         self.reduced_bytes = 0
+        self.gathered_bytes = 0  # of the whole tensors: half an all-reduce of as many
+        self.scattered_bytes = 0
 
     @property
     def rank(self) -> int:
@@ -56,6 +58,34 @@ class SameHostGroup:
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         """The largest elements, in place; where a rank has NaN, NaN. RuntimeError if a rank is gone."""
         return self._reduce(tensor, torch.maximum)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' dense tensors of one shape, in order. RuntimeError if a rank is gone."""
+        out = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        self.gathered_bytes += out.nbytes
+        out[self._own].copy_(tensor)
+        if out.numel():
+            self._share([block.view(-1) for block in out])
+        return out
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' blocks for this one; `tensor` (ranks, ...) is dense. RuntimeError if a rank is gone."""
+        self.scattered_bytes += tensor.nbytes
+        own = tensor[self._own].clone()
+        if own.numel():
+            blocks = [own if i == self._own else tensor[i] for i in range(self.size)]
+            self._exchange([block.view(-1) for block in blocks], torch.add)
+        return own
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """What the rank at place `source` of the order has, in place; that rank does not wait for the others."""
+        if self._own == source:
+            works = [self._transport.isend(tensor, rank) for i, rank in enumerate(self._ranks) if i != source]
+        else:
+            works = [self._transport.irecv(tensor, self._ranks[source])]
+        for work in works:
+            work.wait()
+        return tensor
 
     def _reduce(self, tensor: torch.Tensor, combine: Combine) -> torch.Tensor:
         self.reduced_bytes += tensor.nbytes

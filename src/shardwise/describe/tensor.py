@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardwise.describe.proof import Proof
 from shardwise.errors import LayoutError
 
-__all__ = ["Ranges", "Slice", "TensorPlan", "UnitPlan"]
+__all__ = ["Ranges", "SequencePlan", "Slice", "TensorPlan", "UnitPlan"]
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -102,6 +104,21 @@ def _joined(ranges: list[tuple[int, int]]) -> Ranges:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SequencePlan:
+    """Between its divided regions the unit works on this rank's tokens: all-reduces are reduce-scatters and all-gathers.
+
+    `inputs` are arguments of the unit's forward, by parameter name, that arrive or are dealt out by tokens, `outputs`
+    places among the returned tensors that leave so. Rows give tokens; parameters used on tokens are in the unit's
+    `partial`. Tokens are dim -2. With `regather` columns keep their own tokens for the backward and gather all once
+    more there: less memory for half as many bytes again as a backward has.
+    """
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[int, ...] = ()
+    regather: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UnitPlan:
     """How one unit is divided. Names of modules and tensors are relative to the unit ("" is the unit itself).
 
@@ -111,7 +128,12 @@ class UnitPlan:
     `reduces`  partial output: all-reduce forward, identity backward; the bias is added once, behind the sum
     `gathers`  run whole inside the divided region: input gathered, output cut again (a norm over a divided width)
     `joins`    output in parts, joined right behind the module (a head: column-parallel by itself)
+    `alone`    the same inside a block, where no row reads the parts: always joined, never kept as divided logits
+    `heads`    weights of output projections of torch's multi-head attention, of which a rank computes its heads
+    `products` weights that a function multiplies with, no layer: "column", "row" or "fork", as copies, reduces, forks
     `lookups`  tables divided by rows: other ranks' ids answer zero, all-reduce forward (a vocabulary)
+    `cuts`     whole inputs, cut in front of the module (a row-parallel layer behind whole activations)
+    `ends`     forks of so many last features of the output, the features before them are copied later
 
     Tensors: `slices` are parameters and buffers of which a rank holds a part; `partial` are parameters held whole
     whose gradients are partial and must be summed; `once` are those of them that only the first rank computes with
@@ -130,7 +152,12 @@ class UnitPlan:
     reduces: tuple[str, ...] = ()
     gathers: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     joins: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    alone: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    products: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lookups: tuple[str, ...] = ()
+    cuts: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
+    ends: Mapping[str, int] = dataclasses.field(default_factory=dict)
     slices: Mapping[str, Slice] = dataclasses.field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     once: frozenset[str] = frozenset()
@@ -139,7 +166,8 @@ class UnitPlan:
     draws: Mapping[int, Slice] = dataclasses.field(default_factory=dict)
     attributes: Mapping[tuple[str, str], tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     reshapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    proof: str = ""  # what was proven, on what, with which error
+    sequence: SequencePlan | None = None  # None: the unit is given all tokens, and returns all
+    proof: Proof | None = None  # what was proven, on what, with which error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +178,9 @@ class TensorPlan:
     units: Mapping[str, UnitPlan]
     reasons: Mapping[str, str]  # unit -> why it, or a part of it, stays whole
     sharded_share: float  # of the parameters of matrix products inside blocks that are called (0 to 1)
+    flops_share: float | None = None  # of a forward's flops, those that the shards divide (0 to 1); None: not counted
+    origin: str = "found by dataflow"  # who proposed it
+    all_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)  # unit -> why it cannot work on a part
 
     def slice_of(self, parameter: str) -> Slice | None:
         """The slice of a parameter or buffer of the model, by its full name; None where every rank holds it whole."""
@@ -170,11 +201,72 @@ class TensorPlan:
 
     def lines(self) -> list[str]:
         """The plan in words: how much is divided, and each reason once, with the units it holds for."""
-        told = [f"divided among {self.tp} shards: {self.sharded_share:.0%} of the blocks' matrix products"]
+        proven = [f"proven in {_several(units)}: {proof}" for proof, units in self.proofs.items()]
+        return [self._shares(), *proven, *self._whole(), *self._tokens_lines()]
+
+    def _shares(self) -> str:
+        flops = "" if self.flops_share is None else f", {self.flops_share:.0%} of a forward's flops"
+        products = f"{self.sharded_share:.0%} of the blocks' matrix products"
+        return f"divided among {self.tp} shards, {self.origin}: {products}{flops}"
+
+    def _whole(self) -> list[str]:
         by_reason: dict[str, list[str]] = {}
         for unit, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(unit)
-        for reason, units in by_reason.items():
-            more = f" and {len(units) - 1} more" if len(units) > 1 else ""
-            told.append(f"whole in {units[0] or 'the model'}{more}: {reason}")
-        return told
+        return [f"whole in {_several(units)}: {reason}" for reason, units in by_reason.items()]
+
+    @property
+    def deals_tokens(self) -> bool:
+        """Whether activations between divided regions are dealt out by tokens."""
+        return any(plan.sequence is not None for plan in self.units.values())
+
+    def _tokens_lines(self) -> list[str]:
+        dealt = [unit for unit, plan in self.units.items() if plan.sequence is not None]
+        told = [f"tokens dealt out among the shards in {_several(dealt)}"] if dealt else []
+        by_reason: dict[str, list[str]] = {}
+        for unit, reason in self.all_tokens.items():
+            by_reason.setdefault(reason, []).append(unit)
+        return [*told, *(f"all tokens in {_several(units)}: {reason}" for reason, units in by_reason.items())]
+
+    @property
+    def proofs(self) -> dict[Proof, tuple[str, ...]]:
+        """What was proven, and the units that it holds for."""
+        found: dict[Proof, list[str]] = {}
+        for unit, plan in self.units.items():
+            if plan.proof is not None:
+                found.setdefault(plan.proof, []).append(unit)
+        return {proof: tuple(units) for proof, units in found.items()}
+
+    def __str__(self) -> str:
+        """A table: a row of each kind of divided unit, then what stays whole and why; at most 120 columns."""
+        lines = [self._shares()]
+        for units in _alike(self.units):
+            plan = self.units[units[0]]
+            lines.append(f"  {_short(_several(units), 40):<40}  {_short(_parts(plan), 76)}")
+            lines += textwrap.wrap(f"proven: {plan.proof or 'not'}", 114, initial_indent=" " * 6, subsequent_indent=" " * 14)
+        for text in (*self._whole(), *self._tokens_lines()):
+            lines += textwrap.wrap(text, 116, initial_indent="  ", subsequent_indent=" " * 6)
+        return "\n".join(lines)
+
+
+def _several(units: Sequence[str]) -> str:
+    more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+    return f"{units[0] or 'the model'}{more}"
+
+
+def _alike(units: Mapping[str, UnitPlan]) -> list[list[str]]:
+    """Units with equal plans together."""
+    groups: dict[str, list[str]] = {}
+    for unit, plan in units.items():
+        groups.setdefault(repr(plan), []).append(unit)
+    return list(groups.values())
+
+
+def _parts(plan: UnitPlan) -> str:
+    weights = [name.removesuffix(".weight").rpartition(".")[2] for name in plan.slices if not name.endswith(".bias")]
+    summed = f"; sums {len(plan.partial)} gradients" if plan.partial else ""
+    return f"{', '.join(dict.fromkeys(weights))}{summed}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -14,12 +14,15 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import Transport
+from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import LayoutError
 from shardwise.execute.large_blocks import give_back_large_blocks, trim
 from shardwise.execute.program import Fill, Part, Place, Program, build
 from shardwise.layout import Layout
+from shardwise.parallel.expert.plan_experts import plan_experts
+from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.plan.partition import place as place_calls
 from shardwise.trace.capture import capture
@@ -27,7 +30,7 @@ from shardwise.trace.count import Counter
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.profile import profile_of
 
-__all__ = ["Fill", "agreed_plan", "assemble", "fill_from"]
+__all__ = ["Fill", "agreed_experts", "agreed_plan", "assemble", "fill_from"]
 
 
 def assemble(
@@ -43,12 +46,15 @@ def assemble(
     transport: Transport | None = None,
     measured: ModelProfile | None = None,
     tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
+    tp_plan: GivenPlan | None = None,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
-    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`). Collective. Raises
+    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it is given; the same
+    holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). Collective. Raises
     `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
@@ -67,13 +73,15 @@ def assemble(
     stages = place_calls(_with_seconds(profile, measured), layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
     if layout.tp > 1 and tensor is None:
-        tensor = agreed_plan(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
+        tensor = agreed_plan(model, inputs, layout=layout, rank=rank, loss=loss, units=units, tp_plan=tp_plan)
+    if layout.ep > 1 and experts is None:
+        experts = agreed_experts(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
     return build(
         model,
-        place=Place(rank=rank, dp=layout.dp, pp=layout.pp, tp=layout.tp),
+        place=Place(rank=rank, dp=layout.num_replicas, pp=layout.pp, tp=layout.tp, ep=layout.ep),
         tape=captured.tape,
         placement=placement,
         schedule=layout.schedule,
@@ -84,16 +92,40 @@ def assemble(
         transport=transport,
         fill=fill,
         tensor=tensor,
+        experts=experts,
     )
 
 
-def agreed_plan(
+def agreed_experts(
     model: nn.Module, inputs: Any, *, layout: Layout, rank: int, loss: LossFunction | None, units: Sequence[str] = ()
+) -> ExpertPlan:
+    """The plan of experts that rank 0 has proven, on every rank. Collective. Rank 0 raises what the proof raised."""
+    told: list[Any] = [None]
+    if rank == 0:
+        told = [plan_experts(model, inputs, ep=layout.ep, loss=loss, units=units)]
+        trim()
+    dist.broadcast_object_list(told, src=0)
+    assert isinstance(told[0], ExpertPlan)
+    return told[0]
+
+
+def agreed_plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    layout: Layout,
+    rank: int,
+    loss: LossFunction | None,
+    units: Sequence[str] = (),
+    tp_plan: GivenPlan | None = None,
 ) -> TensorPlan:
     """The plan of shards that rank 0 has proven, on every rank. Collective. Raises what the proof raised, on rank 0."""
     told: list[Any] = [None]
     if rank == 0:
-        told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units)]
+        sequence = layout.sequence_parallel
+        told = [
+            plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units, sequence=sequence, tp_plan=tp_plan)
+        ]
         trim()
     dist.broadcast_object_list(told, src=0)
     assert isinstance(told[0], TensorPlan)

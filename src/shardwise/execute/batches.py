@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from shardwise.errors import BatchError
-from shardwise.execute.weights import with_own_items
+from shardwise.execute.weights import Weigher, with_own_items
 from shardwise.trace.objective import Batch
 
 __all__ = ["MicroBatch", "batch_size", "select", "signature", "split"]
@@ -62,12 +62,13 @@ class _Cut:
     leaves: Sequence[Any]
     dims: Sequence[int | None]
     spec: TreeSpec
+    names: Sequence[str] | None  # of a flat batch
 
 
 def _sample_dims(batch: Batch, size: int, named: Mapping[str, int]) -> _Cut:
     leaves, spec = tree_flatten(batch)
     dims = [_sample_dim(name, leaf, size, named) for (name, _), leaf in zip(_named(batch), leaves, strict=True)]
-    return _Cut(leaves, dims, spec)
+    return _Cut(leaves, dims, spec, list(batch) if _is_flat(batch) else None)
 
 
 def _taken(cut: _Cut, samples: Sequence[int]) -> Any:
@@ -82,6 +83,17 @@ def _taken(cut: _Cut, samples: Sequence[int]) -> Any:
         else:
             chosen.append(leaf.index_select(dim, torch.tensor(list(samples), device=leaf.device)))
     return tree_unflatten(chosen, cut.spec)
+
+
+def _taken_apart(cut: _Cut, sizes: Sequence[int]) -> list[Any]:
+    """All parts of a batch, of so many samples each, in order."""
+    columns = [
+        [leaf] * len(sizes) if dim is None else leaf.split(sizes, dim)
+        for leaf, dim in zip(cut.leaves, cut.dims, strict=True)
+    ]
+    if cut.names is not None:
+        return [dict(zip(cut.names, leaves, strict=True)) for leaves in zip(*columns, strict=True)]
+    return [tree_unflatten(leaves, cut.spec) for leaves in zip(*columns, strict=True)]
 
 
 def _sample_dim(name: str, leaf: Any, size: int, named: Mapping[str, int]) -> int | None:
@@ -134,8 +146,8 @@ def split(
     bounds = [size * part // parts for part in range(parts + 1)]
     rows = [range(bounds[part], bounds[part + 1]) for part in range(parts)]
     cut = _sample_dims(batch, size, batch_dims or {})
-    taken = [_taken(cut, own) for own in rows]
-    weighed = [float(weights(inputs)) for inputs in taken]
+    taken = _taken_apart(cut, [len(own) for own in rows])
+    weighed = weights.of_parts(taken) if isinstance(weights, Weigher) else [float(weights(part)) for part in taken]
     made = [
         MicroBatch(index=part, samples=tuple(first_sample + row for row in own), inputs=inputs, weight=weight)
         for part, (own, inputs, weight) in enumerate(
@@ -147,7 +159,7 @@ def split(
 
 def signature(inputs: Any, training: bool) -> tuple[object, ...]:
     """What a dataflow belongs to: structure, shapes, dtypes, constants, and whether the model trains."""
-    if type(inputs) is dict and all(type(leaf) is torch.Tensor for leaf in inputs.values()):  # the usual, cheaply
+    if _is_flat(inputs):
         return (tuple((name, leaf.shape, leaf.dtype, leaf.requires_grad) for name, leaf in inputs.items()), training)
     leaves, spec = tree_flatten(inputs)
     shapes = tuple(
@@ -157,7 +169,14 @@ def signature(inputs: Any, training: bool) -> tuple[object, ...]:
     return (str(spec), shapes, training)
 
 
+def _is_flat(batch: Any) -> bool:
+    """Whether a batch is the usual: named tensors, which need no tree."""
+    return type(batch) is dict and all(type(name) is str and type(leaf) is torch.Tensor for name, leaf in batch.items())
+
+
 def _named(batch: Batch) -> list[tuple[str, Any]]:
+    if _is_flat(batch):
+        return list(batch.items())  # type: ignore[union-attr]
     pairs, _ = tree_flatten_with_path(batch)
     return [
         (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in pairs

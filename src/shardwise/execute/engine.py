@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from shardwise.comm.point_to_point import Expected, Incoming, Outgoing, Transport, receive, send
 from shardwise.errors import DataflowError
+from shardwise.execute.backward import run_backward
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.flows import Flow
 from shardwise.execute.stage import StageRun, Surroundings
@@ -48,6 +49,17 @@ class Work:
     factor: float
     scope: Scope
     headers: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Message:
+    """A value, or its gradient, on its way between two stages of different ranks."""
+
+    value: int
+    key: tuple[int, int, int, int, bool]  # the edge as the forward has it, micro-batch, value, gradient
+    expected: Expected
+    peer: int
+    has_gradient: bool
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,7 +111,8 @@ class Engine:
         self._surroundings = Surroundings()
         self.device = device
         self._modules = dict(model.named_modules())
-        self._messages: dict[tuple[int, int, int, int, bool], list[tuple[int, Expected]]] = {}
+        self._messages: dict[tuple[int, TransferKind, int, int, int, bool], list[_Message]] = {}
+        self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
     def run(
         self,
@@ -135,8 +148,11 @@ class Engine:
                     final = before_last_backward is not None and last[action.stage] == position
                     if final and before_last_backward is not None:
                         before_last_backward(action.stage)
-                    with self._sums.adding(not final):  # who waits for gradients is told of them by autograd
+                    self._sums.adds = not final  # who waits for gradients is told of them by autograd
+                    try:
                         self._backward(state, action)
+                    finally:
+                        self._sums.adds = False
                 else:
                     raise DataflowError(f"this executor runs F and B; it was given {action}")
                 state.moments.append(Moment(action, start, time.perf_counter()))
@@ -148,40 +164,47 @@ class Engine:
 
     def _transfer(self, state: _State, transfer: Transfer) -> None:
         work = state.works[transfer.micro_batch]
-        values = work.flow.tape.flow.values
-        source, target, gradient = transfer.source, transfer.target, transfer.gradient
-        first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
-        for value, expected in self._messages_of(work.flow, first, second, transfer.micro_batch, gradient):
-            key = (first, second, transfer.micro_batch, value, gradient)
+        for message in self._messages_of(work.flow, transfer):
+            expected, peer = message.expected, message.peer
             if transfer.kind is TransferKind.RECV:
-                peer = self.rank_of_stage[source]
-                state.incoming[key] = receive(self._transport, expected, peer, device=self.device, headers=work.headers)
+                state.incoming[message.key] = receive(
+                    self._transport, expected, peer, device=self.device, headers=work.headers
+                )
+                continue
+            if transfer.gradient:
+                tensor = state.local.pop(message.key, None)
+                if tensor is None:
+                    tensor = torch.zeros(expected.shape, dtype=expected.dtype, device=self.device)
             else:
-                tensor = self._to_send(state, key, expected)
-                peer = self.rank_of_stage[target]
-                outgoing = send(self._transport, tensor, expected, peer, headers=work.headers)
-                if gradient or not (values[value].requires_grad and torch.is_grad_enabled()):
-                    state.outgoing.append(outgoing)
-                else:  # its gradient will tell that it has arrived
-                    state.alive[(first, transfer.micro_batch)].outgoing[(value, second)] = outgoing
+                alive = state.alive[(transfer.source, transfer.micro_batch)]
+                tensor = alive.sent[message.value]
+            outgoing = send(self._transport, tensor, expected, peer, headers=work.headers)
+            if transfer.gradient or not (message.has_gradient and torch.is_grad_enabled()):
+                state.outgoing.append(outgoing)
+            else:  # its gradient will tell that it has arrived
+                alive.outgoing[(message.value, transfer.target)] = outgoing
 
-    def _messages_of(
-        self, flow: Flow, first: int, second: int, micro_batch: int, gradient: bool
-    ) -> Sequence[tuple[int, Expected]]:
-        """What crosses the edge first -> second; the same in every step of a flow, so it is made once."""
-        key = (flow.digest, first, second, micro_batch, gradient)
-        if key not in self._messages:
-            crossing = _crossing(flow, first, second, gradient)
-            where = f"edge stage {first} -> stage {second}, micro-batch {micro_batch}"
-            self._messages[key] = [(value, _expected(flow, value, gradient, where)) for value in crossing]
-        return self._messages[key]
-
-    def _to_send(self, state: _State, key: tuple[int, int, int, int, bool], expected: Expected) -> torch.Tensor:
-        first, _, micro_batch, value, gradient = key
-        if not gradient:
-            return state.alive[(first, micro_batch)].sent[value]
-        tensor = state.local.pop(key, None)
-        return torch.zeros(expected.shape, dtype=expected.dtype, device=self.device) if tensor is None else tensor
+    def _messages_of(self, flow: Flow, transfer: Transfer) -> Sequence[_Message]:
+        """What a transfer moves; the same in every step of a flow, so it is made once."""
+        source, target, gradient = transfer.source, transfer.target, transfer.gradient
+        known = (flow.digest, transfer.kind, source, target, transfer.micro_batch, gradient)
+        messages = self._messages.get(known)
+        if messages is not None:
+            return messages
+        first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
+        where = f"edge stage {first} -> stage {second}, micro-batch {transfer.micro_batch}"
+        peer = self.rank_of_stage[source if transfer.kind is TransferKind.RECV else target]
+        self._messages[known] = [
+            _Message(
+                value=value,
+                key=(first, second, transfer.micro_batch, value, gradient),
+                expected=_expected(flow, value, gradient, where),
+                peer=peer,
+                has_gradient=flow.tape.flow.values[value].requires_grad,
+            )
+            for value in _crossing(flow, first, second, gradient)
+        ]
+        return self._messages[known]
 
     # -- forward and backward -------------------------------------------------------------------
 
@@ -239,7 +262,7 @@ class Engine:
         gradients: list[torch.Tensor] = []
         if alive.loss is not None and alive.loss.requires_grad:
             roots.append(alive.loss)
-            gradients.append(torch.full_like(alive.loss, work.factor))
+            gradients.append(self._factor(work.factor, alive.loss))
         arrived = self._arrived_gradients(state, work, plan, action)
         for outgoing in alive.outgoing.values():
             outgoing.wait()
@@ -249,11 +272,19 @@ class Engine:
                 roots.append(alive.sent[value])
                 gradients.append(gradient)
         if roots:
-            torch.autograd.backward(roots, gradients)
+            run_backward(roots, gradients)
         for value, source in plan.receives:
             leaf = alive.leaves[value]
             if work.flow.tape.flow.values[value].requires_grad and leaf.grad is not None:
                 state.local[(source, action.stage, action.micro_batch, value, True)] = leaf.grad
+
+    def _factor(self, factor: float, loss: torch.Tensor) -> torch.Tensor:
+        """The gradient of the mean loss by the loss of a micro-batch; few differ, so they are kept."""
+        known = self._factors.get((factor, loss.dtype))
+        if known is None or known.shape != loss.shape:
+            self._factors.clear()
+            known = self._factors[(factor, loss.dtype)] = torch.full_like(loss, factor)
+        return known
 
     def _arrived_gradients(self, state: _State, work: Work, plan: Any, action: Action) -> Mapping[int, torch.Tensor]:
         sums: dict[int, torch.Tensor] = {}

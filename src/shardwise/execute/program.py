@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,16 +18,19 @@ import torch.nn as nn
 from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
 from shardwise.comm.same_host import SameHostTransport, same_host_transport
 from shardwise.comm.same_host_group import SameHostGroup
+from shardwise.comm.traffic import CountedTransport, Traffic
+from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, Moment, Work
+from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep, cut_by, divide_experts, whole_for_traces
 from shardwise.execute.flows import Flows
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.weight_sums import WeightSums
+from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
-from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
 from shardwise.plan.cut import Cut, cut_stages
@@ -56,12 +60,16 @@ class Fill(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where this rank stands: its stage, its replica, its shard. rank = (stage * dp + replica) * tp + shard."""
+    """Where this rank stands: its stage, its replica, its shard. rank = (stage * dp + replica) * tp + shard.
+
+    `dp` are all replicas, each with its share of the batch; in turn, replica % ep, they hold other experts.
+    """
 
     rank: int
     dp: int
     pp: int
     tp: int = 1
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -79,17 +87,31 @@ class Place:
     def shard(self) -> int:
         return self.rank % self.tp
 
+    @property
+    def expert(self) -> int:
+        """Which of the ranks that divide the experts this one is."""
+        return self.replica % self.ep
+
     def rank_of(self, stage: int) -> int:
         """The rank of a stage of this rank's replica and shard."""
         return (stage * self.dp + self.replica) * self.tp + self.shard
 
-    def ranks_holding(self, stages: Sequence[int], shards: Sequence[int]) -> list[int]:
-        """All ranks of some stages and shards, of every replica."""
+    def ranks_holding(self, stages: Sequence[int], shards: Sequence[int], expert: int | None = None) -> list[int]:
+        """All ranks of some stages and shards, of every replica or of those that hold the same experts."""
         return [
             (stage * self.dp + replica) * self.tp + shard
             for stage in stages
-            for replica in range(self.dp)
+            for replica in (range(self.dp) if expert is None else range(expert, self.dp, self.ep))
             for shard in shards
+        ]
+
+    def ranks_dividing_experts(self) -> list[list[int]]:
+        """The groups of the expert axis: for every stage, replica of all experts and shard, who divides them."""
+        return [
+            [(stage * self.dp + first + expert) * self.tp + shard for expert in range(self.ep)]
+            for stage in range(self.pp)
+            for first in range(0, self.dp, self.ep)
+            for shard in range(self.tp)
         ]
 
     def ranks_sharing(self) -> list[list[int]]:
@@ -108,7 +130,8 @@ class StepResult:
     loss: float
     weight: float
     moments: Sequence[Moment]
-    sent_bytes: int
+    experts: ExpertStep | None = None  # what the experts did, where they are divided
+    sent_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by this rank; see `comm.traffic`
 
 
 class _MeanLoss:
@@ -123,25 +146,37 @@ class _MeanLoss:
         alone: bool,
         shards: int,
         group: SameHostGroup | None = None,
+        stages: Collection[int] = (),
     ) -> None:
-        self._group = group
+        self._group = group  # one replica: places in the group are stages
+        self._stages = sorted(stages)  # that know losses
         self._factors = [factor / shards for factor in factors]  # every shard of a stage knows the same losses
         self._alone = alone
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._pending: dist.Work | None = None
+        self._losses: Mapping[int, torch.Tensor] = {}
 
     def start(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Begin, with the losses that this rank has; every rank calls it once a step."""
+        if self._group is not None:  # nothing to begin: the backwards go first
+            self._losses = losses
+            return
+        self._add(losses)
+        if not self._alone:
+            self._pending = dist.all_reduce(self._sum, async_op=True)
+
+    def _add(self, losses: Mapping[int, torch.Tensor]) -> None:
         weighed = {m: loss for m, loss in losses.items() if self._factors[m]}  # a mean over no label is 0 / 0
         if weighed:
             factors = torch.tensor([self._factors[m] for m in weighed], dtype=torch.float64, device=self._sum.device)
             self._sum = torch.stack(list(weighed.values())).to(factors).dot(factors)
-        if not self._alone and self._group is None:
-            self._pending = dist.all_reduce(self._sum, async_op=True)
 
     def wait(self) -> float:
         """The sum. Behind everything that the step sends: messages of a pair of ranks keep their order."""
-        if self._group is not None:
+        self._add(self._losses)
+        if self._group is not None and len(self._stages) == 1:
+            self._group.broadcast(self._sum, self._stages[0])
+        elif self._group is not None:
             self._group.all_reduce(self._sum)
         if self._pending is not None:
             self._pending.wait()
@@ -167,11 +202,18 @@ class Program:
         cut: Cut,
         stack: contextlib.ExitStack,
         divided: Divided | None = None,
+        experts: DividedExperts | None = None,
         everyone: SameHostGroup | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.model = model
+        self._traffic = traffic or Traffic()
         self._everyone = everyone
         self.divided = divided
+        self.experts = experts
+        self._expert_counts = (
+            None if experts is None else ExpertCounts(experts, shard=place.shard, device=engine.device)
+        )
         self.tape = tape
         self.cut = cut
         self.place = place
@@ -196,12 +238,25 @@ class Program:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank holds, by name."""
-        return {name: p for name, p in self.model.named_parameters() if self.place.stage in self.holders[name]}
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if self.place.stage in self.holders[name] and (self.experts is None or self.experts.holds(name))
+        }
 
     def owns(self, name: str) -> bool:
-        """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica, and
-        the first shard where all have the same."""
-        return self.counts(name) and self.place.replica == 0
+        """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica that
+        has it, and the first shard where all have the same."""
+        first = self.place.expert if self.divides_experts(name) else 0
+        return self.counts(name) and self.place.replica == first
+
+    def divides_experts(self, name: str) -> bool:
+        """Whether the parameter, or its part on this rank, is that of experts that other replicas do not have."""
+        return self.experts is not None and self.experts.divides(name)
+
+    def experts_of(self, name: str) -> Slice | None:
+        """How a parameter is divided along its experts; None where it is not."""
+        return None if self.experts is None else self.experts.slice_of(name)
 
     def counts(self, name: str) -> bool:
         """Whether this rank counts the parameter, or its part of it, in its replica's norm."""
@@ -251,16 +306,24 @@ class Program:
         arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
         factors = [work.factor for work in works]
         mean = _MeanLoss(
-            factors, device=self._engine_device, alone=self._world == 1, shards=self.place.tp, group=self._everyone
+            factors,
+            device=self._engine_device,
+            alone=self._world == 1,
+            shards=self.place.tp,
+            group=self._everyone,
+            stages={flow.cut.loss_stage for flow in flows},
         )
-        _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
+        with contextlib.nullcontext() if self.divided is None else self.divided.step():
+            _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
         if self._gradients is not None and backward:
             self._gradients.finish()
         if self.divided is not None and self.divided.shares and backward:
             self.divided.sum_shared(self.parameters)
         for flow in flows:
             flow.met += 1
-        return StepResult(mean.wait(), weight, moments, _sent_bytes(works, self.place.stage))
+        loss = mean.wait()  # behind everything that the step sends
+        experts = None if self._expert_counts is None else self._expert_counts.read()
+        return StepResult(loss, weight, moments, experts, self._traffic.read())
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
@@ -291,13 +354,24 @@ class Program:
         own = [
             p.grad if self.divided is None else self.divided.counted(name, p.grad)
             for name, p in self.parameters.items()
-            if p.grad is not None and self.counts(name)
+            if p.grad is not None and self.counts(name) and not self.divides_experts(name)
         ]
         squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
+        squares += self._squares_of_experts()
         if self._world > 1:
             dist.all_reduce(squares)
             squares /= self.place.dp
         return float(squares.sqrt().item())
+
+    def _squares_of_experts(self) -> torch.Tensor:
+        """Of experts that are divided, weighed so that the mean over all replicas counts each once."""
+        own = [
+            p.grad if self.divided is None else self.divided.counted(name, p.grad)
+            for name, p in self.parameters.items()
+            if p.grad is not None and self.counts(name) and self.divides_experts(name)
+        ]
+        squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
+        return squares * self.place.ep
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients, as clipping does."""
@@ -326,12 +400,14 @@ def build(
     transport: Transport | None = None,
     fill: Fill | None = None,
     tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
 ) -> Program:
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
     `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill` gives the held parameters their
     values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
-    units are divided among the shards; without it, shards do the same work.
+    units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
+    the replicas that divide them.
     Collective: every rank calls it with the same arguments.
     """
     where = torch.device(device)
@@ -350,25 +426,43 @@ def build(
     sums.install(model, tape.units, {name: p for name, p in model.named_parameters() if name in set(mine)})
     stack.callback(sums.close)
     same_host = _same_host(place, where, stack)
-    divided = _divided(model, place, tensor, tape.units, stack, same_host)
+    traffic = Traffic()
+    divided = _divided(model, place, tensor, tape.units, stack, same_host, traffic)
+    divided_experts = divide_experts(
+        model, experts, ep=place.ep, groups=place.ranks_dividing_experts(), rank=place.rank, stack=stack
+    )
+    if divided_experts is not None:
+        mine = [name for name in mine if divided_experts.holds(name)]
+    if divided is not None:
+        sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
     if fill is not None:
-        fill(model, mine, _all_of_it if divided is None else divided.cut)
+        fill(model, mine, cut_by(divided, divided_experts))
     stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
-    held = {name: p for name, p in model.named_parameters() if place.stage in holders[name]}
+    kept = set(mine)
+    held = {name: p for name, p in model.named_parameters() if name in kept}
     partial = {name for name in holders if tensor is not None and tensor.is_partial(name)}
-    groups = _groups(place, holders, partial)
+    of_experts = {name for name in holders if divided_experts is not None and divided_experts.divides(name)}
+    groups = _groups(place, holders, partial, of_experts)
     for group in groups.values():
         stack.callback(dist.destroy_process_group, group)
-    of = {name: groups.get((holders[name], name in partial)) for name in held}
+    of = {name: groups.get((holders[name], name in partial, name in of_experts)) for name in held}
     shared = {name: group for name, group in of.items() if group is not None}
     gradients = GradientSum(held, shared) if shared else None
+    if gradients is not None:
+        _count_gradients(traffic, gradients, groups)
+    if divided_experts is not None:
+        of_group = divided_experts.group
+        traffic.add("ep.all_to_all", lambda: of_group.sent_bytes)
+    between_stages = CountedTransport(transport or same_host or ProcessGroupTransport())
+    if place.pp > 1:
+        traffic.add("pp.send", lambda: between_stages.sent_bytes)
     engine = Engine(
         model,
         switch=switch,
         loss=loss,
         rank=place.rank,
         rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
-        transport=transport or same_host or ProcessGroupTransport(),
+        transport=between_stages,
         device=where,
         sums=sums,
     )
@@ -379,7 +473,7 @@ def build(
         num_stages=place.pp,
         loss=loss,
         units=units,
-        whole=contextlib.nullcontext if divided is None else divided.off,
+        whole=whole_for_traces(divided, divided_experts),
     )
     return Program(
         model,
@@ -395,7 +489,9 @@ def build(
         cut=cut,
         stack=stack,
         divided=divided,
+        experts=divided_experts,
         everyone=_everyone(place, same_host),
+        traffic=traffic,
     )
 
 
@@ -417,6 +513,7 @@ def _divided(
     units: Sequence[str],
     stack: contextlib.ExitStack,
     same_host: SameHostTransport | None,
+    traffic: Traffic,
 ) -> Divided | None:
     """The units of the model divided among this rank's shards; collective where there are any."""
     if place.tp == 1 or tensor is None:
@@ -434,7 +531,11 @@ def _divided(
             mine = group
     assert mine is not None
     stack.callback(dist.destroy_process_group, mine)
-    divided = Divided(model, tensor, _tensor_group(place, mine, same_host), units)
+    sharing = _tensor_group(place, mine, same_host)
+    traffic.add("tp.all_reduce", lambda: sharing.reduced_bytes)
+    traffic.add("tp.all_gather", lambda: sharing.gathered_bytes)
+    traffic.add("tp.reduce_scatter", lambda: sharing.scattered_bytes)
+    divided = Divided(model, tensor, sharing, units, keep_logits=True)
     stack.callback(divided.close)
     return divided
 
@@ -448,7 +549,9 @@ def _everyone(place: Place, same_host: SameHostTransport | None) -> SameHostGrou
     return SameHostGroup(same_host, range(place.pp), place.rank) if connected.item() else None
 
 
-def _tensor_group(place: Place, group: dist.ProcessGroup, same_host: SameHostTransport | None) -> TensorGroup:
+def _tensor_group(
+    place: Place, group: dist.ProcessGroup, same_host: SameHostTransport | None
+) -> ProcessTensorGroup | SameHostGroup:
     """What sums over the shards of this rank's stage: shared memory where it reaches them all."""
     if same_host is None:  # on every rank
         return ProcessTensorGroup(group)
@@ -459,20 +562,22 @@ def _tensor_group(place: Place, group: dist.ProcessGroup, same_host: SameHostTra
 
 
 def _groups(
-    place: Place, holders: Mapping[str, tuple[int, ...]], partial: Collection[str]
-) -> dict[tuple[tuple[int, ...], bool], dist.ProcessGroup]:
+    place: Place, holders: Mapping[str, tuple[int, ...]], partial: Collection[str], of_experts: Collection[str]
+) -> dict[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup]:
     """A process group for every set of ranks that sum the gradient of a parameter: (stages that hold it, whether it
-    is partial on every shard) -> the group that this rank is in."""
-    groups: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup] = {}
+    is partial on every shard, whether it is that of divided experts) -> the group that this rank is in."""
+    groups: dict[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup] = {}
     everyone = range(place.tp)
-    for stages, sums_shards in sorted({(holders[name], name in partial) for name in holders}):
+    for key in sorted({(holders[name], name in partial, name in of_experts) for name in holders}):
+        stages, sums_shards, divides = key
         for shards in [tuple(everyone)] if sums_shards else [(shard,) for shard in everyone]:
-            ranks = place.ranks_holding(stages, shards)
-            if len(ranks) > 1:
-                group = dist.new_group(ranks)
-                if place.rank in ranks:
-                    assert isinstance(group, dist.ProcessGroup)
-                    groups[(stages, sums_shards)] = group
+            for expert in range(place.ep) if divides else [None]:
+                ranks = place.ranks_holding(stages, shards, expert)
+                if len(ranks) > 1:
+                    group = dist.new_group(ranks)
+                    if place.rank in ranks:
+                        assert isinstance(group, dist.ProcessGroup)
+                        groups[key] = group
     return groups
 
 
@@ -480,11 +585,9 @@ def _own_row(schedule: Schedule, edges: frozenset[tuple[int, int]], stage: int) 
     return with_transfers(schedule, edges)[schedule.owners[stage]]
 
 
-def _sent_bytes(works: Sequence[Work], stage: int) -> int:
-    total = 0
-    for work in works:
-        values = work.flow.tape.flow.values
-        plan = work.flow.cut.stages[stage]
-        total += sum(values[value].nbytes for value, _ in plan.sends)
-        total += sum(values[value].nbytes for value, _ in plan.receives if values[value].requires_grad)
-    return total
+def _count_gradients(
+    traffic: Traffic, gradients: GradientSum, groups: Mapping[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup]
+) -> None:
+    for (stages, sums_shards, _), group in groups.items():
+        kind = "tp.gradients" if sums_shards else "pp.all_reduce" if len(stages) > 1 else "dp.all_reduce"
+        traffic.add(kind, functools.partial(gradients.reduced_bytes, group))

@@ -26,6 +26,8 @@ from shardwise.errors import DataflowError
 from shardwise.execute.collectors import feed, pick_up, watched
 from shardwise.execute.ledger import Ledger
 from shardwise.execute.programme import Programme, programme
+from shardwise.parallel.tensor.divided_logits import whole_of
+from shardwise.parallel.tensor.sequence_shard import whole_tokens
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent, first_absent
 from shardwise.trace.checkpointing import Contexts, noticed
@@ -259,6 +261,7 @@ class StageRun:
                 self._send(answer.value, leaf, record)
 
     def _send(self, value: int, tensor: torch.Tensor, record: Record) -> None:
+        tensor = whole_tokens(whole_of(tensor))  # what is divided among shards crosses whole
         if isinstance(tensor, Absent):
             raise DataflowError(
                 f"{tensor.what} must be sent and is absent: an edge is missing in the recorded dataflow"

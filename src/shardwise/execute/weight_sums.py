@@ -5,17 +5,20 @@ the weight's size once and reads and writes it twice more. Here the product accu
 Megatron-LM's gradient accumulation fusion does on GPUs (arXiv:2104.04473 describes the system); an embedding adds
 the rows that it looked up. Only inside units, for `nn.Linear` and `nn.Embedding` themselves and large weights.
 Whatever else asks for a gradient (hooks, double backward, `autograd.grad` in a forward) gets it as from plain torch.
+Layers that are divided among ranks, whose sums have another order anyway, also multiply by `products`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from shardwise.execute import products
 
 __all__ = ["SMALLEST", "WeightSums"]
 
@@ -32,6 +35,7 @@ class WeightSums:
     def __init__(self) -> None:
         self.on = False
         self.adds = False
+        self._divided: set[int] = set()
         self._undo: list[tuple[nn.Module, Any]] = []
 
     def install(self, model: nn.Module, units: Sequence[str], held: Mapping[str, nn.Parameter]) -> None:
@@ -48,6 +52,10 @@ class WeightSums:
                     module.__dict__["forward"] = _linear(self, module, module.forward)
                 elif isinstance(module, nn.Embedding):
                     module.__dict__["forward"] = _embedding(self, module, module.forward)
+
+    def divide(self, weights: Iterable[nn.Parameter]) -> None:
+        """Of linear layers with one of these weights the large ones use `products`, in every step."""
+        self._divided.update(id(weight) for weight in weights if weight.numel() >= products.SMALLEST)
 
     def close(self) -> None:
         """Give the modules their own forward back."""
@@ -80,7 +88,7 @@ class WeightSums:
         """Whether a forward of `module` on `x`, now, is one whose gradient may be summed in place."""
         weight = module.weight
         return (
-            self.on
+            (self.on or id(weight) in self._divided)
             and torch.is_grad_enabled()
             and isinstance(weight, nn.Parameter)
             and weight.requires_grad
@@ -119,7 +127,8 @@ def _linear(sums: WeightSums, module: nn.Linear, body: Callable[..., Any]) -> Ca
     def forward(input: torch.Tensor) -> Any:
         if not sums.may(module, input) or input.dtype != module.weight.dtype or type(input) is not torch.Tensor:
             return body(input)
-        return _Linear.apply(input, module.weight, module.bias, sums)  # type: ignore[no-untyped-call]
+        divided = id(module.weight) in sums._divided
+        return _Linear.apply(input, module.weight, module.bias, sums, divided)  # type: ignore[no-untyped-call]
 
     return forward
 
@@ -138,16 +147,23 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b; x (..., in), W (out, in), b (out) or None."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: WeightSums) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: WeightSums, divided: bool
+    ) -> Any:
         ctx.save_for_backward(x, weight)
-        ctx.sums = sums
-        return F.linear(x, weight, bias)
+        ctx.sums, ctx.divided = sums, divided
+        return products.linear(x, weight, bias) if divided else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        dx = dy @ weight if wants_x else None
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        if not wants_x:
+            dx = None
+        elif ctx.divided and not torch.is_grad_enabled():  # a double backward is autograd's own
+            dx = products.times(dy, weight)
+        else:
+            dx = dy @ weight
         rows = dy.reshape(-1, dy.shape[-1])
         db = rows.sum(0) if wants_bias else None
         dw = None
@@ -157,7 +173,7 @@ class _Linear(torch.autograd.Function):
                 dw = rows.t() @ x.reshape(-1, x.shape[-1])
             else:
                 into.addmm_(rows.t(), x.reshape(-1, x.shape[-1]))
-        return dx, dw, db, None
+        return dx, dw, db, None, None
 
 
 class _Embedding(torch.autograd.Function):

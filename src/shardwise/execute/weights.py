@@ -12,7 +12,7 @@ load balancing), come out right alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from shardwise.errors import BatchError
 
-__all__ = ["ITEMS", "weigher", "with_own_items"]
+__all__ = ["ITEMS", "Weigher", "weigher", "with_own_items"]
 
 ITEMS = "num_items_in_batch"
 
@@ -28,26 +28,54 @@ ITEMS = "num_items_in_batch"
 _NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
 
 
-def weigher(model: nn.Module) -> Callable[[Any], float]:
+class Weigher:
+    """Weighs a batch by the labels that count (not -100), else by its samples.
+
+    With `shifts`, the first label of every sequence is dropped, as by losses that predict the next token; labels that
+    are shifted already come as `shift_labels` and count as they are.
+    """
+
+    def __init__(self, *, shifts: bool) -> None:
+        self.shifts = shifts
+
+    def __call__(self, inputs: Any) -> float:
+        """What the loss of `inputs` weighs."""
+        labels = self._labels(inputs)
+        if labels is not None:
+            return float((labels != -100).sum().item())
+        tensors = [leaf for leaf in (inputs.values() if isinstance(inputs, Mapping) else inputs) if _is_batch(leaf)]
+        return float(tensors[0].shape[0]) if tensors else 1.0
+
+    def of_parts(self, parts: Sequence[Any]) -> list[float]:
+        """What every part weighs; labels of one shape are counted in one go."""
+        labels = [self._labels(part) for part in parts]
+        found = [label for label in labels if label is not None]
+        if len(found) < len(parts) or len({(label.shape, label.device) for label in found}) > 1:
+            return [self(part) for part in parts]
+        counts = torch.stack(found) != -100
+        if counts.dim() > 1:
+            counts = counts.flatten(1).sum(1)
+        return [float(count) for count in counts.tolist()]
+
+    def _labels(self, inputs: Any) -> torch.Tensor | None:
+        """The labels that the loss counts; None where there are none."""
+        if not isinstance(inputs, Mapping):
+            return None
+        shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+        if isinstance(shifted, torch.Tensor):
+            return shifted
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return None
+        return labels[..., 1:] if self.shifts and labels.dim() > 1 else labels
+
+
+def weigher(model: nn.Module) -> Weigher:
     """A weight function for a model's batches: the labels that count (not -100), else the samples.
 
     Models that predict the next token drop the first label of every sequence; that is asked of transformers'
     `loss_type`. Labels that are shifted already come as `shift_labels` and count as they are.
     """
-    shifts = _shifts(model)
-
-    def weight(inputs: Any) -> float:
-        tensors = [leaf for leaf in (inputs.values() if isinstance(inputs, Mapping) else inputs) if _is_batch(leaf)]
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-        shifted = inputs.get("shift_labels") if isinstance(inputs, Mapping) else None
-        if isinstance(shifted, torch.Tensor):
-            return float((shifted != -100).sum().item())
-        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-            counted = labels[..., 1:] if shifts and labels.dim() > 1 else labels
-            return float((counted != -100).sum().item())
-        return float(tensors[0].shape[0]) if tensors else 1.0
-
-    return weight
+    return Weigher(shifts=_shifts(model))
 
 
 def with_own_items(batch: Any, parts: Sequence[Any], weights: Sequence[float]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardwise.layout.layout import Layout, StageRule, Stages
-from shardwise.layout.ranks import Coordinates, coordinates, pipelines, rank_of, replicas, shards, stage_ranks
+from shardwise.layout.ranks import Coordinates, coordinates, experts, pipelines, rank_of, replicas, shards, stage_ranks
 from shardwise.layout.unit_names import compress, expand
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "compress",
     "coordinates",
     "expand",
+    "experts",
     "pipelines",
     "rank_of",
     "replicas",

@@ -33,8 +33,11 @@ Stages = StageRule | tuple[tuple[str, ...], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`dp` replicas of `pp` stages of `tp` shards. Raises `LayoutError` where a rule is broken.
+    """`dp` times `ep` replicas of `pp` stages of `tp` shards. Raises `LayoutError` where a rule is broken.
 
+    ep: replicas that divide the experts among them; each has its own share of the batch, and the rest of the model.
+
+    sequence_parallel: between the parts that shards divide, each shard works on its tokens (needs tp > 1).
     micro_batches: of one replica and step; None: 1 without a pipeline, else 2 a stage, at most one a sample.
     stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
     """
@@ -42,6 +45,8 @@ class Layout:
     dp: int = 1
     pp: int = 1
     tp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = False
     micro_batches: int | None = None
     schedule: str = "1f1b"
     stages: Stages = StageRule.COST
@@ -49,7 +54,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
-        rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp)
+        rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep)
+        rules.check_sequence_parallel(self.sequence_parallel, tp=self.tp, ep=self.ep)
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, GENERATORS)
         if not isinstance(self.stages, StageRule):
@@ -58,13 +64,18 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.dp * self.pp * self.tp
+        return self.num_replicas * self.pp * self.tp
+
+    @property
+    def num_replicas(self) -> int:
+        """Shares of a batch: replicas that hold the same experts, times the ranks that divide the experts."""
+        return self.dp * self.ep
 
     def num_micro_batches(self, global_batch: int) -> int:
         """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
         wanted = 1 if self.pp == 1 else 2 * self.pp
-        chosen = self.micro_batches or max(1, min(wanted, global_batch // self.dp))
-        rules.check_batch(dp=self.dp, micro_batches=chosen, global_batch=global_batch)
+        chosen = self.micro_batches or max(1, min(wanted, global_batch // self.num_replicas))
+        rules.check_batch(dp=self.dp, micro_batches=chosen, global_batch=global_batch, ep=self.ep)
         return chosen
 
     def __str__(self) -> str:
@@ -73,6 +84,8 @@ class Layout:
         stages = fields.get("stages")
         if isinstance(stages, list):
             fields["stages"] = f"[{'|'.join('+'.join(units) for units in stages)}]"
+        if "sequence_parallel" in fields:
+            fields["sequence_parallel"] = "on" if self.sequence_parallel else "off"
         return ",".join(f"{name}={value}" for name, value in fields.items())
 
     @classmethod
@@ -86,7 +99,7 @@ class Layout:
                     f"a layout is written name=value once each, with commas between, but got {part!r} in "
                     f'{text!r}; write for example "dp=2,pp=2,micro_batches=4"'
                 )
-            fields[name] = value if name in ("schedule", "stages") else _integer(name, value)
+            fields[name] = _value(name, value)
         stages = fields.get("stages", "")
         if stages.startswith("[") and stages.endswith("]"):
             fields["stages"] = [stage.split("+") for stage in stages[1:-1].split("|")]
@@ -123,12 +136,18 @@ class Layout:
     def _differences(self, default: Layout | None) -> dict[str, Any]:
         """The fields after dp and pp that differ from `default` (all, if it is None), as plain values."""
         fields: dict[str, Any] = {}
-        for name in ("tp", "micro_batches", "schedule", "stages", "seed"):
+        for name in ("tp", "ep", "sequence_parallel", "micro_batches", "schedule", "stages", "seed"):
             value = getattr(self, name)
             if value is None or (default is not None and value == getattr(default, name)):
                 continue
             fields[name] = [list(units) for units in value] if isinstance(value, tuple) else value
         return {name: str(value) if isinstance(value, StageRule) else value for name, value in fields.items()}
+
+
+def _value(name: str, text: str) -> str | int | bool:
+    if name == "sequence_parallel" and text.lower() in ("on", "off", "true", "false"):
+        return text.lower() in ("on", "true")
+    return text if name in ("schedule", "stages", "sequence_parallel") else _integer(name, text)
 
 
 def _integer(name: str, text: str) -> int:

@@ -16,15 +16,31 @@ __all__ = [
     "check_explicit_stages",
     "check_micro_batches",
     "check_schedule",
+    "check_sequence_parallel",
     "check_world_size",
 ]
 
 
-def check_axes(*, dp: int, pp: int, tp: int = 1) -> None:
+def check_axes(*, dp: int, pp: int, tp: int = 1, ep: int = 1) -> None:
     """Every axis has at least one rank."""
-    for name, size in (("dp", dp), ("pp", pp), ("tp", tp)):
+    for name, size in (("dp", dp), ("pp", pp), ("tp", tp), ("ep", ep)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise LayoutError(f"an axis has 1 rank or more, but {name}={size!r}; use {name}=1 to leave it out")
+
+
+def check_sequence_parallel(sequence_parallel: bool, *, tp: int, ep: int = 1) -> None:
+    """Tokens are dealt out among shards that divide layers too."""
+    if not isinstance(sequence_parallel, bool):
+        raise LayoutError(f"sequence_parallel is on or off, but got {sequence_parallel!r}; write sequence_parallel=on")
+    if sequence_parallel and tp == 1:
+        raise LayoutError(
+            "sequence parallelism deals out tokens among the shards of tp, but tp=1; use tp=2 or more, or leave it out"
+        )
+    if sequence_parallel and ep > 1:
+        raise LayoutError(
+            f"sequence parallelism gives every shard its tokens, and ep={ep} sends tokens to experts: one of the two is "
+            "possible; use sequence_parallel=off"
+        )
 
 
 def check_micro_batches(micro_batches: int | None) -> None:
@@ -60,8 +76,15 @@ def check_explicit_stages(stages: Sequence[Sequence[str]], *, pp: int) -> None:
         )
 
 
-def check_world_size(*, dp: int, pp: int, world_size: int, tp: int = 1) -> None:
+def check_world_size(*, dp: int, pp: int, world_size: int, tp: int = 1, ep: int = 1) -> None:
     """The axes multiply to the number of ranks that there are."""
+    if ep > 1 and dp * ep * pp * tp != world_size:
+        raise LayoutError(
+            f"dp × ep × pp × tp is the number of ranks, but {dp} × {ep} × {pp} × {tp} = {dp * ep * pp * tp} and there "
+            f"are {world_size}; start {dp * ep * pp * tp} ranks, or change an axis"
+        )
+    if ep > 1:
+        return
     if tp > 1 and dp * pp * tp != world_size:
         raise LayoutError(
             f"dp × pp × tp is the number of ranks, but {dp} × {pp} × {tp} = {dp * pp * tp} and there are {world_size}; "
@@ -75,8 +98,14 @@ def check_world_size(*, dp: int, pp: int, world_size: int, tp: int = 1) -> None:
         )
 
 
-def check_batch(*, dp: int, micro_batches: int, global_batch: int) -> None:
+def check_batch(*, dp: int, micro_batches: int, global_batch: int, ep: int = 1) -> None:
     """Every micro-batch of every replica has a sample. They need not be equal: the last may be smaller."""
+    if ep > 1 and global_batch < dp * ep * micro_batches:
+        raise LayoutError(
+            f"every micro-batch of every replica has a sample, and the ranks that divide experts are replicas, but "
+            f"{global_batch} samples are fewer than dp={dp} × ep={ep} × micro_batches={micro_batches} = "
+            f"{dp * ep * micro_batches}; use micro_batches={max(1, global_batch // (dp * ep))}, or more samples"
+        )
     if global_batch < dp * micro_batches:
         raise LayoutError(
             f"every micro-batch of every replica has a sample, but {global_batch} samples are fewer than "

@@ -54,11 +54,15 @@ class GradientSum:
             for bucket in self._buckets
             for parameter in bucket.parameters
         ]
-        self.bytes_reduced = 0
+        self._reduced_bytes: dict[int, int] = {}
 
     def arm(self) -> None:
         """From here on an accumulated gradient is final."""
         self._armed = True
+
+    def reduced_bytes(self, group: dist.ProcessGroup) -> int:
+        """Bytes that this rank has handed over to be summed over a group, so far."""
+        return self._reduced_bytes.get(id(group), 0)
 
     def finish(self) -> None:
         """Reduce what has not been reduced, wait for all, and put the sums into the parameters' `.grad`."""
@@ -106,7 +110,7 @@ class GradientSum:
             start += parameter.numel()
         bucket.flat = flat
         bucket.work = dist.all_reduce(flat, group=bucket.group, async_op=True)
-        self.bytes_reduced += flat.numel() * flat.element_size()
+        self._reduced_bytes[id(bucket.group)] = self.reduced_bytes(bucket.group) + flat.nbytes
 
 
 def _fill(parameters: Sequence[tuple[nn.Parameter, dist.ProcessGroup]], bucket_bytes: int) -> list[_Bucket]:

@@ -126,7 +126,7 @@ def estimate(
             in_flight=in_flight[stage.stage],
             states=OPTIMIZER_STATES[optimizer],
             scale=scale,
-            dp=layout.dp,
+            dp=layout.num_replicas,
         )
         for stage in cut.stages
     )

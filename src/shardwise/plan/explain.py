@@ -84,7 +84,7 @@ def _model(profile: ModelProfile, tensor: TensorPlan | None) -> list[str]:
 
 def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     schedule = estimate.schedule
-    text = f"{layout}: {_plural(layout.dp, 'replica')} of {_plural(layout.pp, 'stage')}"
+    text = f"{layout}: {_plural(layout.num_replicas, 'replica')} of {_plural(layout.pp, 'stage')}"
     if layout.tp > 1:
         text += f" of {layout.tp} shards"
     ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
@@ -192,7 +192,7 @@ def _step(layout: Layout, estimate: Estimate, assumes: str) -> list[str]:
     ]
     if layout.pp == 1:
         return lines
-    one = "one replica, rank r of it is stage r:" if layout.dp > 1 else ""
+    one = "one replica, rank r of it is stage r:" if layout.num_replicas > 1 else ""
     drawing = draw(estimate.timeline, width=_DRAWN).splitlines()[:-1]
     return [*lines, *filter(None, [one]), *drawing]
 
@@ -202,7 +202,9 @@ def _left_out(layout: Layout, estimate: Estimate) -> str:
     rest = "the optimizer, reading data"
     if layout.tp > 1:
         rest = f"sums over the shards of a unit, {rest}"
-    if layout.dp == 1:
+    if layout.ep > 1:
+        rest = f"rows that go to experts and back, {rest}"
+    if layout.num_replicas == 1:
         return rest
     reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
     return f"averaging gradients (each rank sends {format_bytes(reduced)} at most), {rest}"

@@ -80,6 +80,7 @@ def real_parameters(module: nn.Module, names: dict[int, str]) -> Iterator[set[st
     """The module with random real parameters where it has fake ones that `names` knows; yields their names."""
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     reals: dict[int, nn.Parameter] = {}
+    known = set(names)
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is None or id(parameter) not in names:
@@ -96,6 +97,8 @@ def real_parameters(module: nn.Module, names: dict[int, str]) -> Iterator[set[st
     finally:
         for part, name, parameter in swapped:
             part._parameters[name] = parameter
+        for key in set(names) - known:
+            del names[key]  # of tensors that are gone: the next one at that place is another
 
 
 def random_like(tensor: torch.Tensor, *, seed: int) -> torch.Tensor:

@@ -70,8 +70,8 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         mode = active()
-        if mode is None:
-            return inner(cls, *args, **kwargs)
+        if mode is None or not _is_open(mode):
+            return inner(cls, *args, **kwargs)  # no glue, or inside of a function that the mode has been told of
         with torch.overrides._pop_mode_temporarily():
             return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)  # type: ignore[no-untyped-call]
 
@@ -80,6 +80,11 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _is_open(mode: TorchFunctionMode) -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(each is mode for each in modes)
 
 
 class _Apply:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from shardwise.trace.multi_head import multi_head_attention
 from shardwise.trace.random_calls import is_random
 from shardwise.trace.random_ops import KeyedOps
 from shardwise.trace.random_streams import Generators, Scope, Stream, python_streams
@@ -88,6 +89,9 @@ class RandomMode(TorchFunctionMode):
     ) -> Any:
         if not is_random(func, args, kwargs):
             return func(*args, **kwargs) if kwargs else func(*args)
+        if func is F.multi_head_attention_forward:
+            with self:  # what it draws is a call of its own, of the samples' heads
+                return multi_head_attention(*args, **(kwargs or {}))
         index = self.index
         self.index += 1
         return draw(func, args, kwargs, scope=self.scope, index=index, generators=self._generators)

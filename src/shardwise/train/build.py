@@ -15,7 +15,9 @@ import torch
 import torch.nn as nn
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
-from shardwise.execute.assemble import agreed_plan, assemble, fill_from
+from shardwise.describe.tensor import TensorPlan
+from shardwise.describe.expert import ExpertPlan
+from shardwise.execute.assemble import agreed_experts, agreed_plan, assemble, fill_from
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
@@ -26,7 +28,7 @@ from shardwise.trace.placing import place
 from shardwise.train.balance import layout_for, of_rank_0, profile_for
 from shardwise.train.model import Values, model_factory, names_in, values_of
 from shardwise.train.optimizer import optimizer_over
-from shardwise.train.plan import plan_of_profile, statistics_note
+from shardwise.train.plan import experts_note, plan_of_profile, statistics_note
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
 from shardwise.train.state import check_model, check_state, restore
@@ -44,8 +46,10 @@ class Job:
     task_options: Mapping[str, object]
     model: ModelLike | None = None
     task: Task | None = None
+    tensor: TensorPlan | None = None  # as somebody wrote it, proven
     resume: bool = False
     started_s: float = 0.0  # of the monotonic clock
+    experts: ExpertPlan | None = None  # of layouts that divide experts; None: rank 0 makes it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class World:
     def held_out(self, number: int, size: int) -> tuple[MicroBatch, ...]:
         """This replica's share of evaluation batch `number`, of `size` held-out samples in their order."""
         indices = range(number * size, (number + 1) * size)
-        num_micro_batches = min(self.run.num_micro_batches, size // self.run.layout.dp)
+        num_micro_batches = min(self.run.num_micro_batches, size // self.run.layout.num_replicas)
         return self._shared(indices, "held_out", num_micro_batches)
 
     def _share(self, split: Split, *, step: int, num_micro_batches: int, seed: int) -> tuple[MicroBatch, ...]:
@@ -114,15 +118,21 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         if buffer.device != device:
             place(model, {name: buffer.to(device)})
     inputs = first_micro_batch(run, task, device)
-    tensor = None
-    if layout.tp > 1:
-        tensor = agreed_plan(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
+    tensor = job.tensor
+    if layout.tp > 1 and tensor is None:
+        told = run.tp_plan
+        tensor = agreed_plan(model, inputs, layout=layout, rank=context.rank, loss=task.loss, tp_plan=told)
+    experts = job.experts
+    if layout.ep > 1 and experts is None:
+        experts = agreed_experts(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
     if context.rank == 0 and (on_plan is not None or run.balance == "measured"):
         profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
         layout = layout_for(run, profile)
         if on_plan is not None:
-            plan = plan_of_profile(profile, layout=layout, num_micro_batches=run.num_micro_batches, tensor=tensor)
-            on_plan(plan + statistics_note(model, layout))
+            plan = plan_of_profile(
+                profile, layout=layout, num_micro_batches=run.num_micro_batches, tensor=tensor, experts=experts
+            )
+            on_plan(plan + experts_note(experts) + statistics_note(model, layout))
     if run.balance == "measured":
         layout = of_rank_0(layout)
     program = assemble(
@@ -134,6 +144,7 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         device=device,
         fill=fill_from(values, device) if values is not None else None,
         tensor=tensor,
+        experts=experts,
     )
     training = run.training
     optimizer = optimizer_over(
@@ -201,7 +212,7 @@ def first_micro_batch(run: Run, task: Task, device: torch.device | str = "cpu") 
         global_batch=run.training.global_batch,
         num_samples=task.num_samples("train"),
     )
-    first = Place(rank=0, dp=run.layout.dp, pp=run.layout.pp)
+    first = Place(rank=0, dp=run.layout.num_replicas, pp=run.layout.pp)
     parts = share(
         task,
         indices,

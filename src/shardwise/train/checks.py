@@ -9,15 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardwise.checkpoint.source import open_safetensors
+from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import CheckpointError, ConfigError
 from shardwise.layout import StageRule
+from shardwise.parallel.expert.plan_experts import plan_experts
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.written_plan import words_by_hand
 from shardwise.plan.partition import place
 from shardwise.tasks import LanguageModelling, RandomTokens
 from shardwise.trace.profile import trace
 from shardwise.train.build import Job, build_model, build_task, first_micro_batch
 from shardwise.train.model import sizes_of
 
-__all__ = ["check_path", "check_stages", "check_task", "make_folder"]
+__all__ = ["check_experts", "check_path", "check_stages", "check_task", "check_tensor", "make_folder"]
 
 
 def check_task(job: Job) -> None:
@@ -57,6 +62,32 @@ def check_stages(job: Job) -> None:
     model, _ = build_model(job)
     task = build_task(job)
     place(trace(model, first_micro_batch(job.run, task), loss=task.loss), job.run.layout)
+
+
+def check_experts(job: Job) -> ExpertPlan | None:
+    """How the layout divides experts, proven; None where it does not. Raises LayoutError where there are none."""
+    if job.run.layout.ep == 1:
+        return None
+    model, _ = build_model(job)
+    task = build_task(job)
+    return plan_experts(model, first_micro_batch(job.run, task), ep=job.run.layout.ep, loss=task.loss)
+
+
+def check_tensor(job: Job) -> TensorPlan | None:
+    """The plan of shards that the run, or somebody on its model, says; proven. None where nobody says one.
+
+    Raises `ModelError` or `LayoutError` with the module and the first tensor that differs, where it is wrong.
+    """
+    run = job.run
+    if run.layout.tp == 1:
+        return None
+    model, _ = build_model(job)
+    if run.tp_plan is None and words_by_hand(model) is None:
+        return None
+    task = build_task(job)
+    inputs = first_micro_batch(run, task)
+    sequence = run.layout.sequence_parallel
+    return plan_tensor(model, inputs, tp=run.layout.tp, loss=task.loss, sequence=sequence, tp_plan=run.tp_plan)
 
 
 def check_path(path: str | None) -> None:

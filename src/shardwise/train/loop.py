@@ -44,9 +44,18 @@ def run_steps(world: World, emit: Emit) -> list[float]:
             weight=result.weight,
             step_s=time.perf_counter() - start,
             busy_s=sum(moment.end_s - moment.start_s for moment in result.moments),
-            sent_bytes=result.sent_bytes,
+            sent_bytes=dict(result.sent_bytes),
             memory_bytes=memory_of_ranks(world),
         )
+        if result.experts is not None:
+            emit(
+                "experts",
+                step=step,
+                all_to_all_bytes=result.experts.all_to_all_bytes,
+                rows={layer: list(rows) for layer, rows in result.experts.loads.items()},
+                imbalance=result.experts.imbalance,
+                dropped=0,
+            )
         if _due(options.evaluate_every, step, options.steps):
             evaluate(world, emit, step)
         if _due(world.run.checkpoint.every, step, options.steps):
@@ -59,7 +68,7 @@ def evaluate(world: World, emit: Emit, step: int) -> None:
     options, program = world.run.training, world.program
     available = world.task.num_samples("held_out")
     size = min(options.global_batch, available)
-    if size < world.run.layout.dp:
+    if size < world.run.layout.num_replicas:
         return
     total = weight = 0.0
     modes = [(module, module.training) for module in program.model.modules()]

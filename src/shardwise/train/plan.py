@@ -12,12 +12,14 @@ import time
 import torch
 import torch.nn as nn
 
+from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.plan.cut import cut_stages
 from shardwise.plan.divide import profile_of_shard
+from shardwise.plan.divide_experts import profile_of_expert_rank
 from shardwise.plan.estimate import estimate
 from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
@@ -25,7 +27,7 @@ from shardwise.plan.work import work_of
 from shardwise.quantities import format_flops
 from shardwise.train.balance import with_threads
 
-__all__ = ["machine_rate", "plan_of_profile", "statistics_note", "threads_of_rank"]
+__all__ = ["experts_note", "machine_rate", "plan_of_profile", "statistics_note", "threads_of_rank"]
 
 _SIDE = 384  # of the matrices that are multiplied
 _PROBE_S = 0.1
@@ -38,6 +40,7 @@ def plan_of_profile(
     num_micro_batches: int,
     flops_per_s: float | None = None,
     tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
 ) -> str:
     """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. `tensor` divides units.
 
@@ -51,6 +54,8 @@ def plan_of_profile(
     rate = flops_per_s or (1.0 if timed else machine_rate(layout.world_size))
     if tensor is not None:
         profile = profile_of_shard(profile, tensor)
+    if experts is not None:
+        profile = profile_of_expert_rank(profile, experts, rank=experts.ep - 1)  # the last has the most
     predicted = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=rate)
     if timed:
         assumes = "the seconds that every unit call took here, alone; glue and transfers take no time"
@@ -77,9 +82,17 @@ def threads_of_rank(num_ranks: int) -> int:
     return max(1, _num_cores() // num_ranks)
 
 
+def experts_note(experts: ExpertPlan | None) -> str:
+    """How experts are divided, as further lines of a plan; empty where they are not."""
+    if experts is None:
+        return ""
+    first, *rest = experts.lines()
+    return "".join(["\nexperts       " + first, *("\n              " + line for line in rest)])
+
+
 def statistics_note(model: nn.Module, layout: Layout) -> str:
     """What running statistics mean on a layout with replicas; empty where there are none."""
-    if layout.dp == 1 or not any(_has_statistics(module) for module in model.modules()):
+    if layout.num_replicas == 1 or not any(_has_statistics(module) for module in model.modules()):
         return ""
     return (
         "\nnote          BatchNorm takes its statistics over each micro-batch; every replica keeps running statistics\n"

@@ -29,6 +29,7 @@ class ProgressSink:
         self._total = self._first = 0
         self._mean_s = 0.0
         self._printed_s = float("-inf")
+        self._sent_bytes: Mapping[str, int] = {}  # of the last step, by axis and kind
 
     def emit(self, event: Event) -> None:
         """Show one event; kinds it does not know are left out."""
@@ -81,6 +82,7 @@ class ProgressSink:
         self._mean_s = seconds if first else self._mean_s + _SMOOTH * (seconds - self._mean_s)
         left = (self._total - step - 1) * self._mean_s
         memory = data["memory_bytes"]
+        self._sent_bytes = data.get("sent_bytes", {})
         text = (
             f"step {step + 1}/{self._total}  loss {data['loss']:.4f}  "
             f"{format_count(data['weight'] / self._mean_s)} tokens/s  "
@@ -103,6 +105,9 @@ class ProgressSink:
                 f"loss {data['first_loss']:.4f} -> {data['last_loss']:.4f} (mean of the last 10 steps) in "
                 f"{format_duration(data['train_s'])}"
             )
+            sent = [f"{kind} {format_bytes(nbytes)}" for kind, nbytes in self._sent_bytes.items() if nbytes]
+            if sent:
+                self._print(f"rank 0 sends in a step: {', '.join(sent)}")
 
 
 def _number(event: Event) -> int:

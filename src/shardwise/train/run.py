@@ -23,7 +23,7 @@ from shardwise.events import Event, JsonlSink, Sink
 from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
 from shardwise.tasks import Task, prepare_task
 from shardwise.train.build import Job, ModelLike, about, build
-from shardwise.train.checks import check_path, check_stages, check_task, make_folder
+from shardwise.train.checks import check_experts, check_path, check_stages, check_task, check_tensor, make_folder
 from shardwise.train.divided import num_elements
 from shardwise.train.loop import run_steps
 from shardwise.train.model import model_factory
@@ -76,6 +76,8 @@ def train(
         if world is None:
             job = prepare(run, model=model, task=task, resume=resume, started_s=started_s)
             check_stages(job)
+            job = dataclasses.replace(job, tensor=check_tensor(job))
+            job = dataclasses.replace(job, experts=check_experts(job))
             make_folder(run.events_folder)
             return _on_own_ranks(job, sink)
         context = context_of_world(world)

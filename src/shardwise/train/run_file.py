@@ -131,6 +131,8 @@ class Run(_Table):
 
     balance   what makes stages equal: "flops" that were counted, "measured" seconds (every unit call is timed once at
               the start), "parameters", or "depth" (unit calls); not where `layout` says it, or lists the stages
+    tp_plan   a table of names of modules, `*` for numbers, and transformers' styles: how shards divide units. It is
+              proven, and refused before training where it is wrong; without it a plan is found
     """
 
     folder: str = "runs/run"
@@ -141,6 +143,7 @@ class Run(_Table):
     task: TaskOptions = TaskOptions()
     training: TrainingOptions
     checkpoint: CheckpointOptions = CheckpointOptions()
+    tp_plan: dict[str, str] | None = None
 
     @field_validator("layout", mode="before")
     @classmethod

@@ -19,7 +19,7 @@ import torch
 
 from shardwise.describe.tensor import TensorPlan
 
-__all__ = ["FLOOR", "Comparison", "TensorError", "errors_of", "relative"]
+__all__ = ["FLOOR", "Comparison", "Rounding", "TensorError", "errors_of", "relative"]
 
 FLOOR = 1e-3
 _PIECE = 2**20  # elements that are held in float64 at once
@@ -33,6 +33,35 @@ class TensorError:
     gradient: float
     update: float
     left_out: int = 0  # elements left out of the update's error (AdamW: the gradient is too small to have a direction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """What float64 says of errors in float32 that are beyond the tolerance: how far from it both sides are.
+
+    `where` is what the layout is off most in, compared with one device; `exact_error` is the layout's largest error
+    against one device when both run in float64. See `verify.rounding`.
+    """
+
+    where: str
+    one_device: float  # in float32, against one device in float64
+    layout: float
+    most: float  # times `one_device` that `layout` may be
+    exact_error: float
+    exact_tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the errors are float32's own."""
+        return self.layout <= self.most * self.one_device and self.exact_error <= self.exact_tolerance
+
+    def __str__(self) -> str:
+        verdict = "so errors beyond the tolerance are float32's own" if self.holds else "so this is no rounding"
+        return (
+            f"in float64 the layout is {self.exact_error:.1e} from one device (tolerance {self.exact_tolerance:.0e}); "
+            f"in float32 one device is {self.one_device:.1e} from float64 at {self.where}, "
+            f"the layout {self.layout:.1e} (at most {self.most:g} times as far): {verdict}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +84,22 @@ class Comparison:
     edges: tuple[tuple[int, int, int, str], ...]  # (from stage, to stage, bytes a micro-batch, what crosses)
     steps: int
     reference: str = "the whole model on one device"
+    experts: tuple[str, ...] = ()  # how experts were divided and what they exchanged, in words
     tensor: TensorPlan | None = None  # how units were divided among shards, proven block by block before
+    rounding: Rounding | None = None  # where float32 left something in doubt, what float64 says
 
     @property
     def equal(self) -> bool:
-        """Whether every error is within the tolerance."""
-        errors = [self.loss_error, self.gradient_error, self.norm_error, self.weight_error]
-        if self.micro_batch_error is not None:
-            errors.append(self.micro_batch_error)
-        return all(error <= self.tolerance for error in errors)
+        """Whether every error is within the tolerance, or float32's own."""
+        if self.micro_batch_error is not None and not self.micro_batch_error <= self.tolerance:
+            return False
+        return self.worst_error <= self.tolerance or (self.rounding is not None and self.rounding.holds)
+
+    @property
+    def worst_error(self) -> float:
+        """The largest error of the layout: of loss, gradients, their norm and updates."""
+        errors = (self.loss_error, self.gradient_error, self.norm_error, self.weight_error)
+        return math.inf if any(math.isnan(error) for error in errors) else max(errors)
 
     def __str__(self) -> str:
         rows = [
@@ -90,7 +126,10 @@ class Comparison:
             lines.append(f"  edge stage {source} -> {target}: {nbytes:,} bytes a micro-batch: {what}")
         if self.tensor is not None:
             lines += [f"  {line}" for line in self.tensor.lines()]
+        lines += [f"  {line}" for line in self.experts]
         lines.append(f"  tolerance {self.tolerance:.0e}: {self.reason}")
+        if self.rounding is not None:
+            lines.append(f"  {self.rounding}")
         lines.append("")
         if self.equal:
             lines.append(f"equal: {len(self.tensors)} parameters, worst gradient error {self.gradient_error:.1e}")

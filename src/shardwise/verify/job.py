@@ -18,8 +18,16 @@ from torch.utils._pytree import tree_map
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
 from shardwise.checkpoint.storage import MANIFEST, complete_steps
+from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import Fill, fill_from
+from shardwise.execute.batches import split
+from shardwise.execute.weights import weigher
 from shardwise.layout import Layout
+from shardwise.parallel.expert.plan_experts import plan_experts
+from shardwise.parallel.tensor.given_plan import GivenPlan
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.written_plan import words_by_hand
 from shardwise.trace.deferred import Blueprint, defer
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.placing import place
@@ -29,9 +37,11 @@ __all__ = [
     "Job",
     "batch_of",
     "couples_samples",
+    "expert_plan_of",
     "model_of",
     "open_source",
     "optimizer_over",
+    "tensor_plan_of",
     "unfilled_model_of",
     "whole_bytes",
 ]
@@ -57,6 +67,8 @@ class Job:
     weight: Callable[[Any], float] | None
     device: str = "cpu"
     checkpoint: str | None = None
+    experts: ExpertPlan | None = None  # of layouts that divide experts
+    tensor: TensorPlan | None = None  # as somebody wrote it, proven; None: rank 0 finds one
 
 
 def model_of(job: Job) -> tuple[nn.Module, Fill | None]:
@@ -112,6 +124,48 @@ def whole_bytes(job: Job) -> int:
         dtype = job.dtype if job.dtype is not None and parameter.is_floating_point() else parameter.dtype
         total += parameter.numel() * dtype.itemsize * (1 + COPIES + parameter.requires_grad)
     return total
+
+
+def tensor_plan_of(job: Job, tp_plan: GivenPlan | None) -> TensorPlan | None:
+    """A plan of shards that was given, or set on a live model, proven in this process; None where there is none.
+
+    Raises `ModelError` or `LayoutError` where it is wrong. (What a factory sets on its model, rank 0 sees.)
+    """
+    by_hand = isinstance(job.model, nn.Module) and words_by_hand(job.model) is not None
+    if job.layout.tp == 1 or (tp_plan is None and not by_hand):
+        return None
+    model = job.model if isinstance(job.model, nn.Module) else unfilled_model_of(job)[0]
+    return plan_tensor(
+        model,
+        _first_inputs(job, model),
+        tp=job.layout.tp,
+        loss=job.loss,
+        units=job.units,
+        sequence=job.layout.sequence_parallel,
+        tp_plan=tp_plan,
+    )
+
+
+def _first_inputs(job: Job, model: nn.Module) -> Any:
+    parts = split(
+        batch_of(job),
+        micro_batches=job.micro_batches,
+        replicas=job.layout.num_replicas,
+        weights=job.weight or weigher(model),
+        batch_dims=job.batch_dims,
+    )
+    return parts[0][0].inputs
+
+
+def expert_plan_of(job: Job) -> ExpertPlan | None:
+    """How the layout divides experts, found and proven in this process; None where it does not.
+
+    Raises `LayoutError` where the model has no experts that can be divided.
+    """
+    if job.layout.ep == 1:
+        return None
+    model = job.model if isinstance(job.model, nn.Module) else unfilled_model_of(job)[0]
+    return plan_experts(model, _first_inputs(job, model), ep=job.layout.ep, loss=job.loss, units=job.units)
 
 
 def batch_of(job: Job) -> Any:

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_flatten
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Program
 from shardwise.execute.streamed import Watch
+from shardwise.parallel.tensor.divided_logits import DividedLogits
+from shardwise.parallel.tensor.sequence_shard import SequenceShard
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent
 from shardwise.trace.tape import Tape
@@ -87,6 +89,16 @@ def _hooked(model: nn.Module, units: dict[str, list[int]], place: _Place, output
 
 def _sum_and_norm(tensors: Sequence[torch.Tensor]) -> tuple[float, float]:
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        floats = [tensor.double() for tensor in tensors if tensor.is_floating_point()]
-        summed = sum(float(tensor.sum()) for tensor in floats)
-        return summed, sum(float(tensor.square().sum()) for tensor in floats) ** 0.5
+        found = [_sum_and_square(tensor) for tensor in tensors if tensor.is_floating_point()]
+        return sum(summed for summed, _ in found), sum(square for _, square in found) ** 0.5
+
+
+def _sum_and_square(tensor: torch.Tensor) -> tuple[float, float]:
+    """Of all elements; collective, where the ranks of a group have parts of them."""
+    local = (tensor.local if isinstance(tensor, (DividedLogits, SequenceShard)) else tensor).double()
+    both = torch.stack([local.sum(), local.square().sum()])
+    if isinstance(tensor, DividedLogits):
+        both = tensor.group.all_reduce(both)
+    elif isinstance(tensor, SequenceShard):
+        both = tensor.region.group.all_reduce(both)
+    return float(both[0]), float(both[1])

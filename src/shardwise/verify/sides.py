@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
+from shardwise.execute.expert_ranks import ExpertStep
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.program import Program
 from shardwise.execute.streamed import run_streamed
@@ -50,6 +52,9 @@ class Side:
     num_stages: int = 1  # in which a streamed model is run
     shard: int = 0
     tensor: TensorPlan | None = None  # how units are divided among shards; tensors that are, come in parts
+    expert: int = 0  # which of the ranks that divide experts
+    experts: ExpertPlan | None = None  # how experts are divided; tensors that are, come in parts
+    expert_step: ExpertStep | None = None  # what they did in the last step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,7 +74,7 @@ def run_side(
     """
     torch.manual_seed(0)
     model, fill = model_of(job)
-    parts = _parts(job, model, micro_batches, layout.dp)
+    parts = _parts(job, model, micro_batches, layout.num_replicas)
     program = assemble(
         model,
         parts[0][0].inputs,
@@ -79,6 +84,8 @@ def run_side(
         units=job.units,
         device=job.device,
         fill=fill,
+        experts=job.experts if layout.ep > 1 else None,
+        tensor=job.tensor if layout.tp > 1 else None,
     )
     mine = parts[program.place.replica]
     nothing: Outputs = {}
@@ -88,6 +95,8 @@ def run_side(
     side.couples = couples_samples(model, job.batch)
     if program.divided is not None:
         side.shard, side.tensor = program.divided.shard, program.divided.plan
+    if program.experts is not None:
+        side.expert, side.experts = program.experts.rank, program.experts.plan
     program.close()
     return side
 
@@ -108,10 +117,13 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
     held = [p for p in program.parameters.values() if p.requires_grad]
     optimizer = optimizer_over(job, held) if held else None
     losses: list[float] = []
+    experts: ExpertStep | None = None
     norm = 0.0
     gradients: dict[str, torch.Tensor | None] = {}
     for step in range(job.steps):
-        losses.append(program.step(mine, step=step).loss)
+        result = program.step(mine, step=step)
+        losses.append(result.loss)
+        experts = result.experts
         if step == 0:
             norm = program.gradient_norm()
             gradients = {name: None if p.grad is None else p.grad.detach().clone() for name, p in owned.items()}
@@ -121,6 +133,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
             parameter.grad = None
     return Side(
         losses=losses,
+        expert_step=experts,
         norm=norm,
         gradients=gradients,
         updates={name: p.detach() - before[name] for name, p in owned.items()},
@@ -133,7 +146,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
 
 def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder: Path) -> Side:
     """One step; gradients and updates go to files, one parameter after another."""
-    loss = program.step(mine, step=0).loss
+    result = program.step(mine, step=0)
     norm = program.gradient_norm()
     stored = _Stored(job, folder / f"rank{program.place.rank}")
     for name, parameter in program.parameters.items():
@@ -141,7 +154,8 @@ def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder:
             stored.take(name, parameter)
         parameter.grad = None
     return Side(
-        losses=[loss],
+        losses=[result.loss],
+        expert_step=result.experts,
         norm=norm,
         gradients=stored.gradients,
         updates=stored.updates,

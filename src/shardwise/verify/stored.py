@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.parallel.tensor.slices import paste
 
@@ -51,23 +53,31 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
 
 class Joined(Mapping[str, torch.Tensor | None]):
-    """The tensors of several shards as whole ones: `parts` are each shard's mapping, its number, and its plan."""
+    """The tensors of several ranks as whole ones: `parts` are each rank's mapping, its shard, and the plan of shards;
+    `experts`, of each rank, which of those that divide experts it is, and their plan."""
 
-    def __init__(self, parts: Sequence[tuple[Mapping[str, torch.Tensor | None], int, TensorPlan | None]]) -> None:
-        self._parts_of: dict[str, list[tuple[Mapping[str, torch.Tensor | None], int, Slice | None]]] = {}
-        for tensors, shard, plan in parts:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Mapping[str, torch.Tensor | None], int, TensorPlan | None]],
+        experts: Sequence[tuple[int, ExpertPlan | None]] = (),
+    ) -> None:
+        self._parts_of: dict[str, list[tuple[Mapping[str, torch.Tensor | None], tuple[tuple[Slice, int], ...]]]] = {}
+        for (tensors, shard, plan), (expert, of_experts) in itertools.zip_longest(parts, experts, fillvalue=(0, None)):
+            stacked = {} if of_experts is None else of_experts.slices()
             for name in tensors:
-                part = None if plan is None else plan.slice_of(name)
-                self._parts_of.setdefault(name, []).append((tensors, shard, part))
+                slices = [(None if plan is None else plan.slice_of(name), shard), (stacked.get(name), expert)]
+                cuts = tuple((part, rank) for part, rank in slices if part is not None)
+                self._parts_of.setdefault(name, []).append((tensors, cuts))
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
         total: torch.Tensor | None = None
-        for tensors, shard, part in self._parts_of[name]:
-            local = tensors[name]
-            if part is None or local is None:
-                total = local
-            else:
-                mine = paste(local, part, shard, owned=True)
+        for tensors, cuts in self._parts_of[name]:
+            mine = tensors[name]
+            if not cuts:
+                total = mine
+            elif mine is not None:
+                for part, rank in cuts:
+                    mine = paste(mine, part, rank, owned=True)
                 total = mine if total is None else total.add_(mine)
         return total
 

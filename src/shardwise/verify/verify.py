@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,19 +17,20 @@ from shardwise.errors import ConfigError
 from shardwise.execute.batches import batch_size
 from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.trace.objective import LossFunction
-from shardwise.verify.comparison import Comparison, errors_of, relative
+from shardwise.verify.comparison import Comparison, Rounding, errors_of, relative
 from shardwise.verify.difference import first_difference
-from shardwise.verify.job import open_source, whole_bytes
+from shardwise.verify.job import expert_plan_of, open_source, tensor_plan_of, whole_bytes
 from shardwise.verify.reference import Reference, choose
+from shardwise.verify.rounding import DOUBT, EXACT, rounding_of, tensor_errors
 from shardwise.verify.sides import Job, Side, Whole, run_side, run_streamed_side, run_whole
-from shardwise.verify.stored import Joined
 
 __all__ = ["verify"]
 
 # What float32 leaves of a sum taken in another order: unit roundoff 6e-8, a few thousand terms, some tens of layers.
 _TOLERANCES = {
-    torch.float64: (1e-9, "float64 sums taken in another order"),
+    torch.float64: (EXACT, "float64 sums taken in another order"),
     torch.float32: (1e-5, "float32 sums taken in another order, over some tens of layers"),
 }
 
@@ -51,6 +52,7 @@ def verify(
     checkpoint: str | Path | None = None,
     reference: str = "auto",
     memory_bytes: int | None = None,
+    tp_plan: GivenPlan | None = None,
     starter: RankStarter | None = None,
     timeout_s: float = 600.0,
 ) -> Comparison:
@@ -58,7 +60,8 @@ def verify(
 
     model: a module (its weights are used, it is not changed), or a factory whose module is initialised by name and
     seed. batch: what `forward` takes, a mapping by name or a sequence by position. loss: `loss(outputs, batch)`; by
-    default what the model returns as its loss. dtype: "float64" settles doubt (tolerance 1e-9). couples: why samples
+    default what the model returns as its loss. dtype: "float64" settles doubt (tolerance 1e-9); where float32 leaves
+    some, both sides run in float64 too, and `Comparison.rounding` says what they tell. couples: why samples
     of this model influence each other (a contrastive loss), so that the whole batch in one forward means something
     else; BatchNorm and router losses are known. checkpoint: a folder of safetensors, or of a run's checkpoints, whose
     values are used instead of the model's own; each rank reads its own alone.
@@ -67,6 +70,10 @@ def verify(
     time (one step only; gradients and updates of both sides lie in files of a temporary folder meanwhile, four times
     the weights together); "auto", streamed where weights, gradients and two copies exceed `memory_bytes`, by default
     what the machine has free. `Comparison.reference` says which, with the numbers.
+
+    tp_plan: how layouts with tp > 1 divide units, in the words of transformers (`{"layers.*.mlp.up_proj": "colwise",
+    …}`) or as a `TensorPlan`; by default a plan is found. It is proven before ranks are started, and refused with the
+    module and the first tensor that differs where it is wrong; so is a `tp_plan` that was set on the model.
 
     starter: starts all ranks and is left open, so that several verifications pay the start once (seconds); else one
     is made and ended. Let it preload what models are made of, such as "transformers.models.llama.modeling_llama".
@@ -95,6 +102,7 @@ def verify(
         weight=weight,
         checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()),
     )
+    job = dataclasses.replace(job, experts=expert_plan_of(job), tensor=tensor_plan_of(job, tp_plan))  # or: an error
     on_a_rank = reference == "auto" and not isinstance(model, nn.Module)  # a factory may make what it builds
     early = None if on_a_rank else _chosen(job, reference, memory_bytes, lambda: whole_bytes(job))
     with contextlib.ExitStack() as stack:
@@ -141,7 +149,7 @@ def _whole_bytes(context: RankContext, job: Job) -> int:
 
 def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> Comparison:
     alone = Layout(seed=job.layout.seed)
-    all_parts = job.micro_batches * job.layout.dp
+    all_parts = job.micro_batches * job.layout.num_replicas
     timeout_s = ranks.timeout_s
     whole: Whole | None = None
     with ranks.pool(1) as one:
@@ -153,6 +161,8 @@ def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> C
         with ranks.pool(job.layout.world_size) as many:
             sides: list[Side] = many.run(run_side, job, job.layout, job.micro_batches, False, timeout_s=timeout_s)
             comparison = _comparison(job, chosen, reference, whole, exempt, sides)
+            if comparison.tolerance == _TOLERANCES[torch.float32][0] < comparison.worst_error <= DOUBT:
+                comparison = dataclasses.replace(comparison, rounding=_settled(job, reference, sides, one, many, ranks))
             if comparison.equal:
                 return comparison
             probed = one.run(run_side, job, alone, all_parts, True, timeout_s=timeout_s)[0]
@@ -160,9 +170,25 @@ def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> C
     return dataclasses.replace(comparison, first_difference=first_difference(probed, watched, comparison))
 
 
+def _settled(
+    job: Job, reference: Side, sides: Sequence[Side], one: RankPool, many: RankPool, ranks: _Ranks
+) -> Rounding | None:
+    """Both sides once more, in float64; None where the model does not run in it."""
+    exact_job, alone = dataclasses.replace(job, dtype=torch.float64), Layout(seed=job.layout.seed)
+    parts = job.micro_batches * job.layout.num_replicas
+    call = (exact_job, job.layout, job.micro_batches, False)
+    try:
+        exact: Side = one.run(run_side, exact_job, alone, parts, False, timeout_s=ranks.timeout_s)[0]
+        exact_sides: list[Side] = many.run(run_side, *call, timeout_s=ranks.timeout_s)
+    except Exception:  # whatever a model raises of a type that it does not know: what float32 showed stands
+        return None
+    tolerance, by_sign = _TOLERANCES[torch.float32][0], job.optimizer == "adamw"
+    return rounding_of(sides, reference, exact_sides, exact, tolerance=tolerance, by_sign=by_sign)
+
+
 def _compare_streamed(job: Job, chosen: Reference, ranks: _Ranks) -> Comparison:
     """Both sides note what units return at once: to run a large model again is dear."""
-    all_parts = job.micro_batches * job.layout.dp
+    all_parts = job.micro_batches * job.layout.num_replicas
     exempt = "the model is streamed, so that there is no whole batch in one forward"
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as name:
         mine, theirs = Path(name) / "reference", Path(name) / "layout"
@@ -181,14 +207,7 @@ def _compare_streamed(job: Job, chosen: Reference, ranks: _Ranks) -> Comparison:
 def _comparison(
     job: Job, chosen: Reference, reference: Side, whole: Whole | None, exempt: str, sides: Sequence[Side]
 ) -> Comparison:
-    tensors = errors_of(
-        Joined([(side.gradients, side.shard, side.tensor) for side in sides]),
-        cast(Mapping[str, torch.Tensor], Joined([(side.updates, side.shard, side.tensor) for side in sides])),
-        reference.gradients,
-        reference.updates,
-        by_sign=job.optimizer == "adamw",
-        roundings=reference.roundings,
-    )
+    tensors = tensor_errors(sides, reference, by_sign=job.optimizer == "adamw")
     dtype = job.dtype or next((u.dtype for u in reference.updates.values()), torch.float32)
     tolerance, reason = _TOLERANCES.get(dtype, (2e-2, f"{dtype} rounds every value"))
     return Comparison(
@@ -209,7 +228,21 @@ def _comparison(
         steps=job.steps,
         reference=chosen.text(reference.num_stages),
         tensor=sides[0].tensor,
+        experts=_experts(sides[0]),
     )
+
+
+def _experts(side: Side) -> tuple[str, ...]:
+    """How experts were divided and what they exchanged, in words."""
+    if side.experts is None or side.expert_step is None:
+        return ()
+    step = side.expert_step
+    rows = sum(sum(each) for each in step.loads.values())
+    told = (
+        f"all-to-all: {step.all_to_all_bytes:,} bytes a step between ranks, for {rows:,} rows of experts; the busiest "
+        f"expert has {step.imbalance:.2f} × the mean, no row is dropped"
+    )
+    return (*side.experts.lines(), told)
 
 
 def _whole_error(reference: Side, whole: Whole) -> float:

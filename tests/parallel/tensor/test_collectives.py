@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from shardwise.describe.tensor import Slice
 from shardwise.launch import RankContext
-from shardwise.parallel.tensor.collectives import copy_to, gather_from, reduce_from, scatter_to
+from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
 from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
 from shardwise.testing import on_ranks
@@ -90,3 +90,26 @@ def test_processes_do_as_threads_do(rank: RankContext) -> None:
     assert (y.tolist(), x.grad.tolist()) == ([3.0, 3.0], [3.0, 30.0])
     assert group.reduced_bytes == 2 * 8
     dist.destroy_process_group(process_group)
+
+
+class _InPlace:
+    """A group that sums in place, as processes do."""
+
+    def __init__(self, group: ThreadGroup) -> None:
+        self.rank, self.size = group.rank, group.size
+        self._group = group
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(self._group.all_reduce(tensor))
+
+
+def test_wholes_and_parts_may_be_written_into() -> None:
+    def work(group: ThreadGroup) -> tuple[list[float], list[float]]:
+        own: TensorGroup = _InPlace(group)  # type: ignore[assignment]
+        x = torch.ones(4, requires_grad=True)
+        y = gather_from(scatter_to(x * 1, HALVES, own).mul_(2), HALVES, own).mul_(3)
+        y.sum().backward()
+        assert x.grad is not None
+        return y.tolist(), x.grad.tolist()
+
+    assert on_threads(2, work) == [([6.0] * 4, [6.0] * 4)] * 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from shardwise.describe.tensor import UnitPlan
 from shardwise.errors import DataflowError
-from shardwise.parallel.tensor.divided_logits import DividedLogits, whole_of
+from shardwise.parallel.tensor.divided_logits import DividedLogits, Reads, whole_of
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.slices import cut, spread
 from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
@@ -39,6 +39,14 @@ class Counted:
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         self.sizes.append(tensor.numel())
         return self._group.all_reduce_max(tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tensor.numel() * self.size)
+        return self._group.all_gather(tensor)
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tensor.numel())
+        return self._group.reduce_scatter(tensor)
 
 
 def assert_equal(code: Callable[[torch.Tensor], torch.Tensor], *, joins: bool) -> None:
@@ -173,7 +181,7 @@ def test_a_head_may_leave_its_output_divided() -> None:
 
     def work(threads: ThreadGroup) -> None:
         group, own, given = Counted(threads), copy.deepcopy(head), x.clone().requires_grad_(True)
-        shard_unit(own, plan, group, keep_logits=True)
+        shard_unit(own, plan, group, keep_logits=Reads())
         logits = own(given)
         assert isinstance(logits, DividedLogits)
         loss = F.cross_entropy(logits.view(-1, V), TARGET.view(-1))

@@ -54,6 +54,13 @@ def test_a_part_has_memory_of_its_own() -> None:
     assert float(whole.sum()) == 0.0
 
 
+def test_parts_and_wholes_are_no_views_so_that_autograd_lets_code_write_into_them() -> None:
+    part = cut(torch.zeros(4, 2), Slice.even(0, 4, 2), 0)
+
+    assert part._base is None
+    assert paste(part, Slice.even(0, 4, 2), 0)._base is None
+
+
 def test_a_tensor_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DataflowError, match="a multiple of 4 elements, and this one has 6"):
         cut(torch.zeros(6), Slice.even(0, 4, 2), 0)

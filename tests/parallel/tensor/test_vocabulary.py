@@ -71,8 +71,8 @@ def test_an_odd_vocabulary_is_divided_at_both_ends(tp: int) -> None:
     assert head.slices == {"weight": spread(0, VOCABULARY, tp), "bias": spread(0, VOCABULARY, tp)}
     assert head.joins == {"": spread(-1, VOCABULARY, tp)}
     assert embed.attributes["", "padding_idx"].count(None) == tp - 1
-    assert "error" in embed.proof
-    assert "error" in head.proof
+    assert "error" in str(embed.proof)
+    assert "error" in str(head.proof)
     assert not {"embed", "head"} & plan.reasons.keys()
 
 
@@ -189,6 +189,18 @@ def test_columns_in_another_order_are_refused() -> None:
 
 
 # -- tied, on ranks -----------------------------------------------------------------------------
+
+
+def test_code_that_asks_a_divided_table_for_its_rows_is_told_all_of_them() -> None:
+    model = Reader()
+    plan = planned(model)
+
+    def rows(group: ThreadGroup) -> tuple[int, int]:
+        own = copy.deepcopy(model)
+        Divided(own, plan, group, list(plan.units))
+        return own.embed.num_embeddings, own.embed.weight.shape[0]
+
+    assert on_threads(2, rows) == [(VOCABULARY, 6), (VOCABULARY, 7)]
 
 
 def test_a_tie_stays_one_parameter_also_where_the_units_are_shown_whole() -> None:

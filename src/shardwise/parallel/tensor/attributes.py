@@ -26,10 +26,11 @@ from shardwise.parallel.tensor.instance import Call, Doubled, twin
 from shardwise.parallel.tensor.layers import layer_of
 from shardwise.parallel.tensor.reshapes import misfit
 
-__all__ = ["Fit", "Place", "fits"]
+__all__ = ["Fit", "Place", "Tries", "fits", "hindrance"]
 
 Place = tuple[str, str]  # module, attribute (or path)
 _MOST_RUNS = 80
+_MOST_STILL = 24  # runs, one after another, of which none gets further than those before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,10 @@ class Fit:
     @property
     def _size(self) -> int:
         return len(self.attributes) + len(self.dims)
+
+    @property
+    def _key(self) -> tuple[frozenset[tuple[Place, int]], tuple[int, ...]]:
+        return frozenset(self.attributes.items()), self.dims
 
 
 class Marked(int):
@@ -93,6 +98,12 @@ class _Alone:
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor] * self.size)
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[self.rank]
 
 
 class _Watch(TorchFunctionMode):
@@ -148,46 +159,88 @@ class _Try:
     dims: tuple[int, ...]  # of the reshape that failed
 
 
-def fits(unit: nn.Module, call: Call, plan: UnitPlan, *, module: str, tp: int) -> Iterator[Fit]:
+_Key = tuple[frozenset[tuple[Place, int]], tuple[int, ...]]
+Tries = dict[_Key, _Try]  # what was tried of one plan, for who searches in it again
+
+
+def fits(
+    unit: nn.Module, call: Call, plan: UnitPlan, *, module: str, tp: int, tries: Tries | None = None
+) -> Iterator[Fit]:
     """Fits with which rank 0 of the divided `unit` (in float64, real) runs through, likeliest first.
 
-    First attributes alone; then also the reshapes of `module`, which is around the layers that are divided.
+    First attributes alone; then also the reshapes of `module`, which is around the layers that are divided. Nothing
+    in `tries` is tried again, and what is tried is noted there.
     """
-    yield from _search(unit, call, plan, module, tp, reshapes=False)
-    yield from (fit for fit in _search(unit, call, plan, module, tp, reshapes=True) if fit.dims)
+    tries = {} if tries is None else tries
+    yield from _search(unit, call, plan, module, tp, tries, reshapes=False)
+    yield from (fit for fit in _search(unit, call, plan, module, tp, tries, reshapes=True) if fit.dims)
 
 
-def _search(unit: nn.Module, call: Call, plan: UnitPlan, module: str, tp: int, *, reshapes: bool) -> Iterator[Fit]:
-    """Fits that get further before others."""
+def hindrance(unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int) -> str:
+    """Which numbers, of those that the first failing functions were given, `tp` does not divide; "" where none.
+
+    Numbers of heads, say: "attention.num_heads = 7 cannot be divided by 2".
+    """
     values = _integers(unit)
+    odd = [place for place in _try(unit, call, plan, Fit(), tp).suspects if values[place] % tp and values[place] > 1]
+    heads = [place for place in odd if "head" in place[1]] or odd
+    told = [f"{'.'.join(part for part in place if part)} = {values[place]}" for place in heads[:2]]
+    return f"{' and '.join(told)} cannot be divided by {tp}" if told else ""
+
+
+def _search(
+    unit: nn.Module, call: Call, plan: UnitPlan, module: str, tp: int, tries: Tries, *, reshapes: bool
+) -> Iterator[Fit]:
+    """Fits that get further before others; no more when none has got further for long."""
+    values, sizes = _integers(unit), _uneven_sizes(plan)
     queue: list[tuple[tuple[int, ...], int, Fit]] = [((0,), 0, Fit(module=module))]
-    known: set[tuple[frozenset[tuple[Place, int]], tuple[int, ...]]] = set()
-    runs = 0
-    while queue and runs < _MOST_RUNS:
+    known: set[_Key] = set()
+    runs, furthest, since = 0, 0, 0
+    while queue and runs < _MOST_RUNS and since < _MOST_STILL:
         _, _, fit = heapq.heappop(queue)
         runs += 1
-        tried = _try(unit, call, plan, fit, tp)
+        if fit._key not in tries:
+            tries[fit._key] = _try(unit, call, plan, fit, tp)
+        tried = tries[fit._key]
+        since = 0 if tried.done or tried.calls > furthest else since + 1
+        furthest = max(furthest, tried.calls)
         if tried.done:
             yield fit
         progress = 0 if tried.done else -tried.calls
         dims = tried.dims if reshapes else ()
-        for unlikely, child in _children(fit, tried.suspects, dims, values, tp):
-            key = (frozenset(child.attributes.items()), child.dims)
-            if key not in known:
-                known.add(key)
+        for unlikely, child in _children(fit, tried.suspects, dims, values, sizes, tp):
+            if child._key not in known:
+                known.add(child._key)
                 heapq.heappush(queue, ((progress, child._size, unlikely, len(known)), len(known), child))
 
 
 def _children(
-    fit: Fit, suspects: Sequence[Place], dims: Sequence[int], values: Mapping[Place, int], tp: int
+    fit: Fit,
+    suspects: Sequence[Place],
+    dims: Sequence[int],
+    values: Mapping[Place, int],
+    sizes: Mapping[int, Sequence[int]],
+    tp: int,
 ) -> Iterator[tuple[int, Fit]]:
     for place in suspects:
-        for divisor in (tp, *(d for d in range(2, tp) if tp % d == 0)):
-            if place not in fit.attributes and values[place] % divisor == 0:
-                attributes = {**fit.attributes, place: values[place] // divisor}
-                yield _unlikely(place), dataclasses.replace(fit, attributes=attributes)
+        if place in fit.attributes:
+            continue
+        whole = values[place]
+        divided = [whole // d for d in (tp, *(d for d in range(2, tp) if tp % d == 0)) if whole % d == 0]
+        for value in dict.fromkeys((*sizes.get(whole, ()), *divided)):
+            yield _unlikely(place), dataclasses.replace(fit, attributes={**fit.attributes, place: value})
     for dim in dims:
         yield 1, dataclasses.replace(fit, dims=(*fit.dims, dim))
+
+
+def _uneven_sizes(plan: UnitPlan) -> dict[int, list[int]]:
+    """Size of a divided tensor -> what every rank has of it, where some of it is on several ranks: [x | B | C]."""
+    found: dict[int, list[int]] = {}
+    for part in plan.slices.values():
+        local = {part.local_size(rank) for rank in range(part.num_ranks)}
+        if part.shared and len(local) == 1:
+            found.setdefault(part.size, []).append(local.pop())
+    return found
 
 
 def _unlikely(place: Place) -> int:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class Kind:
     units: list[str]
     calls: list[Call]
     tied: frozenset[str]  # its parameters, by local name, that stand outside of it too
+    key: str = ""  # digest of all that makes units alike: structure, signatures, who reads them
     foreign: frozenset[str] = frozenset()  # those of its parameters that others read without holding them (glue, say)
 
 
@@ -61,7 +64,11 @@ def kinds_of(
             kinds[key].units.append(name)
         else:
             seen = [dataclasses.replace(call, read=outside) for call in calls.values()]
-            kinds[key] = Kind(unit=name, module=module, units=[name], calls=seen, tied=tied, foreign=foreign)
+            about = (key[0], sorted(outside), sorted(tied), sorted(foreign), sorted(calls), torch.__version__)
+            digest = hashlib.blake2b(repr(about).encode(), digest_size=6).hexdigest()
+            kinds[key] = Kind(
+                unit=name, module=module, units=[name], calls=seen, tied=tied, foreign=foreign, key=digest
+            )
     return list(kinds.values())
 
 
@@ -114,25 +121,50 @@ def _read_outside(tape: Tape) -> dict[str, frozenset[int]]:
 def _caught(model: nn.Module, calls: dict[str, dict[str, Call]]) -> Iterator[None]:
     """Note the calls of all modules with parameters, once for each signature of a kind of module."""
     known: dict[tuple[str, str], Call] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if not name or not any(True for _ in module.parameters()):
-            continue
-        structure = _structure(module)
+    noted: set[str] = set()  # modules that are entered as usual: their forward is not noted again
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if not name or not any(True for _ in module.parameters()):
+                continue
+            structure = _structure(module)
 
-        def note(module: nn.Module, args: Any, kwargs: Any, *, name: str = name, structure: str = structure) -> None:
-            with torch._C.DisableTorchFunction(), _disable_current_modes():
-                signature = _signature(args, kwargs)
-                if (structure, signature) not in known:
-                    known[structure, signature] = _call(args, kwargs)
-                calls.setdefault(name, {})[signature] = known[structure, signature]
+            def note(args: Any, kwargs: Any, *, name: str = name, structure: str = structure) -> None:
+                with torch._C.DisableTorchFunction(), _disable_current_modes():
+                    signature = _signature(args, kwargs)
+                    if (structure, signature) not in known:
+                        known[structure, signature] = _call(args, kwargs)
+                    calls.setdefault(name, {})[signature] = known[structure, signature]
 
-        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            stack.enter_context(_noting(name, module, note, noted))
+        yield
+
+
+@contextlib.contextmanager
+def _noting(name: str, module: nn.Module, note: Callable[[Any, Any], None], noted: set[str]) -> Iterator[None]:
+    """`note` the arguments of each call of `module`, and of its forward where that is called by itself."""
+    before, body = module.__dict__.get("forward"), module.forward
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        note(args, kwargs)
+        noted.add(name)
+
+    @functools.wraps(body)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if name not in noted:
+            note(args, kwargs)
+        noted.discard(name)
+        return body(*args, **kwargs)
+
+    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def _structure(module: nn.Module) -> str:

@@ -38,6 +38,14 @@ class TensorGroup(Protocol):
         """The largest of the ranks' elements, place by place. `tensor` may be overwritten."""
         ...
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors of one shape, in order, as (ranks, *shape) on every rank. `tensor` is dense."""
+        ...
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` (ranks, *shape), dense, has a block for every rank: the sum over the ranks of this one's block."""
+        ...
+
 
 def copy_to(whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """`whole`, read by this rank's part of the work; its gradient is the sum over the ranks."""
@@ -61,13 +69,18 @@ def gather_from(local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.T
     return _Gather.apply(local, part, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own: what reads it may write into it."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    alias.set_(tensor.detach())  # type: ignore[call-overload]
+    return alias
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
         ctx.group = group
-        alias = torch.empty(0, dtype=whole.dtype, device=whole.device)
-        alias.set_(whole.detach())  # type: ignore[call-overload]
-        return alias  # no view: what reads it may write into it
+        return _no_view(whole)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -91,7 +104,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
         ctx.part, ctx.group = part, group
-        return cut(whole, part, group.rank)
+        return _no_view(cut(whole, part, group.rank))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -103,7 +116,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
         ctx.part, ctx.group = part, group
-        return group.all_reduce(paste(local, part, group.rank, owned=True))
+        return _no_view(group.all_reduce(paste(local, part, group.rank, owned=True)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -11,9 +11,11 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 import torch.nn as nn
 
-from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.describe.tensor import Slice, TensorPlan, UnitPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
+from shardwise.parallel.tensor.divided_logits import Reads
 from shardwise.parallel.tensor.install import Sharding, shard_unit
+from shardwise.parallel.tensor.sequence_shard import Region
 from shardwise.parallel.tensor.slices import cut, paste
 from shardwise.parallel.tensor.ties import ties_between
 
@@ -23,7 +25,8 @@ __all__ = ["Divided"]
 class Divided:
     """The units `units` of `model`, divided in place as `plan` says; the others are left alone.
 
-    With `keep_logits` heads give `DividedLogits`: whoever sends one to another process makes it whole before.
+    With `keep_logits` heads give `DividedLogits`: whoever sends one to another process makes it whole before, and steps
+    run inside `step()`.
     """
 
     def __init__(
@@ -37,11 +40,16 @@ class Divided:
     ) -> None:
         self.plan = plan
         self.group = group
+        self._reads = Reads()
         self.shares = any(part.shared for unit in plan.units.values() for part in unit.slices.values())
-        chosen = {unit: model.get_submodule(unit) for unit in plan.units if unit in units}
+        region = Region(group) if plan.deals_tokens else None  # then every unit is asked what it is given
+        chosen = {unit: model.get_submodule(unit) for unit in units if unit in plan.units or region is not None}
         ties = ties_between(chosen)
+        reads = self._reads if keep_logits else None
         self._shardings: dict[str, Sharding] = {
-            unit: shard_unit(module, plan.units[unit], group, ties, keep_logits=keep_logits)
+            unit: shard_unit(
+                module, plan.units.get(unit, UnitPlan()), group, ties, keep_logits=reads, region=region
+            )
             for unit, module in chosen.items()
         }
 
@@ -76,6 +84,10 @@ class Divided:
             if part is not None and part.shared and parameter.requires_grad:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = cut(self.group.all_reduce(paste(gradient, part, self.shard)), part, self.shard)
+
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """While the model's forward runs, on all ranks alike: divided logits may be read."""
+        return self._reads.on()
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

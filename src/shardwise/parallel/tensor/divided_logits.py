@@ -4,12 +4,14 @@
                    └──argmax, sort, a send, whatever else──► joined once, then as always
 
 What is not in the tables below joins the parts, so the answer is always that of whole logits; what is, works on the
-parts alone. Every rank runs the same code, and so joins at the same places. Knows functions of torch; no models.
+parts alone. Every rank runs the same forward and loss, and so joins at the same places; logits that were put away and
+are read when the step is over are an error. Knows functions of torch; no models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,25 @@ from shardwise.parallel.tensor.collectives import TensorGroup, gather_from
 from shardwise.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy
 from shardwise.parallel.tensor.slices import cut, spread
 
-__all__ = ["DividedLogits", "whole_of"]
+__all__ = ["DividedLogits", "Reads", "whole_of"]
+
+
+class Reads:
+    """Whether somebody may read divided logits whole now: while a step runs, whose code every rank runs alike."""
+
+    __slots__ = ("allowed",)
+
+    def __init__(self) -> None:
+        self.allowed = False
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside the block reads join the parts."""
+        before, self.allowed = self.allowed, True
+        try:
+            yield
+        finally:
+            self.allowed = before
 
 
 class DividedLogits(torch.Tensor):
@@ -31,11 +51,14 @@ class DividedLogits(torch.Tensor):
     local: torch.Tensor
     part: Slice  # along dim -1
     group: TensorGroup
+    reads: Reads | None  # None: at any time, where every rank does it
     joined: torch.Tensor | None  # once somebody has read it whole
     viewed: bool  # others see the same elements
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, part: Slice, group: TensorGroup) -> DividedLogits:
+    def __new__(
+        cls, local: torch.Tensor, part: Slice, group: TensorGroup, reads: Reads | None = None
+    ) -> DividedLogits:
         made: DividedLogits = torch.Tensor._make_wrapper_subclass(
             cls,
             (*local.shape[:-1], part.size),
@@ -43,7 +66,7 @@ class DividedLogits(torch.Tensor):
             device=local.device,
             requires_grad=local.requires_grad,
         )
-        made.local, made.part, made.group = local, part, group
+        made.local, made.part, made.group, made.reads = local, part, group, reads
         made.joined, made.viewed = None, False
         return made
 
@@ -79,10 +102,19 @@ class DividedLogits(torch.Tensor):
 
 
 def whole_of(leaf: Any) -> Any:
-    """The whole tensor of divided logits (collective, once), anything else as it is."""
+    """The whole tensor of divided logits (collective, once), anything else as it is.
+
+    Raises `DataflowError` outside of a step: what one shard reads there the others need not; it would wait for them.
+    """
     if not isinstance(leaf, DividedLogits):
         return leaf
     if leaf.joined is None:
+        if leaf.reads is not None and not leaf.reads.allowed:
+            raise DataflowError(
+                f"logits {tuple(leaf.shape)} that are divided among {leaf.group.size} shards are read after their "
+                "step, where the other shards may not read them; compute what you need of them in the model's forward "
+                "or loss, which every shard runs"
+            )
         leaf.joined = gather_from(leaf.local, leaf.part, leaf.group)
     return leaf.joined
 
@@ -112,7 +144,7 @@ def _divided(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _again(source: DividedLogits, local: torch.Tensor, *, view: bool) -> DividedLogits:
-    made = DividedLogits(local, source.part, source.group)
+    made = DividedLogits(local, source.part, source.group, source.reads)
     made.viewed = source.viewed = source.viewed or view
     return source if local is source.local else made
 

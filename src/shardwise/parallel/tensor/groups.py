@@ -13,9 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from shardwise.describe.tensor import Slice
+from shardwise.parallel.tensor.products import Product
 from shardwise.parallel.tensor.supports import Leaf, Sets, Sink, Supports
 
 __all__ = ["Group", "Refused", "groups_of", "slice_of_sets"]
+
+_MOST_PARTS = 3  # [q|k|v]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +34,17 @@ class Group:
     arguments: Mapping[int, Slice] = dataclasses.field(default_factory=dict)  # by place among the call's tensors
     closed: tuple[str, ...] = ()  # modules that hold columns and rows themselves
     once: frozenset[str] = frozenset()  # parameters that only one rank adds
+    products: Mapping[str, Product] = dataclasses.field(default_factory=dict)  # those of the layers that are functions
+    heads: tuple[str, ...] = ()  # weights of output projections of attention that is one call of torch
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return (*self.columns, *self.rows, *self.closed)
+        return (*self.columns, *self.ends)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Layers behind which the ranks' parts are summed."""
+        return (*self.rows, *self.closed, *(name.removesuffix(".weight") for name in self.heads))
 
 
 class Refused(Exception):  # noqa: N818  it is a finding, not a fault
@@ -77,7 +87,7 @@ def groups_of(
 
 
 def _refuse_tied(group: Group, tied: frozenset[str]) -> None:
-    for name in (*(f"{layer}.weight" for layer in group.layers), *group.tensors):
+    for name in (*(f"{layer}.weight" for layer in group.layers), *group.layers, *group.tensors):
         if name in tied:
             raise Refused(f"{name} is tied to a tensor outside of the unit, which is whole")
 
@@ -105,7 +115,9 @@ class _Builder:
             raise Refused(f"{sorted(both)[0]} would be divided both by columns and by rows")
         forks = {leaf.name for leaf in self._whole if leaf.kind == "layer"}
         self._check_forks(forks, columns.keys())
+        products = self._found.products
         return Group(
+            products={name: products[name] for name in (*columns, *self._rows, *forks) if name in products},
             columns={
                 name: self._slice(Leaf(kind="layer", name=name), sets, fill=True)
                 for name, sets in columns.items()
@@ -230,7 +242,15 @@ def _union(a: Sets, b: Sets) -> Sets:
 
 
 def _filled(sets: Sets, size: int) -> Sets:
-    """Indices that nobody needed (a dead unit of these data) go to whoever has the ones before them."""
+    """Indices that nobody needed (a dead unit of these data) go where an even division of equal parts has them.
+
+    Where no such division holds what is needed, they go to whoever has the ones before them.
+    """
+    ranks = len(sets)
+    for parts in range(1, _MOST_PARTS + 1):
+        even = size % (parts * ranks) == 0 and tuple(_even_set(size, ranks, rank, parts) for rank in range(ranks))
+        if even and all(needed <= mine for needed, mine in zip(sets, even, strict=True)):
+            return even
     grown = [set(of_rank) for of_rank in sets]
     known = frozenset().union(*sets)
     owners = [rank for rank, of_rank in enumerate(sets) if min(known, default=0) in of_rank]
@@ -241,6 +261,11 @@ def _filled(sets: Sets, size: int) -> Sets:
             for rank in owners:
                 grown[rank].add(index)
     return tuple(frozenset(of_rank) for of_rank in grown)
+
+
+def _even_set(size: int, ranks: int, rank: int, parts: int) -> frozenset[int]:
+    share = size // parts // ranks
+    return frozenset(part * size // parts + rank * share + at for part in range(parts) for at in range(share))
 
 
 def _period(sets: Sets, size: int) -> int:

@@ -23,12 +23,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import ModelError
-from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
-from shardwise.parallel.tensor.divided_logits import DividedLogits
+from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, scatter_to
+from shardwise.parallel.tensor.divided_logits import DividedLogits, Reads
 from shardwise.parallel.tensor.draws import DividedDraws
+from shardwise.parallel.tensor.heads import DividedHeads, fuses
 from shardwise.parallel.tensor.layers import bias_shape, layer_of, product, sized_fields
-from shardwise.parallel.tensor.lookup import joined, local_ids
+from shardwise.parallel.tensor.lookup import local_ids, own_rows
+from shardwise.parallel.tensor.products import DividedProducts
 from shardwise.parallel.tensor.reshapes import Reshaping
+from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard
+from shardwise.parallel.tensor.sequence_unit import UnitTokens
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.parallel.tensor.ties import Tied, Ties
 from shardwise.trace.absent import Absent, absent_parameter
@@ -45,23 +49,37 @@ def shard_unit(
     group: TensorGroup,
     ties: Ties | None = None,
     *,
-    keep_logits: bool = False,
+    keep_logits: Reads | None = None,
+    region: Region | None = None,
 ) -> Sharding:
     """Make `module` this rank's part of the unit, in place.
 
     Parameters and buffers in `plan.slices` are replaced by their part, with storage of its own; absent, fake and meta
     ones by one of the local shape without a value, for `trace.placing.place` to fill. Names stay. `ties` are tensors
     of this unit that other units hold too: they stay one. With `keep_logits` outputs in parts are `DividedLogits`,
-    joined when somebody reads them. Raises `ModelError` for a plan that names what the module does not have.
+    joined when somebody reads them, while that is allowed. `region` is shared by the units of a model that may deal
+    out tokens: each needs it, also one whose plan does not. Raises `ModelError` for a plan that names what the module
+    does not have.
     """
-    return Sharding(module, plan, group, ties or {}, keep_logits)
+    return Sharding(module, plan, group, ties or {}, keep_logits, region)
 
 
 class Sharding:
     """What `shard_unit` has changed. `off()` shows the unit whole, without values; `close()` takes the changes out."""
 
-    def __init__(self, module: nn.Module, plan: UnitPlan, group: TensorGroup, ties: Ties, keep_logits: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: UnitPlan,
+        group: TensorGroup,
+        ties: Ties,
+        keep_logits: Reads | None,
+        region: Region | None = None,
+    ) -> None:
         self.keep_logits = keep_logits
+        self.region = region or Region(group)
+        self._tokens = UnitTokens(plan.sequence, self.region)
+        self._may_deal = region is not None or plan.sequence is not None
         self.module = module
         self.plan = plan
         self.group = group
@@ -167,12 +185,17 @@ class Sharding:
 
     def _wrap_forwards(self) -> None:
         plan = self.plan
-        wrapped = (*plan.copies, *plan.reduces, *plan.gathers, *plan.forks, *plan.joins, *plan.lookups)
+        wrapped = (*plan.copies, *plan.reduces, *plan.gathers, *plan.forks, *plan.joins, *plan.alone, *plan.lookups)
+        wrapped = (*wrapped, *plan.cuts, *plan.ends)
         for name in dict.fromkeys(wrapped):
             module = self._module(name)
             body = module.forward
             if name in plan.reduces:
                 body = self._reducing(module, body)
+            if name in plan.cuts:
+                body = self._cutting(body, plan.cuts[name])
+            if name in plan.ends:
+                body = self._forking_end(body, plan.ends[name])
             if name in plan.copies:
                 body = self._copying(body)
             once = [leaf for owner, _, leaf in (of.rpartition(".") for of in sorted(plan.once)) if owner == name]
@@ -180,16 +203,20 @@ class Sharding:
                 body = _zeroed(module, once, body)
             if name in plan.gathers:
                 body = self._gathering(body, plan.gathers[name])
+            if name in plan.alone:
+                body = self._joining(body, plan.alone[name], keep=None)
             if name in plan.forks:
                 body = self._forking(body)
             if name in plan.joins:
-                body = self._joining(body, plan.joins[name])
+                body = self._joining(body, plan.joins[name], keep=self.keep_logits)
             if name in plan.lookups:
                 body = self._looking_up(body, plan.slices[f"{name}.weight" if name else "weight"])
             self._wrap(module, body)
         for name, dims in plan.reshapes.items():
             self._wrap(self._module(name), _reshaping(self._module(name).forward, dims))
-        if len(plan.copies) > 1 or plan.inputs or plan.outputs or plan.draws:
+        self._fused = bool(plan.heads) or fuses(self.module)
+        inside = plan.inputs or plan.outputs or plan.draws or plan.products
+        if len(plan.copies) > 1 or inside or self._fused or self._may_deal:
             self._wrap(self.module, self._entered(self.module.forward))
 
     def _wrap(self, module: nn.Module, divided: Forward) -> None:
@@ -210,12 +237,15 @@ class Sharding:
 
     def _copy(self, x: Any) -> Any:
         """One copy for all layers that read the same tensor, so that their input gradients are summed once."""
-        if not isinstance(x, torch.Tensor) or not x.requires_grad:
+        shard = x if isinstance(x, SequenceShard) else None
+        if shard is not None:
+            x = shard.local
+        if not isinstance(x, torch.Tensor) or not (x.requires_grad or shard is not None):
             return x
         known = self._copied
         if known is not None and known[0] is x and known[1] == x._version:
             return known[2]
-        made = copy_to(x, self.group)
+        made = copy_to(x, self.group) if shard is None else self._tokens.copied(shard)
         if self._inside:
             self._copied = (x, x._version, made)
         return made
@@ -223,11 +253,11 @@ class Sharding:
     def _reducing(self, module: nn.Module, body: Forward) -> Forward:
         layer = layer_of(module)
         if layer is None:
-            return lambda *args, **kwargs: reduce_from(body(*args, **kwargs), self.group)
+            return lambda *args, **kwargs: self._tokens.reduced(body(*args, **kwargs))
         partial = product(module, body, layer)
 
         def forward(*args: Any) -> torch.Tensor:
-            total = reduce_from(partial(*args), self.group)
+            total = self._tokens.reduced(partial(*args), features=layer.features)
             bias = module._parameters.get("bias")
             return total if bias is None else total + bias.view(bias_shape(layer))
 
@@ -235,28 +265,49 @@ class Sharding:
 
     def _gathering(self, body: Forward, part: Slice) -> Forward:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return scatter_to(body(gather_from(x, part, self.group), *args, **kwargs), part, self.group)
+            def whole(value: Any) -> Any:  # a gate is divided as what it is beside
+                divided = isinstance(value, torch.Tensor) and value.shape == x.shape
+                return gather_from(value, part, self.group) if divided else value
+
+            out = body(whole(x), *map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
+            return scatter_to(out, part, self.group)
 
         return forward
 
-    def _joining(self, body: Forward, part: Slice) -> Forward:
+    def _joining(self, body: Forward, part: Slice, *, keep: Reads | None) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             local = body(*args, **kwargs)
-            keep = self.keep_logits
-            return DividedLogits(local, part, self.group) if keep else gather_from(local, part, self.group)
+            if keep is None:
+                return gather_from(local, part, self.group)
+            return DividedLogits(local, part, self.group, keep)
 
         return forward
 
     def _looking_up(self, body: Forward, part: Slice) -> Forward:
         def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             own, elsewhere = local_ids(ids, part, self.group.rank)
-            return joined(body(own, *args, **kwargs), elsewhere, self.group)
+            return self._tokens.reduced(own_rows(body(own, *args, **kwargs), elsewhere))
 
         return forward
 
     def _forking(self, body: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return copy_to(body(*args, **kwargs), self.group)
+            out = body(*args, **kwargs)
+            return self._tokens.copied(out) if isinstance(out, SequenceShard) else copy_to(out, self.group)
+
+        return forward
+
+    def _cutting(self, body: Forward, part: Slice) -> Forward:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return body(scatter_to(x, part, self.group), *args, **kwargs)
+
+        return forward
+
+    def _forking_end(self, body: Forward, num: int) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = body(*args, **kwargs)  # (…, features)
+            before, end = out.split([out.shape[-1] - num, num], -1)
+            return torch.cat([before, copy_to(end, self.group)], -1)
 
         return forward
 
@@ -270,12 +321,37 @@ class Sharding:
                 args, kwargs = self._cut_arguments(places, args, kwargs)
             self._inside = True
             try:
-                with DividedDraws(plan.draws, group.rank) if plan.draws else contextlib.nullcontext():
+                with contextlib.ExitStack() as modes:
+                    if plan.draws:
+                        modes.enter_context(DividedDraws(plan.draws, group.rank))
+                    if plan.products:
+                        modes.enter_context(DividedProducts(self._roles(), group, self._copy))
+                    if self._fused:
+                        modes.enter_context(DividedHeads(group, self._copy))
                     out = body(*args, **kwargs)
             finally:
                 self._inside = False
                 self._copied = None
             return self._join_outputs(out) if plan.outputs else out
+
+        return self._dealing(places, forward) if self._may_deal else forward
+
+    def _roles(self) -> dict[int, str]:
+        """What is to be done with products by weights, by their ids of now."""
+        roles: dict[int, str] = {}
+        for name, role in self.plan.products.items():
+            owner, _, leaf = name.rpartition(".")
+            roles[id(self._modules[owner]._parameters[leaf])] = role
+        return roles
+
+    def _dealing(self, places: list[str], body: Forward) -> Forward:
+        tokens = self._tokens
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs, wholes = tokens.given(places, args, kwargs)
+            with tokens.entered():
+                out = body(*args, **kwargs)
+            return tokens.left(out, wholes)
 
         return forward
 

@@ -46,7 +46,7 @@ _FIELDS: Mapping[type, Mapping[tuple[str, int], str]] = MappingProxyType(
         nn.Conv1d: {("weight", 0): "out_channels", ("weight", 1): "in_channels"},
         nn.Conv2d: {("weight", 0): "out_channels", ("weight", 1): "in_channels"},
         nn.Conv3d: {("weight", 0): "out_channels", ("weight", 1): "in_channels"},
-        nn.Embedding: {("weight", 0): "num_embeddings", ("weight", 1): "embedding_dim"},
+        nn.Embedding: {("weight", 1): "embedding_dim"},  # code outside asks for the number of rows: it stays whole
         nn.BatchNorm1d: {("weight", 0): "num_features"},
         nn.BatchNorm2d: {("weight", 0): "num_features"},
     }

@@ -14,7 +14,7 @@ from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 from shardwise.parallel.tensor.collectives import TensorGroup, reduce_from
 
-__all__ = ["joined", "local_ids", "range_of"]
+__all__ = ["joined", "local_ids", "own_rows", "range_of"]
 
 
 def range_of(part: Slice, rank: int) -> tuple[int, int]:
@@ -37,6 +37,11 @@ def local_ids(ids: torch.Tensor, part: Slice, rank: int) -> tuple[torch.Tensor, 
     return (ids - start).masked_fill(elsewhere, 0), elsewhere
 
 
+def own_rows(rows: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
+    """This rank's rows, zero where others have them. rows (*ids, width), anything where `elsewhere` (*ids)."""
+    return rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+
 def joined(rows: torch.Tensor, elsewhere: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """All rows on every rank. rows (*ids, width): what was looked up here, anything where `elsewhere` (*ids)."""
-    return reduce_from(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), group)
+    return reduce_from(own_rows(rows, elsewhere), group)

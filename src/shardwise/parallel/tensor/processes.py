@@ -16,6 +16,8 @@ class ProcessTensorGroup:
         self._rank = group.rank()
         self._size = group.size()
         self.reduced_bytes = 0
+        self.gathered_bytes = 0  # of the whole tensors: half an all-reduce of as many
+        self.scattered_bytes = 0
 
     @property
     def rank(self) -> int:
@@ -36,3 +38,17 @@ class ProcessTensorGroup:
         self.reduced_bytes += tensor.numel() * tensor.element_size()
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors in order."""
+        out = torch.empty((self._size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        self.gathered_bytes += out.nbytes
+        dist.all_gather_into_tensor(out, tensor, group=self._group)
+        return out
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' blocks for this one."""
+        out = torch.empty_like(tensor[0])
+        self.scattered_bytes += tensor.nbytes
+        dist.reduce_scatter_tensor(out, tensor, group=self._group)
+        return out

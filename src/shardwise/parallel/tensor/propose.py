@@ -5,6 +5,7 @@ Knows which dims of a layer's tensors hold its out and in features.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.groups import Group
 from shardwise.parallel.tensor.instance import Call, tensors_of
 from shardwise.parallel.tensor.layers import Layer, layer_of
+from shardwise.parallel.tensor.products import Product
 
 __all__ = ["argument_names", "plan_of"]
 
@@ -26,8 +28,15 @@ def plan_of(unit: nn.Module, groups: Sequence[Group], call: Call, *, tp: int) ->
     names = argument_names(unit, call)
     for group in groups:
         for column, part in group.columns.items():
-            slices.update(_column(column, modules[column], part))
+            if column in group.products:
+                slices.update(_of_product(column, group.products[column], part))
+            else:
+                slices.update(_column(column, modules[column], part))
         for row in group.rows:
+            if row in group.products:
+                dim = group.products[row].in_dim
+                slices[row] = Slice.even(dim, unit.get_parameter(row).shape[dim], tp)
+                continue
             layer = _layer(modules[row])
             width = layer.num_in(modules[row])
             slices[f"{row}.weight"] = Slice.even(layer.in_dim, width, tp)
@@ -36,16 +45,34 @@ def plan_of(unit: nn.Module, groups: Sequence[Group], call: Call, *, tp: int) ->
             slices.update(_buffers_beside(modules, name, part))
         inputs.update({names[place]: part for place, part in group.arguments.items() if place in names})
     once = frozenset(name for group in groups for name in group.once)
+    products = {name: _role(name, group) for group in groups for name in group.products}
+    copies = tuple(c for group in groups for c in (*group.columns, *group.closed) if c not in group.forked)
+    reduces = tuple(row for group in groups for row in (*group.rows, *group.closed))
     return UnitPlan(
-        copies=tuple(c for group in groups for c in (*group.columns, *group.closed) if c not in group.forked),
-        forks=tuple(sorted(name for group in groups for name in group.forks)),
-        reduces=tuple(row for group in groups for row in (*group.rows, *group.closed)),
+        copies=tuple(name for name in copies if name not in products),
+        forks=tuple(sorted(name for group in groups for name in group.forks if name not in products)),
+        reduces=tuple(name for name in reduces if name not in products),
+        products={name: role for name, role in products.items() if role},
+        heads=tuple(name for group in groups for name in group.heads),
         gathers={name: part for group in groups for name, part in group.gathers.items()},
         slices=slices,
         partial=once,
         once=once,
         inputs=inputs,
     )
+
+
+def _role(name: str, group: Group) -> str:
+    if name in group.rows:
+        return "row"
+    if name in group.forks:
+        return "fork"
+    return "" if name in group.forked else "column"
+
+
+def _of_product(name: str, product: Product, part: Slice) -> dict[str, Slice]:
+    slices = {name: dataclasses.replace(part, dim=product.out_dim)}
+    return {**slices, product.bias: dataclasses.replace(part, dim=0)} if product.bias else slices
 
 
 def argument_names(unit: nn.Module, call: Call) -> dict[int, str]:

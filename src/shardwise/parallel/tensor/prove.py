@@ -17,20 +17,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from shardwise.describe.proof import Proof
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
+from shardwise.parallel.tensor.sequence_shard import whole_tokens
 from shardwise.parallel.tensor.slices import paste
 from shardwise.parallel.tensor.sums import sum_partial
 from shardwise.parallel.tensor.threads import on_threads
+from shardwise.trace.multi_head import multi_head_attention
 from shardwise.trace.random_calls import is_random
 from shardwise.trace.randomness import RandomMode, Scope
 
-__all__ = ["TOLERANCE", "Difference", "prove"]
+__all__ = ["TOLERANCE", "Difference", "Wholes", "prove"]
 
 TOLERANCE = 1e-9  # relative; float64 sums in another order differ by 1e-15, a wrong division by 1e-3 and more
 _ROUNDS = 5
+_MOST_KEPT = 2**25  # parameters of a unit whose whole runs are kept
 
 
 class Difference(Exception):  # noqa: N818  it is a finding, not a fault
@@ -51,29 +55,63 @@ class _Run:
 
 
 def prove(
-    unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int, training: bool, seed: int = 0, complete: bool = False
+    unit: nn.Module,
+    call: Call,
+    plan: UnitPlan,
+    *,
+    tp: int,
+    training: bool,
+    seed: int = 0,
+    complete: bool = False,
+    sums: bool = True,
+    wholes: Wholes | None = None,
 ) -> tuple[UnitPlan, float]:
-    """The plan that is proven, and the largest relative error of its proof.
+    """The plan that is proven, this comparison added to its proof, and the largest relative error.
 
-    `unit` is real, in float64; it is left as it is. With `complete` the plan is completed by what the comparison shows,
-    without it is taken as it is. Raises `Difference` where it is not equal to the whole, or whatever the divided unit
-    raises.
+    `unit` is real, in float64; it is left as it is. With `complete` the plan is completed by what the comparison shows
+    (without `sums` by partial outputs and draws, not by partial gradients), without it is taken as it is. Raises
+    `Difference` where it is not equal to the whole, or whatever the divided unit raises. `wholes` keeps the runs of the
+    whole `unit` for its next proofs.
     """
-    whole = _run(_own(unit, training), call, None, None, seed)
+    whole = (Wholes() if wholes is None else wholes).of(unit, call, training, seed)
     for _ in range(_ROUNDS):
         given = plan
-        parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed))  # noqa: B023
-        completed = _completed(plan, whole, parts, tp) if complete else None
+        parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed, whole))  # noqa: B023
+        completed = _completed(plan, whole, parts, tp, sums=sums) if complete else None
         if completed is None:
-            return plan, _compare(plan, whole, parts)
+            error = _compare(plan, whole, parts)
+            before = plan.proof or Proof(tp=tp)
+            proof = before.and_run(
+                training=training, dropout=training and bool(whole.draws), error=error, new_signature=training
+            )
+            return dataclasses.replace(plan, proof=proof), error
         plan = completed
     raise Difference("the plan was still growing after several rounds")
 
 
-def _divided(unit: nn.Module, call: Call, plan: UnitPlan, group: TensorGroup, training: bool, seed: int) -> _Run:
+class Wholes:
+    """The runs of one whole unit: many plans of it are compared with the same. Those of large units are not kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, bool, int], _Run] = {}
+
+    def of(self, unit: nn.Module, call: Call, training: bool, seed: int) -> _Run:
+        """The run of `call`, made if it is not known; always with the same `unit`, and calls that stay alive."""
+        key = (id(call), training, seed)
+        if key in self._known:
+            return self._known[key]
+        made = _run(_own(unit, training), call, None, None, seed)
+        if sum(parameter.numel() for parameter in unit.parameters()) <= _MOST_KEPT:
+            self._known[key] = made
+        return made
+
+
+def _divided(
+    unit: nn.Module, call: Call, plan: UnitPlan, group: TensorGroup, training: bool, seed: int, whole: _Run
+) -> _Run:
     copied = _own(unit, training)
     shard_unit(copied, plan, group)
-    return _run(copied, call, plan, group, seed)
+    return _run(copied, call, plan, group, seed, whole)
 
 
 def _own(unit: nn.Module, training: bool) -> nn.Module:
@@ -82,13 +120,24 @@ def _own(unit: nn.Module, training: bool) -> nn.Module:
     return copied
 
 
-def _run(unit: nn.Module, call: Call, plan: UnitPlan | None, group: TensorGroup | None, seed: int) -> _Run:
+def _run(
+    unit: nn.Module,
+    call: Call,
+    plan: UnitPlan | None,
+    group: TensorGroup | None,
+    seed: int,
+    whole: _Run | None = None,
+) -> _Run:
+    """One forward and backward; no backward where outputs are already other than those of `whole`."""
     args, kwargs = call.fresh(seed=seed)
     given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
     draws = _Draws()
     with Doubled(), RandomMode(_scope(given)), draws, torch.enable_grad():
         out = unit(*args, **kwargs)
-    outputs = {place: tensor for place, tensor in enumerate(tensors_of(out)) if call.read is None or place in call.read}
+    made = [whole_tokens(tensor) for tensor in tensors_of(out)]
+    outputs = {place: tensor for place, tensor in enumerate(made) if call.read is None or place in call.read}
+    if whole is not None:
+        _refuse_early(outputs, draws.shapes, whole)
     _backward(list(outputs.values()), seed)
     raw = {name: parameter.grad for name, parameter in unit.named_parameters()}
     summed = {name: None if grad is None else grad.clone() for name, grad in raw.items()}
@@ -103,6 +152,15 @@ def _run(unit: nn.Module, call: Call, plan: UnitPlan | None, group: TensorGroup 
         draws=draws.shapes,
         num_samples=_num_samples(given),
     )
+
+
+def _refuse_early(outputs: Mapping[int, torch.Tensor], draws: Sequence[tuple[int, ...]], whole: _Run) -> None:
+    """Raises `Difference` for an output that differs, unless what is drawn or returned in parts is still unknown."""
+    if list(draws) != whole.draws or outputs.keys() != whole.outputs.keys():
+        return
+    if all(outputs[place].shape == tensor.shape for place, tensor in whole.outputs.items()):
+        for place, tensor in whole.outputs.items():
+            _error(f"output {place}", outputs[place].detach(), tensor, 0.0)
 
 
 def _scope(given: Sequence[torch.Tensor]) -> Scope:
@@ -133,6 +191,9 @@ class _Draws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and is_random(func, args, kwargs):
+            with self:  # its draw is a call inside
+                return multi_head_attention(*args, **kwargs)
         if is_random(func, args, kwargs):
             self.shapes.append(_drawn_shape(func, args, kwargs))
         return func(*args, **kwargs)
@@ -151,7 +212,7 @@ def _drawn_shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 # -- what the comparison shows ------------------------------------------------------------------
 
 
-def _completed(plan: UnitPlan, whole: _Run, parts: Sequence[_Run], tp: int) -> UnitPlan | None:
+def _completed(plan: UnitPlan, whole: _Run, parts: Sequence[_Run], tp: int, *, sums: bool) -> UnitPlan | None:
     """The plan with what is missing in it; None where nothing is."""
     draws = dict(plan.draws)
     for number, (shape, local) in enumerate(zip(whole.draws, parts[0].draws, strict=False)):
@@ -164,6 +225,8 @@ def _completed(plan: UnitPlan, whole: _Run, parts: Sequence[_Run], tp: int) -> U
             outputs[place] = _even(tensor.shape, part.shape, tp, samples=whole.num_samples, what=f"output {place}")
     if len(draws) > len(plan.draws) or len(outputs) > len(plan.outputs):
         return dataclasses.replace(plan, draws=draws, outputs=outputs)
+    if not sums:
+        return None
     partial = {name for name, gradient in whole.parameters.items() if _is_partial(name, gradient, plan, parts)}
     if partial - plan.partial:
         return dataclasses.replace(plan, partial=plan.partial | partial)

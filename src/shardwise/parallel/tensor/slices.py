@@ -50,12 +50,16 @@ def cut(whole: torch.Tensor, part: Slice, rank: int, *, owned: bool = False) -> 
     """
     dim = part.dim % whole.dim()
     folded = whole.unflatten(dim, (_others(whole.shape[dim], part.size), part.size))  # type: ignore[no-untyped-call]
-    pieces = [folded.narrow(dim + 1, start, stop - start) for start, stop in part.ranges[rank]]
-    local = torch.cat(pieces, dim + 1) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+    local = whole.new_empty(local_shape(whole.shape, part, rank))
+    places = local.unflatten(dim, (folded.shape[dim], part.local_size(rank)))  # type: ignore[no-untyped-call]
+    at = 0
+    for start, stop in part.ranges[rank]:
+        places.narrow(dim + 1, at, stop - start).copy_(folded.narrow(dim + 1, start, stop - start))
+        at += stop - start
     if owned and part.shared:
         for start, stop in _local(part, rank, _not_owned(part, rank)):
-            local.narrow(dim + 1, start, stop - start).zero_()
-    return local.flatten(dim, dim + 1)
+            places.narrow(dim + 1, start, stop - start).zero_()
+    return local  # no view: code that is given it may write into it
 
 
 def paste(local: torch.Tensor, part: Slice, rank: int, *, owned: bool = False) -> torch.Tensor:
@@ -63,16 +67,16 @@ def paste(local: torch.Tensor, part: Slice, rank: int, *, owned: bool = False) -
     dim = part.dim % local.dim()
     num = _others(local.shape[dim], part.local_size(rank))
     folded = local.unflatten(dim, (num, part.local_size(rank)))  # type: ignore[no-untyped-call]
-    shape = (*local.shape[:dim], num, part.size, *local.shape[dim + 1 :])
-    whole = torch.zeros(shape, dtype=local.dtype, device=local.device)
+    whole = torch.zeros(whole_shape(local.shape, part, rank), dtype=local.dtype, device=local.device)
+    places = whole.unflatten(dim, (num, part.size))  # type: ignore[no-untyped-call]
     at = 0
     for start, stop in part.ranges[rank]:
-        whole.narrow(dim + 1, start, stop - start).copy_(folded.narrow(dim + 1, at, stop - start))
+        places.narrow(dim + 1, start, stop - start).copy_(folded.narrow(dim + 1, at, stop - start))
         at += stop - start
     if owned and part.shared:
         for start, stop in _not_owned(part, rank):
-            whole.narrow(dim + 1, start, stop - start).zero_()
-    return whole.flatten(dim, dim + 1)
+            places.narrow(dim + 1, start, stop - start).zero_()
+    return whole  # no view: code that is given it may write into it
 
 
 def _others(size: int, of: int) -> int:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.layers import layer_of
+from shardwise.parallel.tensor.products import Product, product_of
 
 __all__ = ["Leaf", "Sink", "Supports", "supports"]
 
@@ -55,6 +57,7 @@ class Supports:
     needs: dict[str, dict[Leaf, dict[int, Sets]]]
     order: list[str]  # layers in the order of their first call
     features: dict[str, int]  # of each layer's output
+    products: dict[str, Product] = dataclasses.field(default_factory=dict)  # of layers that are functions
 
     def readers(self, leaf: Leaf) -> list[Sink]:
         return [sink for sink, leaves in self.reads.items() if leaf in leaves]
@@ -62,9 +65,11 @@ class Supports:
 
 @dataclasses.dataclass(slots=True)
 class _Seen:
-    """One forward: (layer, input, output leaf) of every call of a layer, and what came out."""
+    """One forward: (layer, inputs, output leaf) of every call of a layer, and what came out."""
 
-    calls: list[tuple[str, torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
+    calls: list[tuple[str, tuple[torch.Tensor, ...], torch.Tensor]] = dataclasses.field(default_factory=list)
+    products: dict[str, Product] = dataclasses.field(default_factory=dict)
+    inside: bool = False  # of a layer, whose own product is no further one
     out: Any = None
 
 
@@ -74,20 +79,23 @@ def supports(
     *,
     tp: int,
     cut_at: frozenset[str] = frozenset(),
+    seed: int = 0,
+    products: frozenset[str] = frozenset(),
 ) -> Supports:
     """Run `call` once and read off the dependencies for `tp` ranks. `unit` is real, in float64; it is left as it is.
 
-    `cut_at` are further modules behind which the graph is cut, as if they were layers.
+    `cut_at` are further modules behind which the graph is cut, as if they were layers, `products` weights
+    that functions multiply with (`products.products_in`), each a layer by its own name.
     """
     copied = twin(unit)
     copied.train(False)
     leaves = _named_leaves(copied)
-    args, kwargs = call.fresh(seed=0, all_gradients=True)
+    args, kwargs = call.fresh(seed=seed, all_gradients=True)
     for place, tensor in enumerate(tensors_of((args, kwargs))):
         if tensor.requires_grad:
             leaves[Leaf(kind="argument", name=str(place))] = tensor
     seen = _Seen()
-    with _cut(copied, seen, cut_at), Doubled(), torch.enable_grad():
+    with _cut(copied, seen, cut_at), Doubled(), _Products(copied, products, seen), torch.enable_grad():
         seen.out = copied(*args, **kwargs)
     return _read_off(copied, leaves, seen, tp, call.read)
 
@@ -115,7 +123,7 @@ def _cut(unit: nn.Module, seen: _Seen, cut_at: frozenset[str]) -> Iterator[None]
     patched: list[nn.Module] = []
     for name, module in unit.named_modules():
         if layer_of(module) is not None or name in cut_at:
-            module.__dict__["forward"] = _cutting(name, module.forward, seen)
+            module.__dict__["forward"] = _cutting(name, module.forward, seen, many=name in cut_at)
             patched.append(module)
     try:
         yield
@@ -124,17 +132,50 @@ def _cut(unit: nn.Module, seen: _Seen, cut_at: frozenset[str]) -> Iterator[None]
             del module.__dict__["forward"]
 
 
-def _cutting(name: str, body: Callable[..., Any], seen: _Seen) -> Callable[..., Any]:
+def _cutting(name: str, body: Callable[..., Any], seen: _Seen, *, many: bool) -> Callable[..., Any]:
+    """`body` with its output as a leaf; with `many` inputs of one shape, as a norm with a gate has."""
+
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            out = body(x, *args, **kwargs)
+        seen.inside = True
+        try:
+            with torch.no_grad():
+                out = body(x, *args, **kwargs)
+        finally:
+            seen.inside = False
         if not isinstance(out, torch.Tensor):
             return body(x, *args, **kwargs)  # no plain layer (a router that is a subclass of one)
         leaf = out.detach().requires_grad_(True)
-        seen.calls.append((name, x, leaf))
+        others = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor) and arg.shape == x.shape]
+        seen.calls.append((name, (x, *others) if many else (x,), leaf))
         return leaf * 1  # what is behind may write into it
 
     return forward
+
+
+class _Products(TorchFunctionMode):
+    """Cuts behind products with parameters that functions make."""
+
+    def __init__(self, unit: nn.Module, names: Collection[str], seen: _Seen) -> None:
+        super().__init__()
+        self._names = {id(unit.get_parameter(name)): name for name in names}
+        self._biases = {id(parameter): name for name, parameter in unit.named_parameters()}
+        self._seen = seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = None if self._seen.inside else product_of(func, args, kwargs, lambda given: id(given) in self._names)
+        if found is None:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            leaf = func(*args, **kwargs).detach().requires_grad_(True)
+        name = self._names[id(found.weight)]
+        product = dataclasses.replace(found.product, bias=self._biases.get(id(found.bias), ""))
+        if self._seen.products.setdefault(name, product) != product:
+            return func(*args, **kwargs)  # multiplied in two ways: no layer
+        self._seen.calls.append((name, (args[found.place],), leaf))
+        return leaf * 1
 
 
 def _read_off(
@@ -144,8 +185,8 @@ def _read_off(
     features: dict[str, int] = {}
     modules = dict(unit.named_modules())
     for name, _, out in seen.calls:
-        layer = layer_of(modules[name])
-        features[name] = -1 if layer is None else layer.features
+        layer = layer_of(modules[name]) if name in modules else None
+        features[name] = seen.products[name].y_dim if name in seen.products else -1 if layer is None else layer.features
         outputs.setdefault(Leaf(kind="layer", name=name), []).append(out)
     everything = {**{leaf: [tensor] for leaf, tensor in leaves.items()}, **outputs}
     result = Supports(
@@ -154,16 +195,20 @@ def _read_off(
         needs={},
         order=list(features),
         features=features,
+        products=seen.products,
     )
     flat = [(leaf, tensor) for leaf, tensors in everything.items() for tensor in tensors]
-    for name, x, _ in seen.calls:
-        sink = Sink(kind="layer", name=name)
-        found = _needs(x, features[name], tp, flat)
-        result.reads.setdefault(sink, set()).update(leaf for leaf in found)
-        _merge(result.needs.setdefault(name, {}), found, features)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, read_here, _ in seen.calls:
+        inputs.setdefault(name, []).extend(read_here)
+    for name, given in inputs.items():
+        dim = seen.products[name].x_dim if name in seen.products else features[name]
+        found = _needs(given, dim, tp, flat)
+        result.reads[Sink(kind="layer", name=name)] = set(found)
+        result.needs[name] = _sets(found, features)
     for place, tensor in enumerate(tensors_of(seen.out)):
         if tensor.requires_grad and (read is None or place in read):
-            grads = _gradients(tensor, torch.randn_like(tensor), flat)
+            grads = _gradients([tensor], [torch.randn_like(tensor)], flat)
             result.reads[Sink(kind="output", name=str(place))] = {
                 leaf for (leaf, _), grad in zip(flat, grads, strict=True) if grad is not None
             }
@@ -171,49 +216,56 @@ def _read_off(
 
 
 def _gradients(
-    tensor: torch.Tensor, cotangent: torch.Tensor, flat: list[tuple[Leaf, torch.Tensor]]
+    tensors: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], flat: list[tuple[Leaf, torch.Tensor]]
 ) -> tuple[torch.Tensor | None, ...]:
     found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-        tensor, [leaf for _, leaf in flat], cotangent, retain_graph=True, allow_unused=True
+        tensors, [leaf for _, leaf in flat], cotangents, retain_graph=True, allow_unused=True
     )
     return found
 
 
 def _needs(
-    x: torch.Tensor, dim: int, tp: int, flat: list[tuple[Leaf, torch.Tensor]]
+    inputs: Sequence[torch.Tensor], dim: int, tp: int, flat: list[tuple[Leaf, torch.Tensor]]
 ) -> dict[Leaf, list[list[torch.Tensor]]]:
-    """Leaf -> for each rank, the masks of what its share of `x` needs, one of each tensor of the leaf.
+    """Leaf -> for each rank, the masks of what its share of a layer's inputs needs, one of each tensor of the leaf.
 
-    One entry for all ranks where the width does not divide.
+    All calls of a layer at once: what any of them needs. One entry for all ranks where the width does not divide.
     """
-    if not x.requires_grad:
+    given = [x for x in inputs if x.requires_grad]
+    if not given:
         return {}
-    width = x.shape[dim]
-    shares = tp if width % tp == 0 else 1
+    shares = tp if all(x.shape[dim] % tp == 0 for x in given) else 1
     found: dict[Leaf, list[list[torch.Tensor]]] = {}
     for rank in range(shares):
-        cotangent = torch.zeros_like(x)
-        share = cotangent.narrow(dim % x.dim(), rank * width // shares, width // shares)
-        share.copy_(torch.randn(share.shape, dtype=x.dtype))
-        for (leaf, _), grad in zip(flat, _gradients(x, cotangent, flat), strict=True):
+        cotangents = [_share(x, dim, rank, shares) for x in given]
+        for (leaf, _), grad in zip(flat, _gradients(given, cotangents, flat), strict=True):
             if grad is not None:
                 of_ranks = found.setdefault(leaf, [[] for _ in range(shares)])
                 of_ranks[rank].append(grad != 0)
     return found
 
 
-def _merge(
-    into: dict[Leaf, dict[int, Sets]], found: dict[Leaf, list[list[torch.Tensor]]], features: dict[str, int]
-) -> None:
+def _share(x: torch.Tensor, dim: int, rank: int, shares: int) -> torch.Tensor:
+    """Random numbers in the rank's share of `x`, zero elsewhere."""
+    cotangent, width = torch.zeros_like(x), x.shape[dim] // shares
+    share = cotangent.narrow(dim % x.dim(), rank * width, width)
+    share.copy_(torch.randn(share.shape, dtype=x.dtype))
+    return cotangent
+
+
+def _sets(found: dict[Leaf, list[list[torch.Tensor]]], features: dict[str, int]) -> dict[Leaf, dict[int, Sets]]:
+    """What each rank needs of the leaves that several ranks read, along each dim that may be divided."""
+    needs: dict[Leaf, dict[int, Sets]] = {}
     for leaf, of_ranks in found.items():
         if len(of_ranks) < 2 or not of_ranks[0]:
             continue
         num_dims = of_ranks[0][0].dim()
         dims = [features[leaf.name] % num_dims] if leaf.kind == "layer" else list(range(num_dims))
-        for dim in dims:
-            sets = tuple(frozenset().union(*(_indices(mask, dim) for mask in masks)) for masks in of_ranks)
-            before = into.setdefault(leaf, {}).get(dim)
-            into[leaf][dim] = sets if before is None else tuple(a | b for a, b in zip(before, sets, strict=True))
+        needs[leaf] = {
+            dim: tuple(frozenset().union(*(_indices(mask, dim) for mask in masks)) for masks in of_ranks)
+            for dim in dims
+        }
+    return needs
 
 
 def _indices(mask: torch.Tensor, dim: int) -> frozenset[int]:

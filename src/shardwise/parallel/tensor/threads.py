@@ -41,6 +41,26 @@ class ThreadGroup:
         """The largest elements."""
         return self._combined(tensor, lambda total, other: torch.maximum(total, other, out=total))
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors in order."""
+        return self._exchanged(tensor, torch.stack)
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' blocks for this one, in the order of the ranks."""
+        return self._exchanged(tensor, lambda given: torch.stack([each[self._rank] for each in given]).sum(0))
+
+    def _exchanged(
+        self, tensor: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor:
+        self._slots[self._rank] = tensor.detach()
+        self._barrier.wait(_DEADLINE_SECONDS)
+        given = [slot for slot in self._slots if slot is not None]
+        if any(slot.shape != tensor.shape for slot in given):
+            raise ValueError(f"ranks exchange tensors of one shape, not of {[tuple(s.shape) for s in given]}")
+        out = combine(given)
+        self._barrier.wait(_DEADLINE_SECONDS)
+        return out
+
     def _combined(
         self, tensor: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
@@ -57,13 +77,18 @@ class ThreadGroup:
 
 
 def on_threads(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result]:
-    """`work(group)` on `size` ranks at once; their results in order. Raises what the first rank to fail raised."""
+    """`work(group)` on `size` ranks at once; their results in order. Raises what the first rank to fail raised.
+
+    The ranks share torch's threads: a pool of all cores for each of them would wait for itself.
+    """
+    num_threads = torch.get_num_threads()
     slots: list[torch.Tensor | None] = [None] * size
     barrier = threading.Barrier(size)
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
+        torch.set_num_threads(max(1, num_threads // size))  # of this thread
         try:
             results[rank] = work(ThreadGroup(rank, slots, barrier))
         except BaseException as error:
@@ -76,6 +101,7 @@ def on_threads(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result]
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(num_threads)  # of threads to come
     if errors:
         raise errors[0]
     if len(results) < size:

@@ -1,0 +1,117 @@
+"""Experts of a program that are divided among replicas: installed, shown whole to a trace, counted in a step.
+
+Knows process groups and plain numbers; refuses to know stages and schedules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from shardwise.describe.expert import ExpertPlan
+from shardwise.errors import LayoutError
+from shardwise.parallel.expert.groups import ProcessExpertGroup
+from shardwise.parallel.expert.install import DividedExperts
+from shardwise.parallel.tensor.divided import Divided
+
+__all__ = ["ExpertCounts", "ExpertStep", "cut_by", "divide_experts", "whole_for_traces"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertStep:
+    """The experts in one step, the same on every rank: by layer, how many rows all ranks gave to every expert (none is
+    dropped), and the bytes that all ranks sent to others for it, there and back, forward and backward."""
+
+    loads: Mapping[str, tuple[int, ...]]
+    all_to_all_bytes: int
+
+    @property
+    def imbalance(self) -> float:
+        """The most rows of an expert over the mean of its layer, in the worst layer; 1 is even."""
+        return max((max(rows) * len(rows) / sum(rows) for rows in self.loads.values() if sum(rows)), default=1.0)
+
+
+class ExpertCounts:
+    """Reads what the experts did since it was read last."""
+
+    def __init__(self, experts: DividedExperts, *, shard: int, device: torch.device) -> None:
+        self._experts = experts
+        self._counts_rows = shard == 0  # every shard sends rows of the same tokens
+        self._device = device
+        self._sent_bytes = 0
+
+    def read(self) -> ExpertStep:
+        """Summed over all ranks; collective over the world."""
+        rows = self._experts.loads.take()
+        sent, before = self._experts.group.sent_bytes, self._sent_bytes
+        self._sent_bytes = sent
+        own = torch.cat([torch.tensor([sent - before]), *(each * self._counts_rows for each in rows.values())])
+        own = own.to(self._device)
+        dist.all_reduce(own)
+        of_layers = own[1:].split([len(each) for each in rows.values()])  # type: ignore[no-untyped-call]
+        loads = {name: tuple(each.tolist()) for name, each in zip(rows, of_layers, strict=True)}
+        return ExpertStep(loads=loads, all_to_all_bytes=int(own[0]))
+
+
+def divide_experts(
+    model: nn.Module,
+    plan: ExpertPlan | None,
+    *,
+    ep: int,
+    groups: Sequence[Sequence[int]],
+    rank: int,
+    stack: contextlib.ExitStack,
+) -> DividedExperts | None:
+    """The experts of the model, divided among the ranks of this rank's group; collective where ep > 1.
+
+    Raises `LayoutError` for a plan of another ep.
+    """
+    if ep == 1 or plan is None:
+        return None
+    if plan.ep != ep:
+        raise LayoutError(
+            f"a plan divides experts among the ranks of its layout, but this one was made for ep={plan.ep} and the "
+            f"layout has ep={ep}; make the plan for ep={ep}"
+        )
+    mine: dist.ProcessGroup | None = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    assert mine is not None
+    stack.callback(dist.destroy_process_group, mine)
+    divided = DividedExperts(model, plan, ProcessExpertGroup(mine))
+    stack.callback(divided.close)
+    return divided
+
+
+def cut_by(divided: Divided | None, experts: DividedExperts | None) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What of a whole value belongs on this rank: of its experts, its shard."""
+
+    def part(name: str, whole: torch.Tensor) -> torch.Tensor:
+        own = whole if experts is None else experts.cut(name, whole)
+        return own if divided is None else divided.cut(name, own)
+
+    return part
+
+
+def whole_for_traces(
+    divided: Divided | None, experts: DividedExperts | None
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Around a trace: the model as it is on one device. Experts first, which are parts of shards."""
+
+    @contextlib.contextmanager
+    def whole() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for each in (experts, divided):
+                if each is not None:
+                    stack.enter_context(each.off())
+            yield
+
+    return contextlib.nullcontext if divided is None and experts is None else whole

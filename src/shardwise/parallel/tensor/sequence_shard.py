@@ -1,0 +1,305 @@
+"""Activations of which every rank has its tokens, to the model's own code a whole tensor.
+
+    row ──reduce-scatter──► SequenceShard ──+ bias, dropout, + residual, norm──► SequenceShard ──all-gather──► columns
+                                 └──view over tokens, x[:, 0], sort, whatever else──► joined once, then as always
+
+What is in the tables of `sequence_ops` works on each token by itself and runs on the rank's tokens alone; anything else
+joins them, so the answer is always that of the whole tensor. Every rank runs the same code, and so joins at the same
+places. After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.2). Knows tensors; no models, no plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+
+from shardwise.errors import DataflowError
+from shardwise.parallel.tensor.collectives import TensorGroup, copy_to
+from shardwise.parallel.tensor.sequence import Tokens, gather, scatter
+from shardwise.parallel.tensor.sequence_ops import (
+    ASKS,
+    ELEMENTWISE,
+    IN_PLACE,
+    MAKERS,
+    OWN_MEMORY,
+    RULES,
+    SAME_MEMORY,
+    Operands,
+)
+
+__all__ = ["Region", "SequenceShard", "shard_of", "whole_tokens"]
+
+
+@dataclasses.dataclass(slots=True)
+class Region:
+    """What all shards of one rank share: its group, and where the model's forward is.
+
+    Inside a unit the gradients of parameters that work on tokens are partial, and whoever holds the plan sums them
+    once a step; outside they are summed where they are read.
+    """
+
+    group: TensorGroup
+    inside: int = 0  # units that are open
+    joined_at: list[str] = dataclasses.field(default_factory=list)  # functions that asked for the whole
+    left: set[int] = dataclasses.field(default_factory=set)  # places of shards among what units have returned
+    runs: dict[int, int] = dataclasses.field(default_factory=dict)  # samples × tokens, as seen -> tokens
+
+    def tokens_of(self, shape: Sequence[int]) -> Tokens | None:
+        """How a tensor (..., tokens, features) is dealt out; None where it has no such dims."""
+        if len(shape) < 2:
+            return None
+        size = self.runs.get(shape[-2], shape[-2]) if len(shape) == 2 else shape[-2]
+        return Tokens(-2, size, shape[-2] // size) if size else None
+
+
+@dataclasses.dataclass(slots=True)
+class _Memory:
+    """What shards that see the same elements share."""
+
+    writes: int = 0
+    viewed_whole: bool = False  # somebody holds a view of a joined tensor, which would not see a write
+
+
+class SequenceShard(torch.Tensor):
+    """A tensor without storage, of which `local` (this rank's tokens) is here, with its graph."""
+
+    local: torch.Tensor
+    tokens: Tokens
+    region: Region
+    memory: _Memory
+    joined: tuple[int, torch.Tensor] | None  # writes before somebody has read it whole, and the whole
+
+    @staticmethod
+    def __new__(cls, local: torch.Tensor, tokens: Tokens, region: Region) -> SequenceShard:
+        shape = list(local.shape)
+        shape[tokens.dim] = tokens.extent
+        made: SequenceShard = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
+        )
+        made.local, made.tokens, made.region = local, tokens, region
+        made.memory, made.joined = _Memory(), None
+        if not region.inside:
+            made.watch()
+        return made
+
+    def watch(self) -> None:
+        """Refuse a gradient of the shard itself: what computes with it has its graph at `local`.
+
+        For those that model code between units sees. (Inside of units the proof has compared gradients.)
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad:
+                self.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            group = self.region.group
+            return f"SequenceShard(shape={tuple(self.shape)}, shard {group.rank} of {group.size})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in ASKS:
+                return func(*args, **named)
+            known = _by_tokens(func, args, named)
+        if known is not NotImplemented:
+            return known
+        return _joined(func, args, named)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        raise DataflowError(f"{func}: {_PASSED_BY}")
+
+
+def shard_of(whole: torch.Tensor, region: Region) -> torch.Tensor:
+    """This rank's tokens of a tensor (..., tokens, features) that every rank has; others come back as they are."""
+    tokens = region.tokens_of(whole.shape)
+    return whole if tokens is None else SequenceShard(scatter(whole, tokens, region.group), tokens, region)
+
+
+def whole_tokens(leaf: Any) -> Any:
+    """The whole tensor of a shard (collective, once), anything else as it is."""
+    if not isinstance(leaf, SequenceShard):
+        return leaf
+    with torch._C.DisableTorchFunctionSubclass():
+        _refuse_other_graph(leaf)
+    if leaf.joined is not None and leaf.joined[0] == leaf.memory.writes:
+        return leaf.joined[1]
+    whole = gather(leaf.local, leaf.tokens, leaf.region.group)
+    if torch.is_grad_enabled() or not leaf.local.requires_grad:  # else it has no graph, and the next reader wants one
+        leaf.joined = leaf.memory.writes, whole
+    return whole
+
+
+# -- tokens by themselves -----------------------------------------------------------------------
+
+
+def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The answer of a function that needs no other rank's tokens; NotImplemented where it does."""
+    shards = _shards_in(args, kwargs)
+    first = shards[0]
+    for shard in shards:
+        _refuse_other_graph(shard)
+    if func in MAKERS:
+        like = first.local.new_empty(()).expand(first.shape)
+        return func(*[like if arg is first else arg for arg in args], **kwargs) if len(shards) == 1 else NotImplemented
+    if func in OWN_MEMORY:
+        return func(first.local, *args[1:], **kwargs)
+    if any(shard.tokens is not first.tokens and shard.tokens != first.tokens for shard in shards):
+        return NotImplemented
+    operands = _Operands(first)
+    if func in ELEMENTWISE:
+        local = _elementwise(func, args, kwargs, operands)
+        if local is NotImplemented:
+            return NotImplemented
+        return _written(first, local) if func in IN_PLACE else _again(first, local, first.tokens, func in SAME_MEMORY)
+    if func not in RULES:
+        return NotImplemented
+    answer = RULES[func](func, args, kwargs, operands)
+    if answer is NotImplemented or not operands.fit:
+        return NotImplemented
+    if isinstance(answer, list):
+        return tuple(_again(first, local, tokens, True) for local, tokens in answer)
+    return _again(first, *answer, True)
+
+
+def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SequenceShard]:
+    """Without pytree where arguments are plain: it would cost more than the function."""
+    if any(type(leaf) in (tuple, list, dict) for leaf in (*args, *kwargs.values())):
+        return [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, SequenceShard)]
+    return [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, SequenceShard)]
+
+
+class _Operands(Operands):
+    """What a function is given, as this rank's tokens are to meet it."""
+
+    __slots__ = ("first", "fit", "shape", "tokens")
+
+    def __init__(self, first: SequenceShard) -> None:
+        self.first = first
+        self.tokens = first.tokens
+        self.shape = tuple(first.shape)
+        self.fit = True
+
+    def is_shard(self, leaf: Any) -> bool:
+        return isinstance(leaf, SequenceShard)
+
+    def local(self, leaf: Any) -> Any:
+        """A shard's tokens, own tokens of a whole tensor, a tensor without tokens as it is."""
+        if isinstance(leaf, SequenceShard):
+            return leaf.local
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        tokens = self.tokens
+        if leaf.dim() < -tokens.dim:
+            return self.weight(leaf)
+        at = leaf.shape[tokens.dim]
+        if at == tokens.extent:
+            return scatter(leaf, tokens, self.first.region.group)
+        if at != 1:
+            self.fit = False
+            return leaf
+        return self.weight(leaf)
+
+    def weight(self, leaf: Any, *, matrix: bool = False) -> Any:
+        """A tensor that meets every token."""
+        region = self.first.region
+        if not isinstance(leaf, torch.Tensor) or not (leaf.requires_grad and torch.is_grad_enabled()):
+            return leaf
+        if isinstance(leaf, SequenceShard):
+            self.fit = False
+            return leaf
+        if region.inside and (matrix or leaf.dim() <= 1 or isinstance(leaf, torch.nn.Parameter)):
+            return leaf  # its gradient is partial, and summed once a step
+        return copy_to(leaf, region.group)
+
+    def saw_runs(self, tokens: Tokens) -> None:
+        if tokens.others > 1:
+            self.first.region.runs[tokens.extent] = tokens.size
+
+
+def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any], operands: _Operands) -> Any:
+    if "out" in kwargs or (func in IN_PLACE and not isinstance(args[0], SequenceShard)):
+        return NotImplemented
+    if func in IN_PLACE:
+        _refuse_unseen(args[0], func)
+    if any(type(leaf) in (tuple, list, dict) for leaf in (*args, *kwargs.values())):
+        own_args, own_kwargs = tree_map(operands.local, (tuple(args), kwargs))
+    else:
+        own_args = tuple(operands.local(arg) for arg in args)
+        own_kwargs = {name: operands.local(value) for name, value in kwargs.items()}
+    return func(*own_args, **own_kwargs) if operands.fit else NotImplemented
+
+
+def _again(source: SequenceShard, made: torch.Tensor, tokens: Tokens, may_share: bool) -> SequenceShard:
+    if made is source.local and tokens == source.tokens:
+        return source
+    shard = SequenceShard(made, tokens, source.region)
+    if may_share and made.untyped_storage().data_ptr() == source.local.untyped_storage().data_ptr():
+        shard.memory = source.memory
+    return shard
+
+
+_PASSED_BY = (
+    "activations that are dealt out by tokens are read where torch asks no one (a custom autograd function between "
+    "units): their gradients would be lost; lay the model out with sequence_parallel=off"
+)
+
+
+def _refuse_gradient(gradient: torch.Tensor) -> None:
+    raise DataflowError(_PASSED_BY)
+
+
+def _refuse_other_graph(shard: SequenceShard) -> None:
+    """A shard is a leaf: an autograd function that returns one has computed it without a graph."""
+    if not shard.is_leaf:
+        raise DataflowError(_PASSED_BY)
+
+
+def _refuse_unseen(target: SequenceShard, func: Any) -> None:
+    if target.memory.viewed_whole:
+        raise DataflowError(
+            f"{getattr(func, '__name__', func)} writes into activations that are dealt out by tokens and of which "
+            "there is a view of all tokens: it would not see that; write into a copy, or lay the model out with "
+            "sequence_parallel=off"
+        )
+
+
+def _written(target: SequenceShard, local: torch.Tensor) -> SequenceShard:
+    target.memory.writes += 1
+    target.local = local
+    if local.requires_grad != target.requires_grad:
+        target.requires_grad_(local.requires_grad)
+    return target
+
+
+# -- all tokens ---------------------------------------------------------------------------------
+
+
+def _joined(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The function on whole tensors. What it wrote into is dealt out again."""
+    shards = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, SequenceShard)]
+    region = shards[0].region
+    region.joined_at.append(getattr(func, "__name__", str(func)))
+    whole_of = {id(shard): whole_tokens(shard) for shard in shards}
+    wholes = [(shard, whole_of[id(shard)], whole_of[id(shard)]._version) for shard in shards]
+    whole_args, whole_kwargs = tree_map(lambda leaf: whole_of.get(id(leaf), leaf), (tuple(args), dict(kwargs)))
+    out = func(*whole_args, **whole_kwargs)
+    made = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)}
+    for shard, whole, version in wholes:
+        if whole._version != version:
+            _refuse_unseen(shard, func)
+            with torch._C.DisableTorchFunctionSubclass():
+                _written(shard, scatter(whole, shard.tokens, region.group))
+        if whole.untyped_storage().data_ptr() in made:
+            shard.memory.viewed_whole = True
+    return out

@@ -1,0 +1,48 @@
+"""Parameters of a unit that its calls do not use: of branches that a batch does not take (cross-attention, say).
+
+They get no gradient on one device either. Knows a unit, real and in float64, and its calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn as nn
+
+from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
+
+__all__ = ["called_or_not", "unused"]
+
+_SEEDS = 4  # other numbers, other routes to experts
+
+
+def unused(unit: nn.Module, calls: Sequence[Call]) -> frozenset[str]:
+    """Names of the parameters that nothing depends on of what `calls` return. `unit` is left as it is."""
+    copied = twin(unit)
+    parameters = {name: p for name, p in copied.named_parameters() if p.is_floating_point()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    found = sorted(parameters)
+    for seed, training, call in itertools.product(range(_SEEDS), (True, False), calls):
+        if not found:
+            break
+        copied.train(training)
+        args, kwargs = call.fresh(seed=seed)
+        with Doubled(), torch.enable_grad():
+            out = tensors_of(copied(*args, **kwargs))
+        read = [tensor for place, tensor in enumerate(out) if call.read is None or place in call.read]
+        ends = [tensor.double().sum() for tensor in read if tensor.requires_grad]
+        if ends:
+            given = torch.autograd.grad(ends, [parameters[name] for name in found], allow_unused=True)
+            found = [name for name, gradient in zip(found, given, strict=True) if gradient is None]
+    return frozenset(found)
+
+
+def called_or_not(reason: str, dead: Collection[str]) -> str:
+    """A unit's reasons, "layer: why; layer: why", where the layers of `dead` weights say that they are not called."""
+    parts = [(part, part.partition(": ")[0]) for part in reason.split("; ")]
+    return "; ".join(
+        f"{name}: not called with this batch" if f"{name}.weight" in dead else part for part, name in parts
+    )

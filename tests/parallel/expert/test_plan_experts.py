@@ -1,0 +1,98 @@
+"""Experts are found by structure and calls, proven, and what cannot be divided is refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn as nn
+
+from parallel.expert.models import DenseMix, DroppingMix, LayersInARow, ListedMix, Model, StackedMix, batch
+from shardwise.describe.expert import Listed, Stacked, runs_of_experts
+from shardwise.errors import LayoutError
+from shardwise.parallel.expert import dispatch
+from shardwise.parallel.expert.plan_experts import plan_experts
+
+
+def test_stacked_experts_are_found_by_how_they_are_called() -> None:
+    plan = plan_experts(Model(StackedMix), batch(), ep=2)
+    assert list(plan.units) == [f"blocks.{i}" for i in range(4)]
+    assert plan.units["blocks.0"] == (
+        Stacked(
+            module="mix.experts",
+            num_experts=5,
+            parameters=("up", "down", "bias"),
+            rows="tokens",
+            index="chosen",
+            weights="gates",
+            attributes=("count",),
+        ),
+    )
+    assert "5 experts of 4 layers divided among 2 ranks, 2 to 3 on each" in plan.lines()[0]
+
+
+def test_experts_in_a_list_are_found_and_a_shared_expert_is_not_one_of_them() -> None:
+    plan = plan_experts(Model(ListedMix), batch(), ep=2)
+    members = tuple(f"mix.experts.{i}" for i in range(5))
+    assert plan.units["blocks.1"] == (Listed(module="mix.experts", members=members, caller="mix"),)
+    assert plan.owners()["blocks.1.mix.experts.1"] == 0
+    assert plan.owners()["blocks.1.mix.experts.2"] == 1
+
+
+def test_a_slice_has_its_experts_of_every_stacked_parameter() -> None:
+    plan = plan_experts(Model(StackedMix), batch(), ep=3)
+    assert plan.slices()["blocks.0.mix.experts.bias"].ranges == (((0, 1),), ((1, 3),), ((3, 5),))
+    assert runs_of_experts(5, 3) == ((0, 1), (1, 3), (3, 5))
+
+
+@pytest.mark.parametrize("mix", [LayersInARow, nn.Identity])
+def test_a_model_without_experts_is_refused(mix: type[nn.Module]) -> None:
+    with pytest.raises(LayoutError, match=r"ep=2 divides the experts .* Model has none .*; use dp=2 instead of ep=2"):
+        plan_experts(Model(mix), batch(), ep=2)
+
+
+def test_experts_that_every_token_visits_are_refused_with_what_they_are_called_with() -> None:
+    with pytest.raises(LayoutError, match=r"mix: its 5 experts are called with x \(\d, 6, 8\), and not with rows"):
+        plan_experts(Model(DenseMix), batch(), ep=2)
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    with pytest.raises(LayoutError, match="there are 5 experts and ep=6; use ep=5 or less"):
+        plan_experts(Model(StackedMix), batch(), ep=6)
+
+
+def test_random_numbers_inside_experts_are_not_divided() -> None:
+    with pytest.raises(LayoutError, match="not proven: "):
+        plan_experts(Model(DroppingMix), batch(), ep=2)
+
+
+def test_a_dispatch_that_loses_gradients_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = dispatch._Send.backward
+
+    def lossy(ctx: object, *gradients: torch.Tensor) -> object:
+        tie, *rest = sound(ctx, *gradients)
+        return (tie, *[each * 0.5 if isinstance(each, torch.Tensor) else each for each in rest])
+
+    monkeypatch.setattr(dispatch._Send, "backward", staticmethod(lossy))
+    with pytest.raises(LayoutError, match="gradient of .* differs"):
+        plan_experts(Model(StackedMix), batch(), ep=2)
+
+
+def test_weights_that_are_swapped_with_another_choice_are_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.expert import stacked
+
+    sound = stacked.send_to
+
+    def swapped(tensors, *rest):  # type: ignore[no-untyped-def]
+        rows, weights, choice = tensors
+        return sound([rows, weights.flip(1), choice], *rest)
+
+    monkeypatch.setattr(stacked, "send_to", swapped)
+    with pytest.raises(LayoutError, match="differs"):
+        plan_experts(Model(StackedMix), batch(), ep=2)
+
+
+def test_a_plan_is_a_value() -> None:
+    plan = plan_experts(Model(StackedMix), batch(), ep=2)
+    assert dataclasses.replace(plan, ep=2) == plan

@@ -1,0 +1,133 @@
+"""Sequence parallelism on real ranks, with dropout, stages and replicas: the loss and every gradient of one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from parallel.tensor.blocks import Block
+from shardwise.execute.assemble import assemble
+from shardwise.execute.batches import split
+from shardwise.execute.program import Program
+from shardwise.launch import RankContext
+from shardwise.layout import Layout
+from shardwise.parallel.tensor.slices import cut
+from shardwise.testing import on_ranks
+
+WIDTH, VOCABULARY, TOKENS, SAMPLES = 16, 40, 5, 4  # 2 and 3 tokens on two ranks
+
+
+class Reader(nn.Module):
+    """Residual blocks with dropout between a table and a head; code between units works on tokens too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.blocks = nn.ModuleList(Block(dropout=0.1) for _ in range(4))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.double()
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.embed(ids), 0.1, self.training) * self.scale
+        skip = x
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x + 0.5 * skip))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def batch() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return {
+        "ids": torch.randint(0, VOCABULARY, (SAMPLES, TOKENS), generator=random),
+        "labels": torch.randint(0, VOCABULARY, (SAMPLES, TOKENS), generator=random),
+    }
+
+
+def weight(inputs: dict[str, torch.Tensor]) -> float:
+    return float(inputs["labels"].numel())
+
+
+def stepped(layout: Layout, rank: int) -> tuple[Program, float]:
+    """A program after one step, and its loss."""
+    parts = split(batch(), micro_batches=layout.num_micro_batches(SAMPLES), replicas=layout.dp, weights=weight)
+    program = assemble(Reader(), parts[0][0].inputs, layout=layout, rank=rank)
+    return program, program.step(parts[program.place.replica], step=3).loss
+
+
+def assert_equal_to_one_device(rank: RankContext, layout: Layout) -> None:
+    one, expected = stepped(Layout(micro_batches=layout.num_micro_batches(SAMPLES) * layout.dp), 0)
+    program, loss = stepped(layout, rank.rank)
+    assert program.divided is not None
+    assert program.divided.plan.deals_tokens
+    assert not program.divided.plan.all_tokens
+    assert loss == pytest.approx(expected, rel=1e-12)
+    norm = torch.stack([p.grad.norm() for p in one.parameters.values() if p.grad is not None]).norm()
+    assert program.gradient_norm() == pytest.approx(float(norm), rel=1e-10)
+    for name, parameter in program.parameters.items():
+        part, wanted = program.part_of(name), one.parameters[name].grad
+        assert wanted is not None, name
+        assert parameter.grad is not None, name
+        wanted = wanted if part is None else cut(wanted, part, program.place.shard)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12, msg=name)  # sums in another order
+    program.close()
+    one.close()
+
+
+@on_ranks(2, timeout_s=90.0)
+def test_tp_2(rank: RankContext) -> None:
+    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=True))
+
+
+@on_ranks(4, timeout_s=90.0)
+@pytest.mark.parametrize("axes", [{"pp": 2}, {"dp": 2}])
+def test_tp_2_with_another_axis(rank: RankContext, axes: dict[str, int]) -> None:
+    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=True, **axes))
+
+
+@on_ranks(2, timeout_s=90.0)
+def test_it_moves_the_bytes_of_tensor_parallelism_and_saves_less(rank: RankContext) -> None:
+    moved, saved = {}, {}
+    for deals in (False, True):
+        layout = Layout(tp=2, sequence_parallel=deals)
+        program, _ = stepped(layout, rank.rank)
+        assert program.divided is not None
+        group = program.divided.group
+        kept: dict[int, int] = {}  # storage -> bytes; all are alive until the backward
+        weights = {parameter.untyped_storage().data_ptr() for parameter in program.parameters.values()}
+
+        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        even = {name: tensor[:, :4] for name, tensor in batch().items()}
+        parts = split(even, micro_batches=1, replicas=1, weights=weight)
+        program.step(parts[0], step=4)  # what is new is compared, and sent twice
+        before = counts(group)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            program.step(parts[0], step=4)
+        after = counts(group)
+        moved[deals] = 2 * (after.reduced - before.reduced) + after.halves - before.halves
+        saved[deals] = sum(nbytes for storage, nbytes in kept.items() if storage not in weights)
+        program.close()
+    of_scale = 2 * 2 * WIDTH * 8  # the gradient of the parameter that is used between units: forward and backward
+    assert moved[False] <= moved[True] <= moved[False] + of_scale
+    assert saved[True] < 0.8 * saved[False]
+
+
+@dataclasses.dataclass
+class Counts:
+    reduced: int
+    halves: int  # an all-gather or a reduce-scatter is half an all-reduce
+
+
+def counts(group: object) -> Counts:
+    reduced, gathered, scattered = (getattr(group, f"{name}_bytes") for name in ("reduced", "gathered", "scattered"))
+    return Counts(reduced, gathered + scattered)

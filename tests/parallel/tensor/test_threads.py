@@ -1,0 +1,29 @@
+"""Ranks as threads: they share what the machine has, and what one raises ends all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
+
+
+def test_ranks_share_the_threads_of_torch() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert on_threads(2, lambda group: torch.get_num_threads()) == [2, 2]
+        assert on_threads(8, lambda group: torch.get_num_threads()) == [1] * 8
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_error_of_one_rank_ends_the_others() -> None:
+    def work(group: ThreadGroup) -> torch.Tensor:
+        if group.rank == 1:
+            raise ValueError("rank 1 cannot")
+        return group.all_reduce(torch.ones(1))
+
+    with pytest.raises(ValueError, match="rank 1 cannot"):
+        on_threads(3, work)
