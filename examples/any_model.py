@@ -2,6 +2,7 @@
 
     python examples/any_model.py --model t5 --layout pp=2
     python examples/any_model.py --model bloom --layout tp=2,pp=2
+    python examples/any_model.py --model qwen3_moe --layout ep=2,dp=2
     python examples/any_model.py --all                       every model, on the layouts of LAYOUTS
 
 Prints what `shardwise.verify` found: the errors of loss, gradients and updated weights, and what crosses between the

@@ -125,10 +125,12 @@ class Shards:
             _, there, ratio = _compared(self._alone, plan, num_stages, precise)
         except Exception as raised:  # of a type that the model does not know: what float32 showed stands
             return _Doubt(f"does not run in float64: {_told(raised)}", wrong=True)
-        if exact <= EXACT:
-            if worst <= DOUBT and ratio <= MOST:
-                return _Doubt(exact=exact)
+        if exact <= EXACT and ratio > MOST:
             return _Doubt(f"{ratio:.1f} times as far from float64 as one device at {there}", True, exact)
+        if exact <= EXACT:
+            return _Doubt(
+                "" if worst <= DOUBT else f"in float64 {exact:.1e}: more than is put down to rounding", exact=exact
+            )
         told = f"in float64 {exact:.1e} at {where}"
         if exact <= MOST * shaken:
             return _Doubt(f"{told}; one device with weights other in their last bit: {shaken:.1e}", exact=exact)

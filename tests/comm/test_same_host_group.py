@@ -91,6 +91,23 @@ def test_the_largest_elements_reach_every_rank(rank: RankContext) -> None:
     assert got[2].isnan()
 
 
+@on_ranks(3)
+@pytest.mark.parametrize("size", [1, 1000, 700_001])  # the last in several chunks
+def test_blocks_are_gathered_in_order_and_each_rank_gets_the_sum_of_its_own(rank: RankContext, size: int) -> None:
+    torch.manual_seed(size)
+    given = torch.randn(3, 3, size)  # (of rank, for rank, elements)
+    kept = given.clone()
+    with same_host_transport(range(3)) as transport:
+        group = SameHostGroup(transport, range(3), rank.rank)
+        everything = group.all_gather(given[rank.rank])
+        mine = group.reduce_scatter(given[rank.rank])
+        dist.barrier()
+    assert torch.equal(everything, kept)
+    assert torch.equal(mine, kept[0, rank.rank] + kept[1, rank.rank] + kept[2, rank.rank])
+    assert torch.equal(given, kept)
+    assert (group.gathered_bytes, group.scattered_bytes) == (given.nbytes, given[0].nbytes)
+
+
 @on_ranks(2)
 def test_a_permuted_tensor_keeps_its_strides(rank: RankContext) -> None:
     tensor = torch.arange(6.0).view(2, 3).t()

@@ -1,7 +1,7 @@
 """Bytes that a rank hands over, by axis and kind. Counted by those who send, read here between two steps.
 
     tp.all_reduce                       tensors that are summed over the shards of a unit
-    tp.all_gather, tp.reduce_scatter    whole tensors, of which the rank has or gets a part: half an all-reduce of as many
+    tp.all_gather, tp.reduce_scatter    whole tensors, of which a rank has or gets a part: half an all-reduce of as many
     dp.all_reduce                       gradients that are summed over replicas
     pp.all_reduce, tp.gradients         gradients of weights that stages share, and that are partial on every shard
     pp.send                             activations and their gradients between stages, with their headers

@@ -8,6 +8,7 @@ tokens of rank 1 ─┘            └─► experts 4-7 on rank 1 ─┘       
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 
 from shardwise.describe.tensor import Slice
@@ -24,7 +25,7 @@ def runs_of_experts(num_experts: int, ep: int) -> tuple[tuple[int, int], ...]:
             f"ep={num_experts} or less"
         )
     bounds = [rank * num_experts // ep for rank in range(ep + 1)]
-    return tuple(zip(bounds, bounds[1:], strict=False))
+    return tuple(itertools.pairwise(bounds))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

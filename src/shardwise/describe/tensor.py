@@ -9,12 +9,13 @@ import dataclasses
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from shardwise.describe.proof import Proof
 from shardwise.errors import LayoutError
 
-__all__ = ["Ranges", "SequencePlan", "Slice", "TensorPlan", "UnitPlan"]
+__all__ = ["Ranges", "SequenceParallel", "SequencePlan", "Slice", "TensorPlan", "UnitPlan"]
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -103,9 +104,20 @@ def _joined(ranges: list[tuple[int, int]]) -> Ranges:
     return tuple(runs)
 
 
+class SequenceParallel(StrEnum):
+    """Whether shards deal out tokens among them between the layers that they divide. False where they do not."""
+
+    OFF = "off"
+    ON = "on"
+    REGATHER = "regather"  # and gather the inputs of divided layers once more in the backward, instead of keeping them
+
+    def __bool__(self) -> bool:
+        return self is not SequenceParallel.OFF
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SequencePlan:
-    """Between its divided regions the unit works on this rank's tokens: all-reduces are reduce-scatters and all-gathers.
+    """Between its divided regions a unit works on this rank's tokens: an all-reduce is a reduce-scatter or all-gather.
 
     `inputs` are arguments of the unit's forward, by parameter name, that arrive or are dealt out by tokens, `outputs`
     places among the returned tensors that leave so. Rows give tokens; parameters used on tokens are in the unit's
@@ -243,7 +255,8 @@ class TensorPlan:
         for units in _alike(self.units):
             plan = self.units[units[0]]
             lines.append(f"  {_short(_several(units), 40):<40}  {_short(_parts(plan), 76)}")
-            lines += textwrap.wrap(f"proven: {plan.proof or 'not'}", 114, initial_indent=" " * 6, subsequent_indent=" " * 14)
+            proof = f"proven: {plan.proof or 'not'}"
+            lines += textwrap.wrap(proof, 114, initial_indent=" " * 6, subsequent_indent=" " * 14)
         for text in (*self._whole(), *self._tokens_lines()):
             lines += textwrap.wrap(text, 116, initial_indent="  ", subsequent_indent=" " * 6)
         return "\n".join(lines)

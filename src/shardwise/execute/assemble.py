@@ -22,8 +22,10 @@ from shardwise.execute.large_blocks import give_back_large_blocks, trim
 from shardwise.execute.program import Fill, Part, Place, Program, build
 from shardwise.layout import Layout
 from shardwise.parallel.expert.plan_experts import plan_experts
+from shardwise.parallel.tensor.calls import kinds_of
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.start_up import StartUp, calls_at_start_up
 from shardwise.plan.partition import place as place_calls
 from shardwise.trace.capture import capture
 from shardwise.trace.count import Counter
@@ -53,8 +55,8 @@ def assemble(
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
-    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it is given; the same
-    holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). Collective. Raises
+    layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it
+    is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). Collective. Raises
     `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
@@ -79,6 +81,9 @@ def assemble(
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
+    start_up: StartUp = {}
+    if tensor is not None and any(proof.start_up for proof in tensor.proofs):
+        start_up = calls_at_start_up(kinds_of(model, inputs, loss=loss, units=units), tensor)
     return build(
         model,
         place=Place(rank=rank, dp=layout.num_replicas, pp=layout.pp, tp=layout.tp, ep=layout.ep),
@@ -93,6 +98,7 @@ def assemble(
         fill=fill,
         tensor=tensor,
         experts=experts,
+        start_up=start_up,
     )
 
 

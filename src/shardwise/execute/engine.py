@@ -230,6 +230,7 @@ class Engine:
                 table=work.flow.tables[action.stage],
                 modules=self._modules,
                 received=leaves,
+                dealt=work.flow.dealt,
                 scope=work.scope,
                 checked=work.headers,
             )
@@ -303,11 +304,12 @@ class Engine:
 
 def _expected(flow: Flow, value: int, gradient: bool, where: str) -> Expected:
     stand_in = flow.tape.stand_ins[value]
-    strides = tuple(stand_in.stride())
+    dealt = flow.dealt.shape(value)
+    strides = tuple(stand_in.stride() if dealt is None else torch.empty(dealt, device="meta").stride())
     return Expected(
         what=f"{'the gradient of ' if gradient else ''}{stand_in.what} on {where}",
         check=(flow.digest + value * 2 + gradient) & (2**62 - 1),
-        shape=tuple(stand_in.shape),
+        shape=tuple(stand_in.shape) if dealt is None else dealt,
         strides=tuple(stride or 1 for stride in strides) if gradient else strides,  # a gradient is never broadcast
         dtype=stand_in.dtype,
     )

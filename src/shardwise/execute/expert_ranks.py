@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from shardwise.comm.same_host import SameHostTransport
 from shardwise.describe.expert import ExpertPlan
 from shardwise.errors import LayoutError
-from shardwise.parallel.expert.groups import ProcessExpertGroup
+from shardwise.parallel.expert.groups import ExpertGroup, ProcessExpertGroup, SameHostExpertGroup
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.tensor.divided import Divided
 
@@ -66,6 +67,7 @@ def divide_experts(
     groups: Sequence[Sequence[int]],
     rank: int,
     stack: contextlib.ExitStack,
+    same_host: SameHostTransport | None = None,
 ) -> DividedExperts | None:
     """The experts of the model, divided among the ranks of this rank's group; collective where ep > 1.
 
@@ -86,9 +88,21 @@ def divide_experts(
             mine = group
     assert mine is not None
     stack.callback(dist.destroy_process_group, mine)
-    divided = DividedExperts(model, plan, ProcessExpertGroup(mine))
+    divided = DividedExperts(model, plan, _group(mine, groups, rank, same_host))
     stack.callback(divided.close)
     return divided
+
+
+def _group(
+    group: dist.ProcessGroup, groups: Sequence[Sequence[int]], rank: int, same_host: SameHostTransport | None
+) -> ExpertGroup:
+    """Shared memory where it reaches all ranks of the group; collective over them."""
+    if same_host is None:  # on every rank
+        return ProcessExpertGroup(group)
+    ranks = next(each for each in groups if rank in each)
+    everybody = torch.tensor(same_host.connected >= {*ranks} - {rank}, dtype=torch.int64)
+    dist.all_reduce(everybody, op=dist.ReduceOp.MIN, group=group)
+    return SameHostExpertGroup(same_host, ranks, rank) if everybody.item() else ProcessExpertGroup(group)
 
 
 def cut_by(divided: Divided | None, experts: DividedExperts | None) -> Callable[[str, torch.Tensor], torch.Tensor]:

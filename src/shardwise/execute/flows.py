@@ -17,7 +17,9 @@ import torch.nn as nn
 from shardwise.describe.flow import Dataflow, NodeKind
 from shardwise.errors import DataflowError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch, signature
+from shardwise.execute.dealt import Dealt
 from shardwise.execute.stage import Programme, StageRun, programme
+from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut, StageCut, cut_stages
 from shardwise.trace.capture import capture, own
 from shardwise.trace.install import Switch
@@ -38,6 +40,7 @@ class Flow:
     digest: int
     writes_batch: bool
     random: bool
+    dealt: Dealt
     met: int = 0  # steps in which it has been used
 
 
@@ -54,8 +57,10 @@ class Flows:
         loss: LossFunction | None,
         units: Sequence[str] = (),
         whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        divided: Divided | None = None,
     ) -> None:
         self.model = model
+        self._divided = divided
         self._whole = whole  # around a trace: the model as it is on one device
         self._switch = switch
         self.placement = dict(placement)
@@ -114,6 +119,7 @@ class Flows:
             digest=int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()),
             writes_batch=any(record.changes for record in tape.records),
             random=tape.random,
+            dealt=Dealt(tape, self._divided),
         )
 
     def _stage(self, unit: str, call: int) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 __all__ = ["SMALLEST", "linear", "times"]
 
-SMALLEST = 2**18  # elements: a MiB
+SMALLEST = 2**17  # elements: half a MiB
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,7 @@ from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.hold import hold, holders_of, take_own
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
+from shardwise.parallel.tensor.start_up import StartUp, prove_on_ranks
 from shardwise.plan.cut import Cut, cut_stages
 from shardwise.schedule import generate
 from shardwise.schedule.check import check
@@ -401,6 +402,7 @@ def build(
     fill: Fill | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    start_up: StartUp | None = None,
 ) -> Program:
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
@@ -429,7 +431,13 @@ def build(
     traffic = Traffic()
     divided = _divided(model, place, tensor, tape.units, stack, same_host, traffic)
     divided_experts = divide_experts(
-        model, experts, ep=place.ep, groups=place.ranks_dividing_experts(), rank=place.rank, stack=stack
+        model,
+        experts,
+        ep=place.ep,
+        groups=place.ranks_dividing_experts(),
+        rank=place.rank,
+        stack=stack,
+        same_host=same_host,
     )
     if divided_experts is not None:
         mine = [name for name in mine if divided_experts.holds(name)]
@@ -437,6 +445,10 @@ def build(
         sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
     if fill is not None:
         fill(model, mine, cut_by(divided, divided_experts))
+    if divided is not None and start_up and place.ep == 1:
+        here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) == place.stage}
+        with _closing_on_error(stack):
+            divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
     stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
     kept = set(mine)
     held = {name: p for name, p in model.named_parameters() if name in kept}
@@ -474,6 +486,7 @@ def build(
         loss=loss,
         units=units,
         whole=whole_for_traces(divided, divided_experts),
+        divided=divided,
     )
     return Program(
         model,
@@ -495,15 +508,26 @@ def build(
     )
 
 
+@contextlib.contextmanager
+def _closing_on_error(stack: contextlib.ExitStack) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stack.close()
+        raise
+
+
 def _same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -> SameHostTransport | None:
-    """Shared memory between the stages of this rank's pipeline and between the shards of its stage; collective."""
+    """Shared memory between the stages of this rank's pipeline, between the shards of its stage, and between the ranks
+    that divide its experts; collective."""
     stages = {place.rank_of(stage) for stage in range(place.pp)}
     shards = {place.rank - place.shard + shard for shard in range(place.tp)}
-    if place.pp * place.tp == 1 or device.type != "cpu" or not dist.is_initialized():
+    experts = next(set(ranks) for ranks in place.ranks_dividing_experts() if place.rank in ranks)
+    if place.pp * place.tp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
         return None
     if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
         return None
-    return stack.enter_context(same_host_transport(stages | shards))
+    return stack.enter_context(same_host_transport(stages | shards | experts))
 
 
 def _divided(

@@ -24,10 +24,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
 from shardwise.execute.collectors import feed, pick_up, watched
+from shardwise.execute.dealt import Dealt
 from shardwise.execute.ledger import Ledger
 from shardwise.execute.programme import Programme, programme
-from shardwise.parallel.tensor.divided_logits import whole_of
-from shardwise.parallel.tensor.sequence_shard import whole_tokens
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent, first_absent
 from shardwise.trace.checkpointing import Contexts, noticed
@@ -109,6 +108,7 @@ class StageRun:
         received: Mapping[int, torch.Tensor],
         scope: Scope,
         checked: bool = False,
+        dealt: Dealt | None = None,
     ) -> None:
         self.tape = tape
         self.cut = cut
@@ -123,7 +123,11 @@ class StageRun:
         self._random: RandomMode | None = None  # of the unit that runs
         self._ledger = Ledger(tape, cut, checked=checked)
         self.sent: dict[int, torch.Tensor] = {}
-        self.received = {value: arrive(leaf) for value, leaf in received.items()} if table.writes else dict(received)
+        self._dealt = dealt or Dealt(tape, None)
+        self.received = {
+            value: self._dealt.arrived(value, arrive(leaf) if table.writes else leaf)
+            for value, leaf in received.items()
+        }
 
     # -- the forward ----------------------------------------------------------------------------
 
@@ -261,7 +265,6 @@ class StageRun:
                 self._send(answer.value, leaf, record)
 
     def _send(self, value: int, tensor: torch.Tensor, record: Record) -> None:
-        tensor = whole_tokens(whole_of(tensor))  # what is divided among shards crosses whole
         if isinstance(tensor, Absent):
             raise DataflowError(
                 f"{tensor.what} must be sent and is absent: an edge is missing in the recorded dataflow"
@@ -273,6 +276,7 @@ class StageRun:
                 f"{tensor.dtype} {tuple(tensor.shape)}: the signature does not determine its shape; name the enclosing "
                 "module as a unit"
             )
+        tensor = self._dealt.leaving(value, tensor)
         self.sent[value] = tensor.clone() if record.written_later else tensor
 
     # -- units ----------------------------------------------------------------------------------

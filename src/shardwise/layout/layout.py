@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+from shardwise.describe.tensor import SequenceParallel
 from shardwise.errors import LayoutError
 from shardwise.layout import rules
 from shardwise.schedule import GENERATORS
@@ -37,7 +38,8 @@ class Layout:
 
     ep: replicas that divide the experts among them; each has its own share of the batch, and the rest of the model.
 
-    sequence_parallel: between the parts that shards divide, each shard works on its tokens (needs tp > 1).
+    sequence_parallel: "on" where, between the layers that shards divide, each shard is to work on its tokens (needs
+        tp > 1); "regather" for less memory and more traffic.
     micro_batches: of one replica and step; None: 1 without a pipeline, else 2 a stage, at most one a sample.
     stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
     """
@@ -46,7 +48,7 @@ class Layout:
     pp: int = 1
     tp: int = 1
     ep: int = 1
-    sequence_parallel: bool = False
+    sequence_parallel: SequenceParallel = SequenceParallel.OFF
     micro_batches: int | None = None
     schedule: str = "1f1b"
     stages: Stages = StageRule.COST
@@ -55,7 +57,8 @@ class Layout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
         rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep)
-        rules.check_sequence_parallel(self.sequence_parallel, tp=self.tp, ep=self.ep)
+        object.__setattr__(self, "sequence_parallel", _sequence_parallel(self.sequence_parallel))
+        rules.check_sequence_parallel(bool(self.sequence_parallel), tp=self.tp, ep=self.ep)
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, GENERATORS)
         if not isinstance(self.stages, StageRule):
@@ -84,8 +87,6 @@ class Layout:
         stages = fields.get("stages")
         if isinstance(stages, list):
             fields["stages"] = f"[{'|'.join('+'.join(units) for units in stages)}]"
-        if "sequence_parallel" in fields:
-            fields["sequence_parallel"] = "on" if self.sequence_parallel else "off"
         return ",".join(f"{name}={value}" for name, value in fields.items())
 
     @classmethod
@@ -99,7 +100,7 @@ class Layout:
                     f"a layout is written name=value once each, with commas between, but got {part!r} in "
                     f'{text!r}; write for example "dp=2,pp=2,micro_batches=4"'
                 )
-            fields[name] = _value(name, value)
+            fields[name] = value if name in ("schedule", "stages", "sequence_parallel") else _integer(name, value)
         stages = fields.get("stages", "")
         if stages.startswith("[") and stages.endswith("]"):
             fields["stages"] = [stage.split("+") for stage in stages[1:-1].split("|")]
@@ -141,13 +142,19 @@ class Layout:
             if value is None or (default is not None and value == getattr(default, name)):
                 continue
             fields[name] = [list(units) for units in value] if isinstance(value, tuple) else value
-        return {name: str(value) if isinstance(value, StageRule) else value for name, value in fields.items()}
+        return {name: str(value) if isinstance(value, StrEnum) else value for name, value in fields.items()}
 
 
-def _value(name: str, text: str) -> str | int | bool:
-    if name == "sequence_parallel" and text.lower() in ("on", "off", "true", "false"):
-        return text.lower() in ("on", "true")
-    return text if name in ("schedule", "stages", "sequence_parallel") else _integer(name, text)
+def _sequence_parallel(value: object) -> SequenceParallel:
+    """From a word, or from true and false."""
+    words = {"true": "on", "false": "off"}
+    text = words.get(str(value).lower(), str(value).lower())
+    if text not in list(SequenceParallel):
+        raise LayoutError(
+            f"sequence_parallel is {', '.join(SequenceParallel)}, but got {value!r}; write for example "
+            "sequence_parallel=on"
+        )
+    return SequenceParallel(text)
 
 
 def _integer(name: str, text: str) -> int:

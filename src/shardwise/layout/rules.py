@@ -30,16 +30,14 @@ def check_axes(*, dp: int, pp: int, tp: int = 1, ep: int = 1) -> None:
 
 def check_sequence_parallel(sequence_parallel: bool, *, tp: int, ep: int = 1) -> None:
     """Tokens are dealt out among shards that divide layers too."""
-    if not isinstance(sequence_parallel, bool):
-        raise LayoutError(f"sequence_parallel is on or off, but got {sequence_parallel!r}; write sequence_parallel=on")
     if sequence_parallel and tp == 1:
         raise LayoutError(
             "sequence parallelism deals out tokens among the shards of tp, but tp=1; use tp=2 or more, or leave it out"
         )
     if sequence_parallel and ep > 1:
         raise LayoutError(
-            f"sequence parallelism gives every shard its tokens, and ep={ep} sends tokens to experts: one of the two is "
-            "possible; use sequence_parallel=off"
+            f"sequence parallelism gives every shard its tokens, and ep={ep} sends tokens to experts: use one of the "
+            "two; write sequence_parallel=off"
         )
 
 

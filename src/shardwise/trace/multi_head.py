@@ -85,20 +85,23 @@ def multi_head_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch
 def projected(
     call: MultiHead, read: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (t, n, e), keys and values (s, n, e). `read` is applied to each of the distinct tensors they come from."""
+    """Queries (t, n, e), keys and values (s, n, e). `read` is applied once to each tensor that they come from."""
     distinct = {id(x): read(x) for x in (call.query, call.key, call.value)}
     query, key, value = (distinct[id(x)] for x in (call.query, call.key, call.value))
+    weights: tuple[torch.Tensor | None, ...]
     if call.in_proj_weight is None:
         weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
-        assert all(weight is not None for weight in weights)
     elif query is key and key is value:
         q, k, v = F.linear(query, call.in_proj_weight, call.in_proj_bias).chunk(3, -1)
         return q, k, v
     else:
         weights = call.in_proj_weight.chunk(3)
     biases = (None, None, None) if call.in_proj_bias is None else call.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))  # type: ignore[arg-type]
-    return q, k, v
+    made: list[torch.Tensor] = []
+    for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
+        assert weight is not None
+        made.append(F.linear(x, weight, bias))
+    return made[0], made[1], made[2]
 
 
 def masked(call: MultiHead) -> tuple[torch.Tensor | None, bool]:
@@ -138,7 +141,7 @@ def attended(
     if call.bias_k is not None and call.bias_v is not None:
         k = torch.cat([k, call.bias_k.expand(1, k.shape[1], -1)])
         v = torch.cat([v, call.bias_v.expand(1, v.shape[1], -1)])
-    q, k, v = (x.unflatten(-1, (-1, call.head_dim)).permute(1, 2, 0, 3) for x in (q, k, v))  # (n, h, tokens, d)
+    q, k, v = (x.reshape(*x.shape[:2], -1, call.head_dim).permute(1, 2, 0, 3) for x in (q, k, v))  # (n, h, tokens, d)
     if call.add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     dropout = call.dropout_p if call.training else 0.0

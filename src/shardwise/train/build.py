@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
-from shardwise.describe.tensor import TensorPlan
 from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import agreed_experts, agreed_plan, assemble, fill_from
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.program import Place, Program

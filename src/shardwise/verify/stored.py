@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -62,7 +61,8 @@ class Joined(Mapping[str, torch.Tensor | None]):
         experts: Sequence[tuple[int, ExpertPlan | None]] = (),
     ) -> None:
         self._parts_of: dict[str, list[tuple[Mapping[str, torch.Tensor | None], tuple[tuple[Slice, int], ...]]]] = {}
-        for (tensors, shard, plan), (expert, of_experts) in itertools.zip_longest(parts, experts, fillvalue=(0, None)):
+        of_ranks = experts or [(0, None)] * len(parts)
+        for (tensors, shard, plan), (expert, of_experts) in zip(parts, of_ranks, strict=True):
             stacked = {} if of_experts is None else of_experts.slices()
             for name in tensors:
                 slices = [(None if plan is None else plan.slice_of(name), shard), (stacked.get(name), expert)]

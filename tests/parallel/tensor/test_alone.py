@@ -48,3 +48,19 @@ def test_groups_that_do_not_divide_stay_whole() -> None:
 
     assert set(plan.units["blocks.0"].alone) == {"mix"}
     assert 0 < plan.sharded_share < 1
+
+
+def test_a_transposed_convolution_is_divided_by_its_outputs() -> None:
+    class Upscale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(16, 24, 2, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x.transpose(1, 2)).transpose(1, 2).softmax(-1)[..., :16]
+
+    plan = plan_tensor(Model(Upscale()), (torch.randn(2, 5, 16),), tp=2)
+    found = plan.units["blocks.0"]
+
+    assert found.slices == {"up.weight": Slice.even(1, 24, 2), "up.bias": Slice.even(0, 24, 2)}
+    assert plan.sharded_share == 1.0

@@ -63,6 +63,19 @@ def test_a_copy_may_be_written_into() -> None:
     assert on_threads(2, work) == [[4.0, 4.0]] * 2
 
 
+def test_blocks_are_gathered_in_order_and_each_rank_gets_the_sum_of_its_own() -> None:
+    def work(group: ThreadGroup) -> None:
+        given = torch.arange(12.0).view(3, 2, 2) * (group.rank + 1)
+        kept = given.clone()
+        assert torch.equal(
+            group.all_gather(given), torch.stack([torch.arange(12.0).view(3, 2, 2) * n for n in (1, 2, 3)])
+        )
+        assert torch.equal(group.reduce_scatter(given), torch.arange(12.0).view(3, 2, 2)[group.rank] * 6)
+        assert torch.equal(given, kept)
+
+    on_threads(3, work)
+
+
 def test_a_rank_that_raises_ends_the_others() -> None:
     def work(group: ThreadGroup) -> None:
         if group.rank == 1:
@@ -89,6 +102,10 @@ def test_processes_do_as_threads_do(rank: RankContext) -> None:
     assert x.grad is not None
     assert (y.tolist(), x.grad.tolist()) == ([3.0, 3.0], [3.0, 30.0])
     assert group.reduced_bytes == 2 * 8
+    both = group.all_gather(torch.full((3,), float(rank.rank)))
+    mine = group.reduce_scatter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank.rank + 1))
+    assert (both.tolist(), mine.tolist()) == ([[0.0] * 3, [1.0] * 3], [[3.0, 6.0], [9.0, 12.0]][rank.rank])
+    assert (group.gathered_bytes, group.scattered_bytes) == (2 * 3 * 4, 2 * 2 * 4)
     dist.destroy_process_group(process_group)
 
 

@@ -59,9 +59,10 @@ def test_a_squeeze_over_all_channels_is_a_pair_of_its_own() -> None:
     assert "squeeze.expand" in {*unit.copies, *unit.alone}
 
 
-def test_whole_channels_stay_whole_in_front_of_a_norm_over_them() -> None:
+def test_channels_that_a_norm_mixes_are_joined_in_front_of_it() -> None:
     unit, share = unit_plan(Next())
 
+    assert share == 1.0
     assert (unit.copies, unit.reduces) == (("up",), ("down",))
-    assert "depthwise.weight" not in unit.slices
-    assert share > 0.9
+    assert list(unit.alone) == ["depthwise"]
+    assert unit.cuts["depthwise"] == Slice.even(-3, 16, 2)

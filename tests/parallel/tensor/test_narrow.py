@@ -13,12 +13,12 @@ import transformers as hf
 
 from parallel.tensor.blocks import Block, Model, call_of
 from shardwise.describe.tensor import Slice, UnitPlan
-from shardwise.errors import LayoutError
+from shardwise.errors import LayoutError, ModelError
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.lift import lifted
-from shardwise.parallel.tensor.narrow import bytes_to_prove
 from shardwise.parallel.tensor.narrow_config import narrow_config
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.proof_bytes import bytes_to_prove
 
 TOKENS = torch.arange(2, 22).view(2, 10)
 TEXT = {"input_ids": TOKENS, "labels": TOKENS}
@@ -65,10 +65,26 @@ def test_the_narrow_plan_is_the_plan_of_the_block_itself(made: Callable[[], Any]
         known = whole.units[unit]
         assert known.proof is not None
         assert plan.proof is not None
-        if known.proof.on == "the block":
+        if list(model.get_submodule(unit).children()):
             assert plan.proof.on.startswith("two narrow instances (the block has")
             assert plan.proof.error < 1e-9
         assert dataclasses.replace(plan, proof=None) == dataclasses.replace(known, proof=None)
+
+
+def test_words_of_a_large_block_are_proven_in_narrow_instances_or_refused() -> None:
+    model = llama()
+    words = dict(model.tp_plan)
+
+    plan = plan_tensor(model, TEXT, tp=2, tp_plan=words, proof_bytes=1)
+    assert plan.units["model.layers.0"].slices["self_attn.k_proj.weight"] == Slice.even(0, 64, 2)
+    assert plan.units["model.layers.0"].proof is not None
+    assert plan.units["model.layers.0"].proof.start_up
+
+    del words["model.layers.*.self_attn.o_proj"]
+    with pytest.raises(ModelError, match=r"the plan of model.layers.0 does not run on 2 ranks: it fails in .*o_proj"):
+        plan_tensor(model, TEXT, tp=2, tp_plan=words, proof_bytes=1)
+    with pytest.raises(ModelError, match=r"that of blocks.0 cannot be: the block has .* no config to narrow"):
+        plan_tensor(Model(Block()), (torch.randn(2, 3, 16),), tp=2, tp_plan={"down": "rowwise"}, proof_bytes=1)
 
 
 def test_a_block_without_a_config_stays_whole_and_says_what_its_proof_would_take() -> None:

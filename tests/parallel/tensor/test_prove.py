@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 import torch.nn as nn
 
 from parallel.tensor.blocks import Block, call_of, hand_plan
 from shardwise.describe.tensor import Slice, UnitPlan
-from shardwise.parallel.tensor.instance import random_copy
+from shardwise.parallel.tensor.instance import Call, random_copy
 from shardwise.parallel.tensor.prove import Difference, prove
 
 CALL = call_of(2, 3, 16)
@@ -100,3 +101,50 @@ def test_key_heads_that_two_ranks_share_are_summed() -> None:
 
 def _parts(name: str, part: Slice) -> tuple[int, ...]:
     return (part.size // 2, part.size // 2) if name.startswith("gate_up") else ()
+
+
+class Masked(nn.Module):
+    """What a mask of zeros and ones leaves of scores; a random mask hides all but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(16, 16, bias=False)
+        self.out = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.out((self.scores(x) - 1e6 * (1 - mask)).softmax(-1))
+
+
+def masked(*, invented: bool) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(2, 3, 16, generator=generator), torch.ones(2, 3, 16)
+    if invented:
+        mask = torch.randn(2, 3, 16, generator=generator)
+    return Call(
+        args=(x, mask), kwargs={}, requires_grad=frozenset({0}), invented=frozenset({1} if invented else set())
+    )
+
+
+@pytest.mark.parametrize("invented", [True, False])
+def test_a_mask_that_hides_what_a_weight_does_proves_nothing_of_it(invented: bool) -> None:
+    right = UnitPlan(copies=("scores",), alone={"scores": Slice.even(2, 16, 2)}, slices={"scores.weight": Slice.even(0, 16, 2)})
+    swapped = {"scores.weight": Slice(dim=0, size=16, ranges=(((8, 16),), ((0, 8),)))}
+    unit, call = random_copy(Masked()), masked(invented=invented)
+
+    prove(unit, call, right, tp=2, training=True)
+    with pytest.raises(Difference, match="output 0 differs"):
+        prove(unit, call, dataclasses.replace(right, slices=swapped), tp=2, training=True)
+
+
+def test_a_divided_weight_that_never_matters_is_not_proven() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(x) + 0 * self.a(x)
+
+    plan = UnitPlan(copies=("a",), alone={"a": Slice.even(2, 16, 2)}, slices={"a.weight": Slice.even(0, 16, 2)})
+    with pytest.raises(Difference, match=r"gradient of a\.weight vanishes whatever the data"):
+        prove(random_copy(Unread()), CALL, plan, tp=2, training=True)

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parallel.tensor.blocks import Block
+from shardwise.describe.tensor import SequenceParallel
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.execute.program import Program
@@ -82,44 +83,63 @@ def assert_equal_to_one_device(rank: RankContext, layout: Layout) -> None:
 
 
 @on_ranks(2, timeout_s=90.0)
-def test_tp_2(rank: RankContext) -> None:
-    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=True))
+@pytest.mark.parametrize("how", ["on", "regather"])
+def test_tp_2(rank: RankContext, how: str) -> None:
+    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=SequenceParallel(how)))
 
 
 @on_ranks(4, timeout_s=90.0)
 @pytest.mark.parametrize("axes", [{"pp": 2}, {"dp": 2}])
 def test_tp_2_with_another_axis(rank: RankContext, axes: dict[str, int]) -> None:
-    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=True, **axes))
+    assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=SequenceParallel.ON, **axes))
 
 
 @on_ranks(2, timeout_s=90.0)
 def test_it_moves_the_bytes_of_tensor_parallelism_and_saves_less(rank: RankContext) -> None:
     moved, saved = {}, {}
-    for deals in (False, True):
-        layout = Layout(tp=2, sequence_parallel=deals)
+    for how in SequenceParallel:
+        layout = Layout(tp=2, sequence_parallel=how)
         program, _ = stepped(layout, rank.rank)
         assert program.divided is not None
         group = program.divided.group
-        kept: dict[int, int] = {}  # storage -> bytes; all are alive until the backward
-        weights = {parameter.untyped_storage().data_ptr() for parameter in program.parameters.values()}
-
-        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         even = {name: tensor[:, :4] for name, tensor in batch().items()}
         parts = split(even, micro_batches=1, replicas=1, weights=weight)
         program.step(parts[0], step=4)  # what is new is compared, and sent twice
         before = counts(group)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            program.step(parts[0], step=4)
+        program.step(parts[0], step=4)
         after = counts(group)
-        moved[deals] = 2 * (after.reduced - before.reduced) + after.halves - before.halves
-        saved[deals] = sum(nbytes for storage, nbytes in kept.items() if storage not in weights)
+        moved[how] = 2 * (after.reduced - before.reduced) + after.halves - before.halves
+        saved[how] = kept_by_a_forward(program.model, even)
         program.close()
     of_scale = 2 * 2 * WIDTH * 8  # the gradient of the parameter that is used between units: forward and backward
-    assert moved[False] <= moved[True] <= moved[False] + of_scale
-    assert saved[True] < 0.8 * saved[False]
+    off, on, regather = moved.values()
+    assert off <= on <= off + of_scale
+    assert on < regather < 1.3 * on
+    off, on, regather = saved.values()
+    assert regather < 0.95 * on < 0.95 * off
+
+
+@on_ranks(4, timeout_s=90.0)
+def test_what_a_unit_returns_by_tokens_crosses_to_the_next_stage_by_tokens(rank: RankContext) -> None:
+    sent = {}
+    for how in (SequenceParallel.OFF, SequenceParallel.ON):
+        program, _ = stepped(Layout(tp=2, pp=2, micro_batches=2, sequence_parallel=how), rank.rank)
+        even = {name: tensor[:, :4] for name, tensor in batch().items()}
+        parts = split(even, micro_batches=2, replicas=1, weights=weight)
+        program.step(parts[0], step=4)  # messages of what is new have headers
+        sent[how] = program.step(parts[0], step=5).sent_bytes["pp.send"]
+        program.close()
+    a_value = SAMPLES * 4 * WIDTH * 8
+    assert sent[SequenceParallel.OFF] == 2 * a_value  # of the last block, and what goes around the blocks
+    assert sent[SequenceParallel.ON] == a_value // 2 + a_value  # the second is made between units
+
+
+def kept_by_a_forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that are allocated in a forward and still there when it has ended."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(**inputs)
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
 @dataclasses.dataclass

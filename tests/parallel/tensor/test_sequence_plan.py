@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parallel.tensor.blocks import Block, Model, call_of, hand_plan
-from shardwise.describe.tensor import SequencePlan, TensorPlan
+from shardwise.describe.tensor import SequenceParallel, SequencePlan, TensorPlan
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.prove import Difference, prove
@@ -56,7 +56,7 @@ class Words(nn.Module):
 
 def planned(model: nn.Module, tokens: int = 6) -> TensorPlan:
     ids = torch.randint(0, 40, (2, tokens), generator=torch.Generator().manual_seed(0))
-    return plan_tensor(model, (ids,), tp=2, sequence=True)
+    return plan_tensor(model, (ids,), tp=2, sequence=SequenceParallel.ON)
 
 
 @pytest.mark.parametrize("tokens", [6, 5, 1])
@@ -120,4 +120,4 @@ def test_a_norm_whose_weight_others_read_is_given_all_tokens() -> None:
 def test_without_being_asked_for_nothing_works_on_tokens() -> None:
     x = torch.randn(2, 6, 16, requires_grad=True)
     assert not plan_tensor(Model(Block()), (x,), tp=2).deals_tokens
-    assert plan_tensor(Model(Block()), (x,), tp=2, sequence=True).units["blocks.0"].sequence == BY_TOKENS
+    assert plan_tensor(Model(Block()), (x,), tp=2, sequence=SequenceParallel.ON).units["blocks.0"].sequence == BY_TOKENS

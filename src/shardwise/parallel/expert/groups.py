@@ -12,9 +12,10 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from shardwise.comm.point_to_point import Transport, Waitable
 from shardwise.parallel.tensor.threads import on_threads
 
-__all__ = ["ExpertGroup", "ProcessExpertGroup", "on_expert_threads"]
+__all__ = ["ExpertGroup", "ProcessExpertGroup", "SameHostExpertGroup", "on_expert_threads"]
 
 Result = TypeVar("Result")
 _DEADLINE_SECONDS = 60.0
@@ -73,6 +74,53 @@ class ProcessExpertGroup:
         return got
 
 
+class SameHostExpertGroup:
+    """An `ExpertGroup` over a transport that reaches all its ranks, which no one else uses between them."""
+
+    def __init__(self, transport: Transport, ranks: Sequence[int], rank: int) -> None:
+        """`ranks` in their order, `rank` this process's own among them: numbers of the transport."""
+        self._transport = transport
+        self._ranks = tuple(ranks)
+        self._rank = self._ranks.index(rank)
+        self.sent_bytes = 0
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return len(self._ranks)
+
+    def headers(self, own: torch.Tensor) -> torch.Tensor:
+        """Row i to rank i."""
+        ones = [1] * self.size
+        return self.rows(own, ones, ones)
+
+    def rows(self, own: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """Uneven counts; what stays on this rank is copied."""
+        got = own.new_empty((sum(received), *own.shape[1:]))
+        self.sent_bytes += _bytes_away(own, sent, self._rank)
+        outgoing, incoming = _parts(own.contiguous(), sent), _parts(got, received)
+        works: list[Waitable] = []
+        for i, (there, here) in enumerate(zip(outgoing, incoming, strict=True)):
+            if i == self._rank:
+                here.copy_(there)
+                continue
+            if there.numel():
+                works.append(self._transport.isend(there, self._ranks[i]))
+            if here.numel():
+                works.append(self._transport.irecv(here, self._ranks[i]))
+        for work in works:
+            work.wait()
+        return got
+
+
+def _parts(rows: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
+    parts: Sequence[torch.Tensor] = rows.split(list(counts))  # type: ignore[no-untyped-call]
+    return parts
+
+
 class _ThreadExpertGroup:
     def __init__(self, rank: int, slots: list[tuple[torch.Tensor, ...]], barrier: threading.Barrier) -> None:
         self._rank = rank
@@ -95,7 +143,7 @@ class _ThreadExpertGroup:
     def rows(self, own: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
         """As processes do; counts that do not agree are an error."""
         self.sent_bytes += _bytes_away(own, sent, self._rank)
-        got = self._exchanged(own.split(list(sent)))  # type: ignore[no-untyped-call]
+        got = self._exchanged(_parts(own, sent))
         if [part.shape[0] for part in got] != list(received):
             raise ValueError(f"rank {self._rank} expects {list(received)} rows and gets {[p.shape[0] for p in got]}")
         return torch.cat(got)

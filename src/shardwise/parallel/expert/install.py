@@ -131,7 +131,8 @@ class DividedExperts:
             name, whole = f"{layer}.{leaf}" if layer else leaf, module._parameters.get(leaf)
             if whole is None or whole.shape[0] != experts.num_experts or name not in self._slices:
                 raise ModelError(
-                    f"a plan names what there is: {layer} has no parameter {leaf} of {experts.num_experts} experts"
+                    f"experts are divided once: {layer} has no parameter {leaf} of {experts.num_experts} experts here "
+                    f"({'none' if whole is None else list(whole.shape)}); where tp divides the same ones, use ep or tp"
                 )
             self._replaced[id(whole)] = as_before(whole, _part(name, whole, self._slices[name], self.rank))
             self._wholes[name] = _without_values(name, whole)

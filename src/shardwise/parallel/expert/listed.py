@@ -124,8 +124,8 @@ class ListedExperts:
         if any(each[2] != place for each in told):
             raise DataflowError(
                 f"ranks that divide experts call them in one order, but this one is at expert {expert} of "
-                f"{self._layer} and others elsewhere; a layer that some micro-batches leave out (LayerDrop) cannot have its experts "
-                "divided: use ep=1"
+                f"{self._layer} and others elsewhere; a layer that some micro-batches leave out (LayerDrop) cannot "
+                "have its experts divided: use ep=1"
             )
         return told
 

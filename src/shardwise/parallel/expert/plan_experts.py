@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from shardwise.parallel.expert.prove import prove
 from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.prove import Difference
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.trace.objective import Batch, LossFunction
 
 __all__ = ["plan_experts"]
@@ -50,12 +52,14 @@ def plan_experts(
             f"{f' ({told})' if told else ''}; use dp={ep} instead of ep={ep}"
         )
     about = f"{signatures} signature(s), training and evaluation: error {worst:.1e}"
-    return ExpertPlan(ep=ep, units=found, reasons=reasons, proof=about)
+    in_order = {name: found[name] for name, _ in model.named_modules() if name in found}
+    return ExpertPlan(ep=ep, units=in_order, reasons=reasons, proof=about)
 
 
 def _proven(kind: Kind, ep: int) -> tuple[tuple[Experts, ...], str, float]:
     """The experts of a kind of unit, why others are not divided, and the error of the proof."""
     unit = random_copy(kind.module)
+    kind = dataclasses.replace(kind, calls=with_whole_numbers(unit, kind.calls))
     unit.train(False)
     found = find_experts(unit, kind.calls[0])
     chosen: list[Experts] = []

@@ -8,9 +8,10 @@ In float64, on random numbers, in training and in evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,7 @@ from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.prove import TOLERANCE, Difference
 from shardwise.parallel.tensor.slices import paste
+from shardwise.trace.checkpointing import Contexts, noticed
 from shardwise.trace.randomness import RandomMode, Scope
 
 __all__ = ["prove"]
@@ -38,13 +40,14 @@ def prove(unit: nn.Module, call: Call, plan: ExpertPlan, *, training: bool, seed
     """The largest relative error of `unit` divided as `plan` says, whose one unit is "". Raises `Difference`, or
     whatever the divided unit raises. `unit` is real, in float64, and left as it is."""
     seeds = [seed * plan.ep + rank for rank in range(plan.ep)]
-    wholes = [_run(_own(unit, training), call, each, None) for each in seeds]
 
     def divided(group: ExpertGroup) -> _Run:
         copied = _own(unit, training)
         return _run(copied, call, seeds[group.rank], DividedExperts(copied, plan, group))
 
-    parts = on_expert_threads(plan.ep, divided)
+    with noticed(_Whole()):  # what is run again runs the same way
+        wholes = [_run(_own(unit, training), call, each, None) for each in seeds]
+        parts = on_expert_threads(plan.ep, divided)
     worst = 0.0
     scale = _scale([gradient for whole in wholes for gradient in whole.parameters.values()])
     for rank, (part, whole) in enumerate(zip(parts, wholes, strict=True)):
@@ -58,6 +61,14 @@ def prove(unit: nn.Module, call: Call, plan: ExpertPlan, *, training: bool, seed
         ours, theirs = _sum([p.parameters.get(name) for p in parts]), _sum([w.parameters[name] for w in wholes])
         worst = max(worst, _error(f"gradient of {name}", ours, theirs, scale))
     return worst
+
+
+class _Whole:
+    """Switches a model's own activation checkpointing off."""
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[Contexts | None]:
+        yield None
 
 
 def _own(unit: nn.Module, training: bool) -> nn.Module:

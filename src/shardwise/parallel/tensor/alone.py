@@ -20,10 +20,12 @@ from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.layers import Layer, layer_of
 from shardwise.parallel.tensor.prove import prove
 from shardwise.parallel.tensor.slices import spread
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 
 __all__ = ["divide_alone"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SMALLEST = 1 / 256  # of the parameters of a model's matrix products, all units that are alike together
 
 
@@ -39,6 +41,7 @@ def divide_alone(
     if not layers:
         return plan, reason
     unit = random_copy(kind.module)
+    kind = dataclasses.replace(kind, calls=with_whole_numbers(unit, kind.calls))
     base = plan or UnitPlan()
     done: set[str] = set()
     for names in (tuple(layers), *((name,) for name in layers)):  # all at once, or else one by one
@@ -68,14 +71,17 @@ def _candidates(kind: Kind, plan: UnitPlan, tp: int, total: int, dead: Collectio
 
 
 def _layer_of(module: nn.Module, tp: int) -> Layer | None:
-    """As `layer_of`; convolutions in groups too, where every rank gets as many groups."""
+    """As `layer_of`; convolutions in groups too, where every rank gets as many groups, and transposed ones."""
     if isinstance(module, _CONVOLUTIONS) and module.groups > 1 and module.groups % tp == 0:
         return Layer(out_dim=0, in_dim=1, features=-1 - len(module.kernel_size))
+    if isinstance(module, _TRANSPOSED) and module.groups == 1:
+        return Layer(out_dim=1, in_dim=0, features=-1 - len(module.kernel_size))
     return layer_of(module)
 
 
 def _num_layers(unit: nn.Module) -> int:
-    return sum(layer_of(module) is not None or isinstance(module, _CONVOLUTIONS) for module in unit.modules())
+    more = (*_CONVOLUTIONS, *_TRANSPOSED)
+    return sum(layer_of(module) is not None or isinstance(module, more) for module in unit.modules())
 
 
 def _with(base: UnitPlan, layers: Mapping[str, Slice], unit: nn.Module) -> UnitPlan:
@@ -85,7 +91,7 @@ def _with(base: UnitPlan, layers: Mapping[str, Slice], unit: nn.Module) -> UnitP
         module = unit.get_submodule(name)
         layer = _layer_of(module, part.num_ranks)
         assert layer is not None
-        if layer_of(module) is None:  # a rank's groups read their own channels alone
+        if isinstance(module, _CONVOLUTIONS) and module.groups > 1:  # a rank's groups read their own channels alone
             cuts[name] = Slice.even(layer.features, int(module.in_channels), part.num_ranks)
             attributes[name, "groups"] = (int(module.groups) // part.num_ranks,) * part.num_ranks
         else:

@@ -106,13 +106,22 @@ class _Alone:
         return tensor[self.rank]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Given:
+    """What one function was given: the marks among its arguments, the shapes of its tensors."""
+
+    marks: frozenset[Place]
+    shapes: tuple[tuple[int, ...], ...]
+
+
 class _Watch(TorchFunctionMode):
     """Notes which marks each function is given, and gives it plain integers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        self.given: list[frozenset[Place]] = []  # of the calls that were given marks, in order
+        self.given: list[_Given] = []  # the calls that were given marks, in order
+        self.done = False
         self.failed: frozenset[Place] | None = None
         self.dims: tuple[int, ...] = ()  # that would make the reshape fit which failed
 
@@ -120,9 +129,11 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.calls += 1
-        marks = frozenset().union(*(_marks(leaf) for leaf in tree_flatten((args, kwargs))[0]))
+        leaves = tree_flatten((args, kwargs))[0]
+        marks = frozenset().union(*(_marks(leaf) for leaf in leaves))
         if marks:
-            self.given.append(marks)
+            shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self.given.append(_Given(marks, shapes))
         try:
             return func(*args, **(kwargs or {}))
         except Exception:
@@ -155,12 +166,20 @@ def _marks(leaf: object) -> frozenset[Place]:
 class _Try:
     done: bool
     calls: int
-    suspects: tuple[Place, ...]
+    suspects: tuple[Place, ...]  # of a failure; else see `_touched`
     dims: tuple[int, ...]  # of the reshape that failed
+    given: tuple[_Given, ...] = ()  # of one that ran through
 
 
 _Key = tuple[frozenset[tuple[Place, int]], tuple[int, ...]]
-Tries = dict[_Key, _Try]  # what was tried of one plan, for who searches in it again
+
+
+@dataclasses.dataclass(slots=True)
+class Tries:
+    """What was tried of one plan, for who searches in it again, and what the whole unit's functions are given."""
+
+    known: dict[_Key, _Try] = dataclasses.field(default_factory=dict)
+    whole: list[_Given] | None = None
 
 
 def fits(
@@ -171,7 +190,7 @@ def fits(
     First attributes alone; then also the reshapes of `module`, which is around the layers that are divided. Nothing
     in `tries` is tried again, and what is tried is noted there.
     """
-    tries = {} if tries is None else tries
+    tries = Tries() if tries is None else tries
     yield from _search(unit, call, plan, module, tp, tries, reshapes=False)
     yield from (fit for fit in _search(unit, call, plan, module, tp, tries, reshapes=True) if fit.dims)
 
@@ -199,16 +218,19 @@ def _search(
     while queue and runs < _MOST_RUNS and since < _MOST_STILL:
         _, _, fit = heapq.heappop(queue)
         runs += 1
-        if fit._key not in tries:
-            tries[fit._key] = _try(unit, call, plan, fit, tp)
-        tried = tries[fit._key]
+        if fit._key not in tries.known:
+            tries.known[fit._key] = _try(unit, call, plan, fit, tp)
+        tried = tries.known[fit._key]
         since = 0 if tried.done or tried.calls > furthest else since + 1
         furthest = max(furthest, tried.calls)
         if tried.done:
             yield fit
+            if tries.whole is None:
+                tries.whole = _watched(unit, call).given
+        suspects = _touched(tried.given, tries.whole or []) if tried.done else tried.suspects
         progress = 0 if tried.done else -tried.calls
         dims = tried.dims if reshapes else ()
-        for unlikely, child in _children(fit, tried.suspects, dims, values, sizes, tp):
+        for unlikely, child in _children(fit, suspects, dims, values, sizes, tp):
             if child._key not in known:
                 known.add(child._key)
                 heapq.heappush(queue, ((progress, child._size, unlikely, len(known)), len(known), child))
@@ -252,21 +274,39 @@ def _unlikely(place: Place) -> int:
 
 
 def _try(unit: nn.Module, call: Call, plan: UnitPlan, fit: Fit, tp: int) -> _Try:
-    copied = twin(unit)
-    _mark(copied)
     applied = fit.applied(plan, tp)
-    watch = _Watch()
+    marked = dataclasses.replace(applied, attributes=_marked(applied.attributes))
+    watch = _watched(unit, call, lambda copied: shard_unit(copied, marked, _Alone(tp)))
+    if watch.done:
+        return _Try(True, watch.calls, (), (), tuple(watch.given))
+    recent = [watch.failed or frozenset(), *(given.marks for given in reversed(watch.given))][:8]
+    suspects = tuple(dict.fromkeys(place for marks in recent for place in sorted(marks)))
+    return _Try(False, watch.calls, suspects, watch.dims)
+
+
+def _watched(unit: nn.Module, call: Call, divide: Callable[[nn.Module], object] = lambda copied: None) -> _Watch:
+    """One run of a marked copy of `unit`."""
+    copied, watch = twin(unit), _Watch()
+    _mark(copied)
     try:
-        shard_unit(copied, dataclasses.replace(applied, attributes=_marked(applied.attributes)), _Alone(tp))
+        divide(copied)
         args, kwargs = call.fresh(seed=0)
         with torch.no_grad(), Doubled(), watch:
             copied(*args, **kwargs)
+        watch.done = True
     except Exception:  # whatever a model raises of sizes that do not fit
-        recent = [watch.failed or frozenset(), *reversed(watch.given)][:8]
-        suspects = tuple(dict.fromkeys(place for marks in recent for place in sorted(marks)))
-        return _Try(False, watch.calls, suspects, watch.dims)
-    seen = dict.fromkeys(place for marks in watch.given for place in sorted(marks))
-    return _Try(True, watch.calls, tuple(seen), ())
+        watch.done = False
+    return watch
+
+
+def _touched(given: Sequence[_Given], whole: Sequence[_Given]) -> list[Place]:
+    """Attributes that stand beside a divided tensor, or beside none, in a function's arguments.
+
+    All that were seen where the functions are not those of the whole unit.
+    """
+    alike = len(given) == len(whole) and all(a.marks == b.marks for a, b in zip(given, whole, strict=True))
+    near = [a for a, b in zip(given, whole, strict=True) if a.shapes != b.shapes or not a.shapes] if alike else given
+    return list(dict.fromkeys(place for seen in near for place in sorted(seen.marks)))
 
 
 def _marked(divided: Mapping[Place, tuple[Any, ...]]) -> dict[Place, tuple[Any, ...]]:

@@ -212,6 +212,16 @@ def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         args=own_args,
         kwargs=own_kwargs,
         requires_grad=frozenset(place for place, tensor in enumerate(tensors) if tensor.requires_grad),
+        invented=frozenset(
+            place
+            for place, tensor in enumerate(tensors)
+            if isinstance(tensor, FakeTensor) and tensor.is_floating_point() and not tensor.requires_grad
+        ),
+        counted=frozenset(
+            place
+            for place, tensor in enumerate(tensors)
+            if isinstance(tensor, FakeTensor) and tensor.dtype in (torch.int64, torch.int32)
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """A tensor plan that someone wrote, proven before it is used: a wrong one is refused by the first tensor that differs.
 
-What a person or a model's author says is a proposal like any other. Attributes that follow a division (numbers of heads)
-and the draws of dropout are found where words do not say them; gradients that are to be summed must be said. Knows plans
-and kinds of units.
+What a person or a model's author says is a proposal like any other. Attributes that follow a division (numbers of
+heads) and the draws of dropout are found where words do not say them; gradients that are to be summed must be said.
+Knows plans and kinds of units.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+import psutil
 import torch.nn as nn
 
 from shardwise.describe.tensor import TensorPlan, UnitPlan
@@ -19,8 +20,11 @@ from shardwise.parallel.tensor.attributes import fits
 from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.locate import first_module
+from shardwise.parallel.tensor.proof_bytes import bytes_to_prove
 from shardwise.parallel.tensor.prove import Difference, prove
 from shardwise.parallel.tensor.ties import names_of
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
+from shardwise.quantities import format_bytes
 from shardwise.trace.objective import Batch, LossFunction
 
 __all__ = ["check_plan", "prove_written"]
@@ -55,9 +59,22 @@ def prove_written(model: nn.Module, all_kinds: Sequence[Kind], plan: TensorPlan)
             )
         kind, key = kinds[unit], (kinds[unit].unit, repr(given))
         if key not in done:
-            done[key] = _proven(unit, kind, given, plan.tp)
+            done[key] = _by_the_ranks(unit, kind, given, plan.tp) or _proven(unit, kind, given, plan.tp)
         proven[unit] = done[key]
     return dataclasses.replace(plan, units=proven)
+
+
+def _by_the_ranks(unit: str, kind: Kind, given: UnitPlan, tp: int) -> UnitPlan | None:
+    """A plan of a block that is too large to be proven here, where its ranks will prove it; None of a smaller one."""
+    needed, free = bytes_to_prove(kind, tp), psutil.virtual_memory().available // 2
+    if needed <= free or not any(True for _ in kind.module.children()):
+        return None
+    if given.proof is not None and given.proof.start_up and given.proof.key == kind.key:
+        return given
+    raise ModelError(
+        f"a plan is proven before it is used, and that of {unit} would take {format_bytes(needed)}, with "
+        f"{format_bytes(free)} to take; leave it out, and one is found and proven in narrow instances"
+    )
 
 
 def _refuse_torn(model: nn.Module, unit: str, given: UnitPlan, kind: Kind | None, plan: TensorPlan) -> None:
@@ -79,6 +96,7 @@ def _refuse_torn(model: nn.Module, unit: str, given: UnitPlan, kind: Kind | None
 def _proven(unit: str, kind: Kind, given: UnitPlan, tp: int) -> UnitPlan:
     """`given`, proven as it stands, or with the first attributes for which it is equal. Raises `ModelError`."""
     copied = random_copy(kind.module)
+    kind = dataclasses.replace(kind, calls=with_whole_numbers(copied, kind.calls))
     wrong: tuple[UnitPlan, Exception] | None = None  # of the first that ran, or else of the plan as it stands
     for plan in itertools.islice(_variants(copied, kind, given, tp), _MOST_FITS):
         try:

@@ -41,14 +41,15 @@ class Divided:
         self.plan = plan
         self.group = group
         self._reads = Reads()
+        self.start_up_errors: Mapping[str, float] = {}  # of units that the ranks have proven once more
         self.shares = any(part.shared for unit in plan.units.values() for part in unit.slices.values())
-        region = Region(group) if plan.deals_tokens else None  # then every unit is asked what it is given
-        chosen = {unit: model.get_submodule(unit) for unit in units if unit in plan.units or region is not None}
+        self.region = Region(group) if plan.deals_tokens else None  # then every unit is asked what it is given
+        chosen = {unit: model.get_submodule(unit) for unit in units if unit in plan.units or self.region is not None}
         ties = ties_between(chosen)
         reads = self._reads if keep_logits else None
         self._shardings: dict[str, Sharding] = {
             unit: shard_unit(
-                module, plan.units.get(unit, UnitPlan()), group, ties, keep_logits=reads, region=region
+                module, plan.units.get(unit, UnitPlan()), group, ties, keep_logits=reads, region=self.region
             )
             for unit, module in chosen.items()
         }
@@ -57,6 +58,11 @@ class Divided:
     def shard(self) -> int:
         """Which of the ranks that share the units this one is."""
         return self.group.rank
+
+    @property
+    def shardings(self) -> Mapping[str, Sharding]:
+        """What is installed, by unit."""
+        return self._shardings
 
     def part_of(self, parameter: str) -> Slice | None:
         """The slice of a parameter or buffer, by its name in the model; None where it is whole."""

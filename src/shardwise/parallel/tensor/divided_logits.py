@@ -28,21 +28,29 @@ __all__ = ["DividedLogits", "Reads", "whole_of"]
 
 
 class Reads:
-    """Whether somebody may read divided logits whole now: while a step runs, whose code every rank runs alike."""
+    """Whether somebody may read divided logits whole now: while a step runs, whose code every rank runs alike.
 
-    __slots__ = ("allowed",)
+    A rank that reads alone meets, in the place of the others' parts, what they send next: an error on all, not a wait.
+    Where nothing follows, an evaluation, the ranks meet at the end of the step.
+    """
+
+    __slots__ = ("allowed", "last")
 
     def __init__(self) -> None:
         self.allowed = False
+        self.last: tuple[TensorGroup, torch.device] | None = None  # of logits behind which these ranks exchange nothing
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Inside the block reads join the parts."""
-        before, self.allowed = self.allowed, True
+        """Inside the block reads join the parts. Collective."""
+        self.allowed = True
         try:
             yield
+            if self.last is not None:
+                group, device = self.last
+                group.all_reduce(torch.zeros(1, device=device))
         finally:
-            self.allowed = before
+            self.allowed, self.last = False, None
 
 
 class DividedLogits(torch.Tensor):
@@ -56,9 +64,7 @@ class DividedLogits(torch.Tensor):
     viewed: bool  # others see the same elements
 
     @staticmethod
-    def __new__(
-        cls, local: torch.Tensor, part: Slice, group: TensorGroup, reads: Reads | None = None
-    ) -> DividedLogits:
+    def __new__(cls, local: torch.Tensor, part: Slice, group: TensorGroup, reads: Reads | None = None) -> DividedLogits:
         made: DividedLogits = torch.Tensor._make_wrapper_subclass(
             cls,
             (*local.shape[:-1], part.size),

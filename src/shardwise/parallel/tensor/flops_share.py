@@ -1,6 +1,6 @@
 """How much of a forward's flops a plan divides: counted, without numbers, of whole units and of one shard of them.
 
-    whole F, one of tp shards f:      f = F (1 - d) + F d / tp      gives the divided share      d = (1 - f / F) / (1 - 1 / tp)
+    whole F, one of tp shards f:    f = F (1 - d) + F d / tp    gives the share    d = (1 - f / F) / (1 - 1 / tp)
 
 Knows kinds of units and their plans. A unit that does not run without numbers (it looks at values) counts by its
 parameters.
@@ -24,7 +24,7 @@ from shardwise.parallel.tensor.instance import Call
 from shardwise.trace.count import flops_of
 from shardwise.trace.placing import named_tensors
 
-__all__ = ["flops_share"]
+__all__ = ["flops_share", "on_meta", "without_values"]
 
 
 def flops_share(kinds: Sequence[Kind], plans: Mapping[str, UnitPlan], *, tp: int) -> float | None:
@@ -52,7 +52,7 @@ def _share(kind: Kind, plan: UnitPlan | None, whole: int, part: int | None, tp: 
 
 
 def _flops(kind: Kind, plan: UnitPlan | None, tp: int) -> int | None:
-    unit = _without_values(kind.module)
+    unit = without_values(kind.module)
     try:
         if plan is not None:
             shard_unit(unit, plan, _First(tp))
@@ -63,17 +63,19 @@ def _flops(kind: Kind, plan: UnitPlan | None, tp: int) -> int | None:
 
 def _run(unit: nn.Module, call: Call) -> int:
     counting = _Counting()
-    args, kwargs = tree_map(_on_meta, (call.args, dict(call.kwargs)))
+    args, kwargs = tree_map(on_meta, (call.args, dict(call.kwargs)))
     with torch.no_grad(), counting:
         unit(*args, **kwargs)
     return counting.flops
 
 
-def _on_meta(leaf: object) -> object:
-    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else copy.copy(leaf)
+def on_meta(leaf: object) -> object:
+    """A tensor without its numbers; a copy of anything else."""
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf)
 
 
-def _without_values(unit: nn.Module) -> nn.Module:
+def without_values(unit: nn.Module) -> nn.Module:
+    """A copy of `unit` in evaluation, its tensors without numbers."""
     memo: dict[int, Any] = {}
     for tensor in named_tensors(unit).values():
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch.nn as nn
 
 from shardwise.describe.tensor import TensorPlan, UnitPlan
-from shardwise.errors import LayoutError, ShardwiseError
+from shardwise.errors import LayoutError, ModelError, ShardwiseError
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.check_plan import prove_written
+from shardwise.parallel.tensor.narrow import Narrowed
 from shardwise.parallel.tensor.written_plan import carried_words, words_by_hand, written_plan
 
 __all__ = ["GivenPlan", "larger_of_carried", "plan_as_given"]
@@ -24,25 +25,42 @@ GivenPlan = Mapping[str, str] | TensorPlan  # words of transformers by pattern, 
 _UNNAMED = "the written plan does not name it"
 
 
-def plan_as_given(model: nn.Module, kinds: Sequence[Kind], given: GivenPlan | None, *, tp: int) -> TensorPlan | None:
+def plan_as_given(model: nn.Module, small: Narrowed, given: GivenPlan | None, *, tp: int) -> TensorPlan | None:
     """The plan that was given, or that somebody has set on the model, proven; None where there is none.
 
-    Raises `ModelError` or `LayoutError`, with the module and the first tensor that differs, where it is wrong.
+    Words are proven in narrow instances where blocks are too large, values by their ranks at start-up. Raises
+    `ModelError` or `LayoutError`, with the module and the first tensor that differs, where it is wrong.
     """
     words = words_by_hand(model) if given is None else given
     if words is None:
         return None
-    units = [unit for kind in kinds for unit in kind.units if kind.calls]
-    plan = words if isinstance(words, TensorPlan) else written_plan(model, words, units, tp=tp)
+    units = [unit for kind in small.whole for unit in kind.units if kind.calls]
+    plan = words if isinstance(words, TensorPlan) else _of_words(model, small, words, units, tp)
     if plan.tp != tp:
         raise LayoutError(
             f"a plan divides units among the shards of its layout, but this one was made for tp={plan.tp} and the "
             f"layout has tp={tp}; write one for tp={tp}"
         )
-    proven = prove_written(model, kinds, plan)
+    proven = prove_written(model, small.whole, plan) if isinstance(words, TensorPlan) else plan
     reasons = {unit: _UNNAMED for unit in units if unit not in proven.units} | dict(proven.reasons)
     origin = proven.origin if given is not None else "as set on the model"
     return TensorPlan(tp=tp, units=proven.units, reasons=reasons, sharded_share=0.0, origin=origin)
+
+
+def _of_words(model: nn.Module, small: Narrowed, words: Mapping[str, str], units: Sequence[str], tp: int) -> TensorPlan:
+    """What words say, proven: of blocks that are too large in narrow instances."""
+    plan = written_plan(model, words, units, tp=tp, instances=small.modules)
+    for number, reason in small.reasons.items():
+        unit = small.whole[number].unit
+        if unit in plan.units:
+            why = f"a plan is proven before it is used, and that of {unit} cannot be"
+            raise ModelError(f"{why}: {reason}; leave it out")
+    narrow = prove_written(model, small.kinds, plan)
+    wide = small.lifted(narrow)
+    lost = next((unit for unit in narrow.units if unit not in wide.units), None)
+    if lost is not None:
+        raise ModelError(f"the plan of {lost} is not equal to one device: {wide.reasons[lost]}; leave it out")
+    return wide
 
 
 def larger_of_carried(

@@ -80,6 +80,7 @@ class Sharding:
         self.region = region or Region(group)
         self._tokens = UnitTokens(plan.sequence, self.region)
         self._may_deal = region is not None or plan.sequence is not None
+        self._regathers = plan.sequence is not None and plan.sequence.regather
         self.module = module
         self.plan = plan
         self.group = group
@@ -231,7 +232,12 @@ class Sharding:
 
     def _copying(self, body: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return body(*[self._copy(arg) for arg in args], **{name: self._copy(arg) for name, arg in kwargs.items()})
+            args = tuple(self._copy(arg) for arg in args)
+            kwargs = {name: self._copy(arg) for name, arg in kwargs.items()}
+            if not self._regathers:
+                return body(*args, **kwargs)
+            with self._tokens.saving((*args, *kwargs.values())):
+                return body(*args, **kwargs)
 
         return forward
 
@@ -279,6 +285,9 @@ class Sharding:
             local = body(*args, **kwargs)
             if keep is None:
                 return gather_from(local, part, self.group)
+            given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
+            if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in given)):
+                keep.last = (self.group, local.device)  # otherwise the gradient of the input is summed
             return DividedLogits(local, part, self.group, keep)
 
         return forward

@@ -28,18 +28,25 @@ class Call:
     """One call of a unit as it was captured: arguments with real tensors (random where the model computes them).
 
     `requires_grad` are the places, among the tensors of the arguments, that a gradient flows back to; `read` the
-    places, among the tensors that are returned, that somebody outside reads (None: all).
+    places, among the tensors that are returned, that somebody outside reads (None: all); `invented` those whose numbers
+    are not known and that no gradient flows to: a mask or a table of positions that the model computes; `counted` whole
+    numbers that it computes (see `whole_numbers`).
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     requires_grad: frozenset[int]
     read: frozenset[int] | None = None
+    invented: frozenset[int] = frozenset()
+    counted: frozenset[int] = frozenset()
 
-    def fresh(self, *, seed: int | None = None, all_gradients: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fresh(
+        self, *, seed: int | None = None, all_gradients: bool = False, fill: float | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of one run: new leaves in float64, containers and caches copied. `seed` draws other numbers.
 
-        With `all_gradients` every floating tensor is a leaf that asks for a gradient.
+        With `all_gradients` every floating tensor is a leaf that asks for a gradient. With `fill` what was invented is
+        this number everywhere, and other tensors without a gradient are as they were given.
         """
         args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))
         leaves, spec = tree_flatten((args, kwargs))
@@ -50,12 +57,20 @@ class Call:
                 continue
             if leaf.is_floating_point():
                 leaf = leaf.double()
-                if seed is not None:
-                    leaf = _other_numbers(leaf, generator, computed=number in self.requires_grad)
+                if fill is not None and number not in self.requires_grad:
+                    leaf = torch.full_like(leaf, fill) if number in self.invented else leaf
+                elif seed is not None:
+                    leaf = _other_numbers(leaf, generator, computed=number in self.requires_grad, seed=seed)
                 leaves[place] = leaf.detach().requires_grad_(all_gradients or number in self.requires_grad)
             number += 1
         made: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
         return made
+
+    @property
+    def constants(self) -> int:
+        """How many floating tensors have no gradient."""
+        floating = [tensor.is_floating_point() for tensor in self.tensors]
+        return sum(is_floating and place not in self.requires_grad for place, is_floating in enumerate(floating))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -68,11 +83,14 @@ def tensors_of(tree: object) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def _other_numbers(leaf: torch.Tensor, generator: torch.Generator, *, computed: bool) -> torch.Tensor:
-    """Activations are drawn anew; masks and positions keep their pattern (what is hidden stays hidden)."""
+def _other_numbers(leaf: torch.Tensor, generator: torch.Generator, *, computed: bool, seed: int) -> torch.Tensor:
+    """Activations are drawn anew; masks and positions keep their pattern (what is hidden stays hidden). What is zero
+    everywhere is so with every other seed: it may be added, and then has to be seen, or be such a mask."""
     noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
     if computed:
         return noise
+    if bool((leaf * (leaf - 1) == 0).all()) and (bool(leaf.any()) or seed % 2 == 0):
+        return leaf  # a mask of zeros and ones: multiplied by a million, noise in it would drown everything else
     return torch.where(leaf.abs() < 1e4, leaf + 0.1 * noise, leaf)
 
 

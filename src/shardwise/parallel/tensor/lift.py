@@ -9,23 +9,30 @@ instances of one class; refuses to know how they were made.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import LayoutError
 from shardwise.parallel.tensor.calls import Kind
+from shardwise.parallel.tensor.flops_share import on_meta, without_values
 from shardwise.parallel.tensor.instance import Call, tensors_of
 from shardwise.parallel.tensor.propose import argument_names
+from shardwise.parallel.tensor.prove import Draws
 from shardwise.trace.placing import named_tensors
 
 __all__ = ["lifted", "misfit_of_instances"]
 
 
 def misfit_of_instances(narrow: Kind, wide: Kind) -> str:
-    """Why one is no narrow instance of the other; "" where it is: same modules, tensors and signatures but for sizes."""
+    """Why one is no narrow instance of the other; "" where it is: same modules, tensors, signatures but for sizes."""
     if [type(module) for module in narrow.module.modules()] != [type(module) for module in wide.module.modules()]:
         return "it has other modules"
     if {n: t.dim() for n, t in named_tensors(narrow.module).items()} != {
@@ -43,7 +50,7 @@ def _signature(call: Call) -> str:
 
 
 def lifted(plan: UnitPlan, narrow: Kind, wide: Kind) -> UnitPlan:
-    """`plan` of `narrow` for `wide`, with the proof of the narrow one. Raises `LayoutError` where a number cannot grow."""
+    """`plan` of `narrow` for `wide`, with the narrow one's proof. Raises `LayoutError` where a number cannot grow."""
     lift = _Lift(narrow, wide)
     return dataclasses.replace(
         plan,
@@ -54,8 +61,8 @@ def lifted(plan: UnitPlan, narrow: Kind, wide: Kind) -> UnitPlan:
         ends={name: lift.end(name, num) for name, num in plan.ends.items()},
         slices={name: lift.tensor(name, part) for name, part in plan.slices.items()},
         inputs={name: lift.argument(name, part) for name, part in plan.inputs.items()},
-        outputs={place: lift.activation(f"output {place}", part) for place, part in plan.outputs.items()},
-        draws={number: lift.activation(f"draw {number}", part) for number, part in plan.draws.items()},
+        outputs={place: lift.made("output", place, part) for place, part in plan.outputs.items()},
+        draws={number: lift.made("draw", number, part) for number, part in plan.draws.items()},
         attributes={place: lift.attribute(place, values) for place, values in plan.attributes.items()},
     )
 
@@ -87,10 +94,15 @@ class _Lift:
             raise LayoutError(f"argument {name} has {sizes[0]} elements along a dim that is divided as {part.size}")
         return _grown(name, part, Fraction(sizes[1], sizes[0]))
 
-    def activation(self, what: str, part: Slice) -> Slice:
-        """It grows as the attributes (numbers of heads, say) that have as many."""
-        ratios = {Fraction(wide, few) for few, wide in self._attributes() if few == part.size}
-        return _grown(what, part, _only(what, ratios))
+    def made(self, what: str, place: int, part: Slice) -> Slice:
+        """A slice of a returned tensor, or of what is drawn: it grows as that dim of the tensor."""
+        (few, samples), (many, others) = (_shape(kind, what, place) for kind in (self._narrow, self._wide))
+        dim = part.dim % len(few)
+        if few[dim] == part.size:
+            return _grown(f"{what} {place}", part, Fraction(many[dim], few[dim]))
+        if dim or few[0] != samples * part.size or many[0] % others:
+            raise LayoutError(f"{what} {place} has {few[dim]} elements along a dim that is divided as {part.size}")
+        return _grown(f"{what} {place}", part, Fraction(many[0] // others, part.size))
 
     def _attributes(self) -> list[tuple[int, int]]:
         modules = zip(self._narrow.module.modules(), self._wide.module.modules(), strict=True)
@@ -111,6 +123,29 @@ class _Lift:
         if type(few) is not int or type(many) is not int or not few:
             raise LayoutError(f"{name} is {few!r} in the narrow instance and {many!r} in the wide one")
         return tuple(value if value is None else _whole(name, value * Fraction(many, few)) for value in values)
+
+
+def _shape(kind: Kind, what: str, place: int) -> tuple[tuple[int, ...], int]:
+    """The shape of a returned tensor or of a draw of the first call, run without numbers; and the number of samples."""
+    unit, call, draws = without_values(kind.module), kind.calls[0], Draws()
+    args, kwargs = tree_map(on_meta, (call.args, dict(call.kwargs)))
+    with _Still(), draws, torch.no_grad():
+        out = unit.train()(*args, **kwargs)
+    shapes = draws.shapes if what == "draw" else [tuple(tensor.shape) for tensor in tensors_of(out)]
+    samples = next((tensor.shape[0] for tensor in call.tensors if tensor.is_floating_point() and tensor.dim()), 1)
+    return shapes[place], samples
+
+
+class _Still(TorchFunctionMode):
+    """Attention without its dropout, which has no kernel without numbers."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
 
 
 def _value(unit: nn.Module, place: tuple[str, str]) -> Any:

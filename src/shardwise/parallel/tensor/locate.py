@@ -2,8 +2,8 @@
 
     x ──► q_proj ──► … ──► o_proj (summed: must be whole here) ──► … ──► down_proj (the same)
 
-Modules of the region between are in parts on purpose; those that a plan closes (sums, joins, tables) and the unit itself
-must return what they return on one device. Runs the unit twice more; for words in an error, never for a decision.
+Modules of the region between are in parts on purpose; those that a plan closes (sums, joins, tables) and the unit
+itself must return what they return on one device. Runs the unit twice more; for words in an error, not for a decision.
 """
 
 from __future__ import annotations

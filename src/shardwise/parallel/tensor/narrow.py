@@ -1,10 +1,10 @@
 """Blocks that are too large to be proven whole here: proven in narrow instances of the same classes, twice.
 
-    found and proven in A  ──lifted──►  proven in B, as it stands  ──lifted──►  the block itself (by its ranks at start-up)
+    found and proven in A ──lifted──► proven in B, as it stands ──lifted──► the block itself
 
-A and B are models of the same transformers config made small; their sizes differ by other primes in each kind of size, so
-that a number which follows the wrong one is no longer right in B. Knows kinds of units and plans; refuses to know how a
-plan is found.
+A and B are models of the same transformers config made small; each kind of size differs between them by another
+prime, so that a number which follows the wrong one is no longer right in B. Knows kinds of units and plans, not how
+one is found.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.lift import lifted, misfit_of_instances
 from shardwise.parallel.tensor.narrow_config import narrow_config
+from shardwise.parallel.tensor.proof_bytes import bytes_to_prove
 from shardwise.parallel.tensor.prove import prove
 from shardwise.quantities import format_bytes, format_count
 from shardwise.trace.deferred import defer, place
 from shardwise.trace.objective import Batch, LossFunction
 
-__all__ = ["Narrowed", "bytes_to_prove", "narrowed"]
+__all__ = ["Narrowed", "narrowed"]
 
-_COPIES = 8  # of a block's parameters: values, gradients and sums, whole and in parts, and what analysis keeps
-_ACTIVATIONS = 64  # of each rank and of the whole: of the arguments' size
 _USUAL_BYTES = 4 * 2**30  # above, a narrow instance proves the same in seconds
 _TOKENS, _SAMPLES = 16, 2
 
@@ -56,6 +55,16 @@ class Narrowed:
     instances: dict[int, _Instance]  # by number of the kind
     reasons: dict[int, str]
     whole: list[Kind]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The narrow instance of every unit that has one."""
+        return {unit: self.kinds[number].module for number in self.instances for unit in self.kinds[number].units}
+
+    @property
+    def as_they_are(self) -> list[Kind]:
+        """The kinds that are not narrow, and that their own proof fits here."""
+        return [self.whole[n] for n in range(len(self.whole)) if n not in self.instances and n not in self.reasons]
 
     def lifted(self, plan: TensorPlan) -> TensorPlan:
         """A plan of `kinds` as one of the model's own; what cannot be lifted, or is wrong in B, stays whole."""
@@ -86,16 +95,12 @@ def _lifted(plan: UnitPlan, instance: _Instance, kind: Kind, tp: int) -> UnitPla
     assert plan.proof is not None
     assert second.proof is not None
     proof = dataclasses.replace(
-        plan.proof, on=f"two narrow instances ({instance.why})", error=max(plan.proof.error, second.proof.error)
+        plan.proof,
+        on=f"two narrow instances ({instance.why})",
+        error=max(plan.proof.error, second.proof.error),
+        start_up=wide.sequence is None,
     )
     return dataclasses.replace(wide, proof=proof)
-
-
-def bytes_to_prove(kind: Kind, tp: int) -> int:
-    """An upper estimate of what finding and proving a kind of block takes, in float64."""
-    parameters = sum(parameter.numel() for parameter in kind.module.parameters())
-    given = sum(t.numel() for call in kind.calls for t in call.tensors if t.is_floating_point())
-    return 8 * (max(_COPIES, tp + 3) * parameters + (tp + 1) * _ACTIVATIONS * given)
 
 
 def narrowed(
@@ -191,8 +196,8 @@ def _narrow_batch(small: Any, batch: Batch) -> Any:
             return leaf
         leaf = leaf[:_SAMPLES]
         for dim in range(1, leaf.dim()):
-            if leaf.shape[dim] == length and not leaf.is_floating_point() or leaf.dim() == 4:
-                leaf = leaf.narrow(dim, 0, min(_TOKENS, leaf.shape[dim])) if leaf.shape[dim] == length else leaf
+            if leaf.shape[dim] == length and (not leaf.is_floating_point() or leaf.dim() == 4):  # ids, masks
+                leaf = leaf.narrow(dim, 0, min(_TOKENS, length))
         wide = leaf.dtype in (torch.int64, torch.int32)
         return torch.where(leaf >= 0, leaf % rows, leaf) if wide else leaf
 

@@ -1,7 +1,7 @@
 """A transformers config made small: the same classes and options, fewer and narrower of everything that is counted.
 
-Each kind of size is divided by one number, so that packed tensors keep their proportions: heads (as many as ranks), their
-widths, the width of the model, of its inner layers, ranks of low-rank projections, experts. Two such configs whose sizes
+Each kind of size is divided by one number, so that packed tensors keep their proportions: heads (as many as ranks),
+their widths, the width of the model, of its inner layers, ranks of low-rank projections, experts. Two such configs that
 grow by different primes tell apart what a plan's numbers follow. Knows names of settings; refuses to know models.
 """
 

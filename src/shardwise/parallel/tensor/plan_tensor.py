@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch.nn as nn
 
-from shardwise.describe.tensor import TensorPlan, UnitPlan
+from shardwise.describe.tensor import SequenceParallel, TensorPlan, UnitPlan
 from shardwise.parallel.tensor.alone import divide_alone
 from shardwise.parallel.tensor.attributes import Fit, Tries, fits, hindrance
 from shardwise.parallel.tensor.calls import Kind, kinds_of
@@ -21,14 +21,15 @@ from shardwise.parallel.tensor.head_groups import head_groups
 from shardwise.parallel.tensor.heads import fuses
 from shardwise.parallel.tensor.instance import Call, random_copy
 from shardwise.parallel.tensor.layers import layer_of
-from shardwise.parallel.tensor.products import products_in
 from shardwise.parallel.tensor.narrow import narrowed
+from shardwise.parallel.tensor.products import products_in
 from shardwise.parallel.tensor.propose import plan_of
 from shardwise.parallel.tensor.prove import Difference, Wholes, prove
 from shardwise.parallel.tensor.sequence_plan import dealt_out
 from shardwise.parallel.tensor.supports import Sets, Supports, supports
 from shardwise.parallel.tensor.unused import called_or_not, unused
 from shardwise.parallel.tensor.vocabulary import vocabularies
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.trace.objective import Batch, LossFunction
 
 __all__ = ["plan_tensor"]
@@ -44,7 +45,7 @@ def plan_tensor(
     tp: int,
     loss: LossFunction | None = None,
     units: Sequence[str] = (),
-    sequence: bool = False,
+    sequence: SequenceParallel = SequenceParallel.OFF,
     tp_plan: GivenPlan | None = None,
     proof_bytes: int | None = None,
 ) -> TensorPlan:
@@ -55,22 +56,22 @@ def plan_tensor(
     where that is proven.
 
     tp_plan: a plan in the words of transformers (`{"layers.*.mlp.up_proj": "colwise", …}`) or as a value, instead of
-    one that is found; so is a `tp_plan` that was set on the model. It is proven, and refused where it is wrong. The plan
-    that a transformers class carries is one more proposal.
+    one that is found; so is a `tp_plan` that was set on the model. It is proven, and refused where it is wrong. The
+    plan that a transformers class carries is one more proposal.
 
-    proof_bytes: what the proof of one block may take. A larger one is proven in two narrow instances of the same classes
-    (its config made small), and `Proof.on` says so; by default above 4 GiB, or half of what is free.
+    proof_bytes: what the proof of one block may take, by default 4 GiB or half of what is free. A larger one is proven
+    in two narrow instances of the same classes (its config made small), and by its ranks at start-up; `Proof` says so.
 
     `print(plan)` shows it; `sharded_share`, `flops_share`, `proofs` and `reasons` are its numbers. Raises `ModelError`
     as `trace` does, and for a wrong `tp_plan`, with the module and the first tensor that differs; `LayoutError` for one
     that does not divide.
     """
     own = kinds_of(model, batch, loss=loss, units=units)
-    given = plan_as_given(model, own, tp_plan, tp=tp)
-    if given is not None:
-        told = dealt_out(given, own) if sequence else given
-        return _with_numbers(model, own, told, {})
     small = narrowed(model, batch, own, tp=tp, loss=loss, units=units, proof_bytes=proof_bytes)
+    given = plan_as_given(model, small, tp_plan, tp=tp)
+    if given is not None:
+        told = dealt_out(given, small.as_they_are, sequence) if sequence else given
+        return _with_numbers(model, own, told, {})
     kinds = small.kinds
     found = {number: _plan_of_kind(kind, tp) for number, kind in enumerate(kinds)}
     inside = {number: plan for number, (plan, _) in found.items() if plan is not None}
@@ -90,10 +91,9 @@ def plan_tensor(
                 plans[unit] = plan
             if reason:
                 reasons[unit] = reason
-    as_they_are = [kind for number, kind in enumerate(kinds) if number not in small.instances]
-    plans, reasons = larger_of_carried(model, as_they_are, plans, reasons, tp=tp)
+    plans, reasons = larger_of_carried(model, small.as_they_are, plans, reasons, tp=tp)
     told = TensorPlan(tp=tp, units=plans, reasons=reasons, sharded_share=0.0)
-    told = small.lifted(dealt_out(told, kinds) if sequence else told)
+    told = small.lifted(dealt_out(told, kinds, sequence) if sequence else told)
     return _with_numbers(model, own, told, dead)
 
 
@@ -152,13 +152,14 @@ class _Search:
     """Groups of one kind of block: proven all together, or where that fails one by one."""
 
     def __init__(self, kind: Kind, sizes: dict[str, int], tp: int) -> None:
-        self._kind = kind
+        self._unit = random_copy(kind.module)
+        self._kind = dataclasses.replace(kind, calls=with_whole_numbers(self._unit, kind.calls))
         self._sizes = sizes
         self._tp = tp
-        self._unit = random_copy(kind.module)
         self._reasons: dict[str, str] = {}
         self._tries: dict[str, Tries] = {}
         self._wholes = Wholes()
+        self._attends = True  # whether torch's multi-head attention may be called
         self._products: frozenset[str] = frozenset()
         self._opened: frozenset[str] = frozenset()  # modules whose products are layers by themselves
 
@@ -176,14 +177,14 @@ class _Search:
 
     def _with_products(self) -> _Search | None:
         """The same search, in which weights that functions multiply with are layers; None where there are none."""
-        products = products_in(self._unit, self._kind.calls[0])
+        products, self._attends = products_in(self._unit, self._kind.calls[0])
         if not products:
             return None
         closed = {name for name, module in self._unit.named_modules() if is_closed(module)}
         inner = {name.rpartition(".")[0] for name in products} & closed
         sizes = {name: size for name, size in self._sizes.items() if name not in inner}
         found = _Search(self._kind, {**sizes, **products}, self._tp)
-        found._products, found._opened = frozenset(products), frozenset(inner)
+        found._products, found._opened, found._attends = frozenset(products), frozenset(inner), self._attends
         return found
 
     def _run(self) -> tuple[UnitPlan | None, str]:
@@ -202,7 +203,7 @@ class _Search:
         """Groups of what holds columns and rows itself: modules of experts, attention that is one call of torch."""
         call = self._kind.calls[0]
         experts, whole = closed_groups(self._unit, call, tp=self._tp)
-        heads, others = head_groups(self._unit, call, tp=self._tp)
+        heads, others = head_groups(self._unit, call, tp=self._tp) if self._attends else ([], {})
         experts = [group for group in experts if not self._opened.intersection(group.closed)]
         return [*experts, *heads], {**{name: why for name, why in whole.items() if name not in self._opened}, **others}
 
@@ -253,7 +254,7 @@ class _Search:
         call = self._kind.calls[0]
         plan = plan_of(self._unit, [group], call, tp=self._tp)
         module = _around(group.layers)
-        tries = self._tries.setdefault(f"{module} {plan}", {})
+        tries = self._tries.setdefault(f"{module} {plan}", Tries())
         return fits(self._unit, call, plan, module=module, tp=self._tp, tries=tries)
 
     def _apart(self, groups: Sequence[Group]) -> UnitPlan | None:

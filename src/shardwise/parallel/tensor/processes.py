@@ -43,12 +43,12 @@ class ProcessTensorGroup:
         """The ranks' tensors in order."""
         out = torch.empty((self._size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self.gathered_bytes += out.nbytes
-        dist.all_gather_into_tensor(out, tensor, group=self._group)
+        dist.all_gather(list(out.unbind()), tensor, group=self._group)
         return out
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' blocks for this one."""
         out = torch.empty_like(tensor[0])
         self.scattered_bytes += tensor.nbytes
-        dist.reduce_scatter_tensor(out, tensor, group=self._group)
+        dist.reduce_scatter(out, list(tensor.unbind()), group=self._group)
         return out

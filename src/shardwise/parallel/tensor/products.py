@@ -58,8 +58,8 @@ def product_of(
 ) -> Found | None:
     """The product that a call is; None where it is none, or one of two weights or of none."""
     if func is F.linear and args:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-        weight = given.get("weight")
+        given: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+        weight: Any = given.get("weight")
         if is_weight(weight) and not is_weight(args[0]) and weight.dim() == 2:
             return Found(weight=weight, place=0, product=_LINEAR, bias=given.get("bias"))
         return None
@@ -90,8 +90,11 @@ def _of_equation(equation: str, *, weight: int) -> Product | None:
     return Product(out_dim=w.index(outs[0]), in_dim=w.index(ins[0]), x_dim=x.index(ins[0]), y_dim=y.index(outs[0]))
 
 
-def products_in(unit: nn.Module, call: Call) -> dict[str, int]:
-    """The weights that functions multiply with in `call`, and no layer: name -> elements. Small ones are left out."""
+def products_in(unit: nn.Module, call: Call) -> tuple[dict[str, int], bool]:
+    """The weights that functions multiply with in `call`, and no layer: name -> elements. Small ones are left out.
+
+    And whether `F.multi_head_attention_forward` is called, whose products are its own.
+    """
     copied = twin(unit)
     copied.train(False)
     watch = _Watch(copied)
@@ -102,7 +105,7 @@ def products_in(unit: nn.Module, call: Call) -> dict[str, int]:
                 stack.enter_context(watch.out_of(module))
         copied(*args, **kwargs)
     least = _SMALLEST * sum(parameter.numel() for parameter in unit.parameters())
-    return {name: size for name, size in watch.seen.items() if size >= least}
+    return {name: size for name, size in watch.seen.items() if size >= least}, watch.attends
 
 
 class _Watch(TorchFunctionMode):
@@ -113,6 +116,7 @@ class _Watch(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in unit.named_parameters()}
         self._inside = 0
         self.seen: dict[str, int] = {}
+        self.attends = False
 
     @contextlib.contextmanager
     def out_of(self, layer: nn.Module) -> Iterator[None]:
@@ -134,6 +138,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         found = None if self._inside else product_of(func, args, kwargs, lambda given: id(given) in self._names)
+        self.attends = self.attends or func is F.multi_head_attention_forward
         if found is not None:
             self.seen[self._names[id(found.weight)]] = found.weight.numel()
         return func(*args, **kwargs)
@@ -142,8 +147,8 @@ class _Watch(TorchFunctionMode):
 class DividedProducts(TorchFunctionMode):
     """Inside, products with these weights (by id) are columns, rows or forks: "column", "row", "fork".
 
-    A column's input is a copy whose gradient is summed over the ranks, a row's output is summed and its bias added once,
-    a fork is whole and its gradient is summed. `copy` makes the copies.
+    A column's input is a copy whose gradient is summed over the ranks, a row's output is summed and its bias added
+    once, a fork is whole and its gradient is summed. `copy` makes the copies.
     """
 
     def __init__(

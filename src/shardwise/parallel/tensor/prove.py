@@ -30,10 +30,12 @@ from shardwise.trace.multi_head import multi_head_attention
 from shardwise.trace.random_calls import is_random
 from shardwise.trace.randomness import RandomMode, Scope
 
-__all__ = ["TOLERANCE", "Difference", "Wholes", "prove"]
+__all__ = ["TOLERANCE", "Difference", "Draws", "Wholes", "prove"]
 
 TOLERANCE = 1e-9  # relative; float64 sums in another order differ by 1e-15, a wrong division by 1e-3 and more
 _ROUNDS = 5
+_FILLS = (1.0, 0.0)  # what masks are that hide nothing: factors, terms
+_VANISHES = 1e-9  # of the root mean square of all gradients
 _MOST_KEPT = 2**25  # parameters of a unit whose whole runs are kept
 
 
@@ -73,45 +75,89 @@ def prove(
     `Difference` where it is not equal to the whole, or whatever the divided unit raises. `wholes` keeps the runs of the
     whole `unit` for its next proofs.
     """
-    whole = (Wholes() if wholes is None else wholes).of(unit, call, training, seed)
+    known = Wholes() if wholes is None else wholes
+    plan, error, vanish = _proven(unit, call, plan, tp, training, seed, None, complete, sums, known)
+    for fill in _FILLS:
+        if vanish and call.constants:  # a random mask may hide all but one token: then no weight of it matters
+            plan, other, still = _proven(unit, call, plan, tp, training, seed, fill, complete, sums, known)
+            error, vanish = max(error, other), vanish & still
+    if vanish:
+        raise Difference(f"gradient of {min(vanish)} vanishes whatever the data: nothing is proven of it")
+    proof = (plan.proof or Proof(tp=tp)).and_run(
+        training=training,
+        dropout=training and bool(known.of(unit, call, training, seed).draws),
+        error=error,
+        new_signature=training,
+    )
+    return dataclasses.replace(plan, proof=proof), error
+
+
+def _proven(
+    unit: nn.Module,
+    call: Call,
+    plan: UnitPlan,
+    tp: int,
+    training: bool,
+    seed: int,
+    fill: float | None,
+    complete: bool,
+    sums: bool,
+    wholes: Wholes,
+) -> tuple[UnitPlan, float, frozenset[str]]:
+    """The plan, its error on one set of numbers, and the divided matrices of whose gradient they showed nothing."""
+    whole = wholes.of(unit, call, training, seed, fill)
     for _ in range(_ROUNDS):
         given = plan
-        parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed, whole))  # noqa: B023
+        parts = on_threads(tp, lambda group: _divided(unit, call, given, group, training, seed, whole, fill))  # noqa: B023
         completed = _completed(plan, whole, parts, tp, sums=sums) if complete else None
         if completed is None:
-            error = _compare(plan, whole, parts)
-            before = plan.proof or Proof(tp=tp)
-            proof = before.and_run(
-                training=training, dropout=training and bool(whole.draws), error=error, new_signature=training
-            )
-            return dataclasses.replace(plan, proof=proof), error
+            return plan, _compare(plan, whole, parts), _vanishing(plan, whole)
         plan = completed
     raise Difference("the plan was still growing after several rounds")
+
+
+def _vanishing(plan: UnitPlan, whole: _Run) -> frozenset[str]:
+    scale = _scale(whole.parameters)
+    gradients = {name: whole.parameters.get(name) for name in plan.slices}
+    return frozenset(
+        name
+        for name, gradient in gradients.items()
+        if gradient is not None
+        and gradient.dim() > 1
+        and not float(gradient.norm()) > _VANISHES * scale * math.sqrt(gradient.numel())
+    )
 
 
 class Wholes:
     """The runs of one whole unit: many plans of it are compared with the same. Those of large units are not kept."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, bool, int], _Run] = {}
+        self._known: dict[tuple[int, bool, int, float | None], _Run] = {}
 
-    def of(self, unit: nn.Module, call: Call, training: bool, seed: int) -> _Run:
+    def of(self, unit: nn.Module, call: Call, training: bool, seed: int, fill: float | None = None) -> _Run:
         """The run of `call`, made if it is not known; always with the same `unit`, and calls that stay alive."""
-        key = (id(call), training, seed)
+        key = (id(call), training, seed, fill)
         if key in self._known:
             return self._known[key]
-        made = _run(_own(unit, training), call, None, None, seed)
+        made = _run(_own(unit, training), call, None, None, seed, fill=fill)
         if sum(parameter.numel() for parameter in unit.parameters()) <= _MOST_KEPT:
             self._known[key] = made
         return made
 
 
 def _divided(
-    unit: nn.Module, call: Call, plan: UnitPlan, group: TensorGroup, training: bool, seed: int, whole: _Run
+    unit: nn.Module,
+    call: Call,
+    plan: UnitPlan,
+    group: TensorGroup,
+    training: bool,
+    seed: int,
+    whole: _Run,
+    fill: float | None,
 ) -> _Run:
     copied = _own(unit, training)
     shard_unit(copied, plan, group)
-    return _run(copied, call, plan, group, seed, whole)
+    return _run(copied, call, plan, group, seed, whole, fill=fill)
 
 
 def _own(unit: nn.Module, training: bool) -> nn.Module:
@@ -127,11 +173,13 @@ def _run(
     group: TensorGroup | None,
     seed: int,
     whole: _Run | None = None,
+    *,
+    fill: float | None = None,
 ) -> _Run:
     """One forward and backward; no backward where outputs are already other than those of `whole`."""
-    args, kwargs = call.fresh(seed=seed)
+    args, kwargs = call.fresh(seed=seed, fill=fill)
     given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
-    draws = _Draws()
+    draws = Draws()
     with Doubled(), RandomMode(_scope(given)), draws, torch.enable_grad():
         out = unit(*args, **kwargs)
     made = [whole_tokens(tensor) for tensor in tensors_of(out)]
@@ -180,7 +228,7 @@ def _backward(outputs: Sequence[torch.Tensor], seed: int) -> None:
         torch.autograd.backward(wanted, gradients)
 
 
-class _Draws(TorchFunctionMode):
+class Draws(TorchFunctionMode):
     """Notes the shapes of what is drawn, whole or divided."""
 
     def __init__(self) -> None:

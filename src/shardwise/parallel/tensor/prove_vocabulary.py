@@ -63,7 +63,8 @@ def prove_layers(kind: Kind, names: Collection[str], base: UnitPlan, tp: int) ->
         for seed, call in enumerate(calls):
             plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed)
     if lone and plan.proof is not None:
-        plan = dataclasses.replace(plan, proof=dataclasses.replace(plan.proof, on=f"all rows, {_WIDTH} columns at most"))
+        proof = dataclasses.replace(plan.proof, on=f"all rows, {_WIDTH} columns at most")
+        plan = dataclasses.replace(plan, proof=proof)
     return plan
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from shardwise.parallel.tensor.collectives import TensorGroup
 
-__all__ = ["Tokens", "gather", "gather_copy", "reduce", "regathering", "scatter"]
+__all__ = ["Regathered", "Tokens", "gather", "gather_copy", "reduce", "scatter"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,47 +78,46 @@ def reduce(partial: torch.Tensor, tokens: Tokens, group: TensorGroup) -> torch.T
     return _Reduce.apply(partial, tokens, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@contextlib.contextmanager
-def regathering(local: torch.Tensor, whole: torch.Tensor, tokens: Tokens, group: TensorGroup) -> Iterator[None]:
-    """What is saved of `whole` in the block, gathered from `local`, is `local`; who needs it gathers once more.
+class Regathered:
+    """A gathered tensor of which a backward keeps this rank's tokens alone: who needs all gathers them once more.
 
-    All who saved it share one gathering: they ask in one order on all ranks.
+    All who saved it share one gathering, from the first who asks until the last one has. Ranks ask in one order: that
+    of their backward.
     """
-    source = _Regathered(local.detach(), tokens, group)
-    storage = whole.untyped_storage().data_ptr()
 
-    def pack(tensor: torch.Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != storage or not tensor.numel():
-            return tensor
-        source.num_saved += 1
-        return tensor.size(), tensor.stride(), tensor.storage_offset()
+    def __init__(self, local: torch.Tensor, tokens: Tokens, group: TensorGroup) -> None:
+        self._local = local.detach()
+        self._tokens = tokens
+        self._group = group
+        self._num_saved = 0
+        self._num_asked = 0
+        self._kept: torch.Tensor | None = None
 
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else source.whole().as_strided(*packed)
+    @contextlib.contextmanager
+    def instead_of(self, whole: torch.Tensor) -> Iterator[None]:
+        """What functions inside the block save of the memory of `whole` is this."""
+        storage = whole.untyped_storage().data_ptr()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+        def pack(tensor: torch.Tensor) -> Any:
+            if tensor.untyped_storage().data_ptr() != storage or not tensor.numel():
+                return tensor
+            self._num_saved += 1
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
 
+        def unpack(packed: Any) -> torch.Tensor:
+            return packed if isinstance(packed, torch.Tensor) else self._whole().as_strided(*packed)
 
-@dataclasses.dataclass(slots=True)
-class _Regathered:
-    """All tokens again, from the first who asks until the last one has."""
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
-    local: torch.Tensor
-    tokens: Tokens
-    group: TensorGroup
-    num_saved: int = 0
-    num_asked: int = 0
-    kept: torch.Tensor | None = None
-
-    def whole(self) -> torch.Tensor:
-        if self.kept is None:
+    def _whole(self) -> torch.Tensor:
+        if self._kept is None:
             with torch.no_grad():
-                self.kept = _all_gather(self.local, self.tokens, self.group).contiguous()
-        whole = self.kept
-        self.num_asked += 1
-        if self.num_asked % self.num_saved == 0:
-            self.kept = None
+                self._kept = _all_gather(self._local, self._tokens, self._group).contiguous()
+        whole = self._kept
+        self._num_asked += 1
+        if self._num_asked % self._num_saved == 0:
+            self._kept = None
         return whole
 
 

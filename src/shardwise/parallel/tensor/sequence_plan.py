@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 import torch.nn as nn
 
-from shardwise.describe.tensor import SequencePlan, TensorPlan, UnitPlan
+from shardwise.describe.tensor import SequenceParallel, SequencePlan, TensorPlan, UnitPlan
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.install import shard_unit
@@ -22,12 +22,13 @@ from shardwise.parallel.tensor.instance import Call, Doubled, random_copy, tenso
 from shardwise.parallel.tensor.propose import argument_names
 from shardwise.parallel.tensor.prove import Difference, prove
 from shardwise.parallel.tensor.threads import on_threads
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.trace.randomness import RandomMode, Scope
 
 __all__ = ["dealt_out"]
 
 
-def dealt_out(plan: TensorPlan, kinds: Sequence[Kind]) -> TensorPlan:
+def dealt_out(plan: TensorPlan, kinds: Sequence[Kind], how: SequenceParallel) -> TensorPlan:
     """`plan` with what is proven to work on tokens; `all_tokens` says why other units with activations do not.
 
     `kinds` are the kinds of the model's units. Where no divided block works on tokens nothing does: it would only cost.
@@ -39,7 +40,7 @@ def dealt_out(plan: TensorPlan, kinds: Sequence[Kind]) -> TensorPlan:
         names = tuple(name for name in _activations(kind) if name not in base.inputs)
         if not kind.calls or not (names or base.lookups):
             continue
-        own, reason = _of_kind(kind, base, names, plan.tp)
+        own, reason = _of_kind(kind, base, names, plan.tp, how is SequenceParallel.REGATHER)
         if own is None:
             reasons.update(dict.fromkeys(kind.units, reason))
         else:
@@ -49,12 +50,15 @@ def dealt_out(plan: TensorPlan, kinds: Sequence[Kind]) -> TensorPlan:
     return dataclasses.replace(plan, units={**plan.units, **found}, all_tokens=reasons)
 
 
-def _of_kind(kind: Kind, base: UnitPlan, names: tuple[str, ...], tp: int) -> tuple[UnitPlan | None, str]:
+def _of_kind(
+    kind: Kind, base: UnitPlan, names: tuple[str, ...], tp: int, regather: bool
+) -> tuple[UnitPlan | None, str]:
     """With all arguments `names` by tokens, or else one of them; None and the first reason where that is not equal."""
     reasons: list[str] = []
     for some in (names, *((name,) for name in names if len(names) > 1)):
         try:
-            return _proven(kind, dataclasses.replace(base, sequence=SequencePlan(inputs=some)), tp), ""
+            sequence = SequencePlan(inputs=some, regather=regather)
+            return _proven(kind, dataclasses.replace(base, sequence=sequence), tp), ""
         except Difference as difference:
             reasons.append(str(difference))
         except Exception as error:  # whatever a model raises when it is run alone, on random numbers
@@ -75,6 +79,7 @@ def _activations(kind: Kind) -> tuple[str, ...]:
 def _proven(kind: Kind, plan: UnitPlan, tp: int) -> UnitPlan:
     """Raises `Difference`, or whatever the unit raises."""
     unit = random_copy(kind.module)
+    kind = dataclasses.replace(kind, calls=with_whole_numbers(unit, kind.calls))
     runs = list(itertools.product((True, False), kind.calls))
     seen = [_observed(unit, call, plan, tp, training) for training, call in runs]
     outputs = frozenset[int]().union(*(places for places, _ in seen))

@@ -169,7 +169,8 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if isinstance(answer, list):
         return tuple(_again(first, local, tokens, True) for local, tokens in answer)
-    return _again(first, *answer, True)
+    made, tokens = answer
+    return _again(first, made, tokens, True)
 
 
 def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SequenceShard]:

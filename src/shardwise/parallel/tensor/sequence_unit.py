@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardwise.describe.tensor import SequencePlan
 from shardwise.errors import DataflowError
 from shardwise.parallel.tensor.collectives import reduce_from
-from shardwise.parallel.tensor.sequence import gather_copy, reduce, regathering
+from shardwise.parallel.tensor.sequence import Regathered, gather_copy, reduce
 from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard, shard_of, whole_tokens
 
 __all__ = ["UnitTokens"]
@@ -30,6 +30,7 @@ class UnitTokens:
     def __init__(self, plan: SequencePlan | None, region: Region) -> None:
         self.plan = plan
         self.region = region
+        self._gathered: tuple[torch.Tensor, Regathered] | None = None  # the last for columns, where these regather
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -39,6 +40,7 @@ class UnitTokens:
             yield
         finally:
             self.region.inside -= self.plan is not None
+            self._gathered = None
 
     def given(self, places: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Arguments as the unit takes them, and the whole tensors that it is given for shards."""
@@ -85,14 +87,17 @@ class UnitTokens:
 
     def copied(self, shard: SequenceShard) -> torch.Tensor:
         """All tokens, read by this rank's part of the work."""
-        return gather_copy(shard.local, shard.tokens, self.region.group)
+        whole = gather_copy(shard.local, shard.tokens, self.region.group)
+        if self.plan is not None and self.plan.regather and torch.is_grad_enabled():
+            self._gathered = whole, Regathered(shard.local, shard.tokens, self.region.group)
+        return whole
 
-    def saving(self, shards: Sequence[tuple[SequenceShard, torch.Tensor]]) -> contextlib.AbstractContextManager[None]:
-        """Around a column that reads the whole tensors of `shards`: how it keeps them for its backward."""
-        if self.plan is None or not self.plan.regather or len(shards) != 1 or not torch.is_grad_enabled():
+    def saving(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+        """Around a column that is given `args`: how its backward keeps what was gathered last."""
+        if self._gathered is None or not any(arg is self._gathered[0] for arg in args):
             return contextlib.nullcontext()
-        shard, whole = shards[0]
-        return regathering(shard.local, whole, shard.tokens, self.region.group)
+        whole, source = self._gathered
+        return source.instead_of(whole)
 
     def _dealt(self, value: torch.Tensor) -> torch.Tensor:
         return value if isinstance(value, SequenceShard) else shard_of(value, self.region)

@@ -75,8 +75,9 @@ def with_style(
 ) -> UnitPlan:
     """`plan` of `unit` with what `style` says of its module `name`, or of that module's own parameter `leaf`.
 
-    `within` is the name of the unit. Raises `ModelError` for a style that is not known, is not one of modules (or parameters), or means what a plan of
-    units cannot say; `LayoutError` for a layer that does not divide. Both name the module, the style and the repair.
+    `within` is the name of the unit. Raises `ModelError` for a style that is not known, is not one of modules (or
+    parameters), or means what a plan of units cannot say; `LayoutError` for a layer that does not divide. Both name the
+    module, the style and the repair.
     """
     about = ".".join(part for part in (within, name, leaf) if part) or "the model"
     if style in _REFUSED:

@@ -135,18 +135,20 @@ def _cut(unit: nn.Module, seen: _Seen, cut_at: frozenset[str]) -> Iterator[None]
 def _cutting(name: str, body: Callable[..., Any], seen: _Seen, *, many: bool) -> Callable[..., Any]:
     """`body` with its output as a leaf; with `many` inputs of one shape, as a norm with a gate has."""
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         seen.inside = True
         try:
             with torch.no_grad():
-                out = body(x, *args, **kwargs)
+                out = body(*args, **kwargs)
         finally:
             seen.inside = False
-        if not isinstance(out, torch.Tensor):
-            return body(x, *args, **kwargs)  # no plain layer (a router that is a subclass of one)
+        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+        if not isinstance(out, torch.Tensor) or not given:
+            return body(*args, **kwargs)  # no plain layer (a router that is a subclass of one)
         leaf = out.detach().requires_grad_(True)
-        others = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor) and arg.shape == x.shape]
-        seen.calls.append((name, (x, *others) if many else (x,), leaf))
+        read = [x for x in given if x.shape == given[0].shape] if many else given[:1]
+        # copies: what is written into them behind the layer is not what the layer read
+        seen.calls.append((name, tuple(x * 1 if x.requires_grad else x for x in read), leaf))
         return leaf * 1  # what is behind may write into it
 
     return forward

@@ -6,7 +6,7 @@ They get no gradient on one device either. Knows a unit, real and in float64, an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -25,19 +25,26 @@ def unused(unit: nn.Module, calls: Sequence[Call]) -> frozenset[str]:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     found = sorted(parameters)
-    for seed, training, call in itertools.product(range(_SEEDS), (True, False), calls):
-        if not found:
-            break
-        copied.train(training)
-        args, kwargs = call.fresh(seed=seed)
-        with Doubled(), torch.enable_grad():
-            out = tensors_of(copied(*args, **kwargs))
-        read = [tensor for place, tensor in enumerate(out) if call.read is None or place in call.read]
-        ends = [tensor.double().sum() for tensor in read if tensor.requires_grad]
-        if ends:
-            given = torch.autograd.grad(ends, [parameters[name] for name in found], allow_unused=True)
-            found = [name for name, gradient in zip(found, given, strict=True) if gradient is None]
+    for seed in range(_SEEDS):
+        for training, call in itertools.product((False,) if seed else (False, True), calls):
+            copied.train(training)
+            found = _unused(copied, call, parameters, found, seed) if found else []
     return frozenset(found)
+
+
+def _unused(
+    unit: nn.Module, call: Call, parameters: Mapping[str, nn.Parameter], names: list[str], seed: int
+) -> list[str]:
+    """Those of `names` that nothing depends on of what one call returns."""
+    args, kwargs = call.fresh(seed=seed)
+    with Doubled(), torch.enable_grad():
+        out = tensors_of(unit(*args, **kwargs))
+    read = [tensor for place, tensor in enumerate(out) if call.read is None or place in call.read]
+    ends = [tensor.double().sum() for tensor in read if tensor.requires_grad]
+    if not ends or not names:
+        return names
+    given = torch.autograd.grad(ends, [parameters[name] for name in names], allow_unused=True)
+    return [name for name, gradient in zip(names, given, strict=True) if gradient is None]
 
 
 def called_or_not(reason: str, dead: Collection[str]) -> str:

@@ -21,16 +21,24 @@ from shardwise.parallel.tensor.styles import with_style
 __all__ = ["carried_words", "words_by_hand", "written_plan"]
 
 
-def written_plan(model: nn.Module, words: Mapping[str, str], units: Iterable[str], *, tp: int) -> TensorPlan:
+def written_plan(
+    model: nn.Module,
+    words: Mapping[str, str],
+    units: Iterable[str],
+    *,
+    tp: int,
+    instances: Mapping[str, nn.Module] | None = None,
+) -> TensorPlan:
     """The plan that `words` (pattern of names of modules or parameters, with `*` for numbers -> style) say for `units`.
 
-    Modules outside of units are left whole. Raises `ModelError` for a style that is not known or not one of ours, a
-    pattern that names nothing (and is none of the library's own), and `LayoutError` for a layer that does not divide.
+    Modules outside of units are left whole. `instances` stand for some of the units. Raises `ModelError` for a style
+    that is not known or not one of ours, and a pattern that names nothing (and is none of the library's own);
+    `LayoutError` for a layer that does not divide.
     """
     matched: set[str] = set()
     plans: dict[str, UnitPlan] = {}
     for unit in units:
-        module, plan = model.get_submodule(unit), UnitPlan()
+        module, plan = (instances or {}).get(unit) or model.get_submodule(unit), UnitPlan()
         for pattern, name, leaf in _matches(module, unit, words):
             matched.add(pattern)
             plan = with_style(plan, module, name, words[pattern], tp=tp, leaf=leaf, within=unit)
@@ -68,7 +76,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def carried_words(model: nn.Module) -> dict[str, str]:
-    """The words that a model brings along: its own `tp_plan`, or what its transformers class and config say; {}: none."""
+    """The words that a model brings along: its own `tp_plan`, or what its transformers class and config say."""
     own = vars(model).get("tp_plan")
     if isinstance(own, Mapping):
         return dict(own)

@@ -1,0 +1,70 @@
+"""Rows travel to their rank and back; gradients take the way back, also where a rank sends nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwise.parallel.expert.dispatch import after, anchor, bring_back, send_to
+from shardwise.parallel.expert.groups import ExpertGroup, on_expert_threads
+
+SENT = ((1, 2), (0, 3))  # rows from rank r to rank 0 and 1
+RECEIVED = ((1, 0), (2, 3))
+
+
+def test_rows_of_several_types_arrive_as_they_were_sent() -> None:
+    def work(group: ExpertGroup) -> tuple[torch.Tensor, ...]:
+        sent, received = SENT[group.rank], RECEIVED[group.rank]
+        rows = torch.arange(sum(sent) * 3, dtype=torch.float64).view(-1, 3) + 100 * group.rank
+        halves = (torch.arange(sum(sent)) + 10.0 * group.rank).half()[:, None]
+        numbers = (torch.arange(sum(sent), dtype=torch.int32) + 10 * group.rank)[:, None]
+        arrived, _ = send_to([rows, halves, numbers], anchor(rows), group, sent, received)
+        return arrived
+
+    (rows0, halves0, numbers0), (rows1, _, numbers1) = on_expert_threads(2, work)
+    assert rows0.tolist() == [[0, 1, 2]]
+    assert halves0.tolist() == [[0]]
+    assert numbers0.tolist() == [[0]]
+    assert rows1[:, 0].tolist() == [3, 6, 100, 103, 106]
+    assert numbers1.flatten().tolist() == [1, 2, 10, 11, 12]
+
+
+def test_gradients_come_back_to_where_the_rows_were() -> None:
+    """Rank 0 squares what it gets, rank 1 multiplies by five."""
+
+    def work(group: ExpertGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        sent, received = SENT[group.rank], RECEIVED[group.rank]
+        rows = (torch.arange(sum(sent) * 2, dtype=torch.float64).view(-1, 2) + 1).requires_grad_()
+        (arrived,), tie = send_to([rows], anchor(rows), group, sent, received)
+        made = arrived * arrived if group.rank == 0 else arrived * 5
+        back, tie = bring_back(made, tie, group, received, sent)
+        after(back, tie).sum().backward()
+        return rows.detach(), rows.grad
+
+    (rows, gradient), (_, other) = on_expert_threads(2, work)
+    assert torch.equal(gradient, torch.cat([2 * rows[:1], torch.full_like(rows[1:], 5)]))
+    assert torch.equal(other, torch.full((3, 2), 5.0, dtype=torch.float64))
+
+
+def test_a_rank_without_rows_takes_part_in_the_backward() -> None:
+    def work(group: ExpertGroup) -> torch.Tensor | None:
+        sent, received = ((0, 2), (0, 0))[group.rank], ((0, 0), (2, 0))[group.rank]
+        rows = torch.ones(sum(sent), 2, requires_grad=True)
+        weight = torch.tensor(3.0, requires_grad=True)
+        (arrived,), tie = send_to([rows], anchor(rows), group, sent, received)
+        made = arrived * weight if len(arrived) else arrived.detach()
+        back, tie = bring_back(made, tie, group, received, sent)
+        after(torch.zeros(2, 2) if not len(back) else back, tie).sum().backward()
+        return rows.grad if group.rank == 0 else weight.grad
+
+    gradient, of_weight = on_expert_threads(2, work)
+    assert torch.equal(gradient, torch.full((2, 2), 3.0))
+    assert float(of_weight) == 4.0
+
+
+def test_bytes_that_stay_on_a_rank_are_not_counted() -> None:
+    def work(group: ExpertGroup) -> int:
+        rows = torch.zeros(sum(SENT[group.rank]), 4)
+        send_to([rows], anchor(rows), group, SENT[group.rank], RECEIVED[group.rank])
+        return group.sent_bytes
+
+    assert on_expert_threads(2, work) == [2 * 16, 0]
