@@ -13,6 +13,7 @@ import awkward_models as awkward
 from one_process import run_whole, traced, worst_error
 from shardwise.errors import ModelError
 from shardwise.trace.capture import capture
+from shardwise.trace.for_real import real_parameters
 from shardwise.trace.tape import AtArgument, AtHook, Place, Tape
 
 BATCH = (torch.linspace(-2, 2, 8 * awkward.WIDTH).sin().view(8, awkward.WIDTH),)
@@ -161,3 +162,14 @@ def test_what_was_computed_from_random_numbers_is_not_looked_at() -> None:
     assert all(isinstance(place, AtHook) for place in places(tape_of(TakesWithHooksAndLooks())))
     with pytest.raises(ModelError, match="must not look at a value that a unit computed"):
         tape_of(Asks())
+
+
+def test_names_of_the_random_parameters_end_with_them() -> None:
+    """Another tensor may come to stand where one of them was: it would be taken for a parameter."""
+    module = nn.Linear(3, 2)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    before = dict(names)
+    with real_parameters(module, names) as swapped:
+        assert swapped == {"weight", "bias"}
+        assert len(names) == 4
+    assert names == before

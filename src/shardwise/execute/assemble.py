@@ -129,9 +129,7 @@ def agreed_plan(
     told: list[Any] = [None]
     if rank == 0:
         sequence = layout.sequence_parallel
-        told = [
-            plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units, sequence=sequence, tp_plan=tp_plan)
-        ]
+        told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units, sequence=sequence, tp_plan=tp_plan)]
         trim()
     dist.broadcast_object_list(told, src=0)
     assert isinstance(told[0], TensorPlan)

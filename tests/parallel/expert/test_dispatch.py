@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from parallel.expert.models import WIDTH, StackedExperts
+from shardwise.describe.expert import Stacked
+from shardwise.errors import DataflowError
 from shardwise.parallel.expert.dispatch import after, anchor, bring_back, send_to
 from shardwise.parallel.expert.groups import ExpertGroup, on_expert_threads
+from shardwise.parallel.expert.load import Loads
+from shardwise.parallel.expert.stacked import stacked_forward
 
 SENT = ((1, 2), (0, 3))  # rows from rank r to rank 0 and 1
 RECEIVED = ((1, 0), (2, 3))
@@ -68,3 +74,20 @@ def test_bytes_that_stay_on_a_rank_are_not_counted() -> None:
         return group.sent_bytes
 
     assert on_expert_threads(2, work) == [2 * 16, 0]
+
+
+def test_ranks_that_are_at_different_layers_are_told_so() -> None:
+    """A layer that one rank leaves out would pair with another one: its number does not fit."""
+
+    def work(group: ExpertGroup) -> torch.Tensor:
+        module = StackedExperts()
+        experts = Stacked(
+            module="", num_experts=5, parameters=(), rows="tokens", index="chosen", weights="gates", attributes=()
+        )
+        loads = Loads()
+        loads.declare("blocks.3.mix", 5)
+        forward = stacked_forward(module, experts, group, loads, layer="blocks.3.mix", number=group.rank)
+        return forward(torch.zeros(2, WIDTH), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+    with pytest.raises(DataflowError, match=r"this one is at blocks.3.mix .*LayerDrop"):
+        on_expert_threads(2, work)

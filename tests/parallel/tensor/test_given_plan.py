@@ -109,9 +109,7 @@ def test_rows_and_columns_swapped_on_a_model_name_the_module_that_fails() -> Non
     model = qwen3()
     model.tp_plan = swapped(model.tp_plan)
 
-    with pytest.raises(
-        ModelError, match=r"model.layers.0 does not run on 2 .* fails in model.layers.0.mlp.gate_proj"
-    ):
+    with pytest.raises(ModelError, match=r"model.layers.0 does not run on 2 .* fails in model.layers.0.mlp.gate_proj"):
         plan_tensor(model, TEXT, tp=2)
 
 

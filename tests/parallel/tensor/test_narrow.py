@@ -26,29 +26,29 @@ TEXT = {"input_ids": TOKENS, "labels": TOKENS}
 
 def llama() -> Any:
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=99, num_hidden_layers=2, attention_dropout=0.1, **sizes))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=99, num_hidden_layers=1, attention_dropout=0.1, **sizes))
 
 
 def gpt2() -> Any:
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=99, n_embd=128, n_layer=2, n_head=8, n_positions=32))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=99, n_embd=128, n_layer=1, n_head=8, n_positions=32))
 
 
 def phi3() -> Any:
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return hf.Phi3ForCausalLM(hf.Phi3Config(vocab_size=99, num_hidden_layers=2, pad_token_id=0, **sizes))
+    return hf.Phi3ForCausalLM(hf.Phi3Config(vocab_size=99, num_hidden_layers=1, pad_token_id=0, **sizes))
 
 
 def gpt_neox() -> Any:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8}
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(vocab_size=99, num_hidden_layers=2, **sizes))
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(vocab_size=99, num_hidden_layers=1, **sizes))
 
 
 def deepseek() -> Any:
     config = hf.DeepseekV3Config(
-        vocab_size=99, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
+        vocab_size=99, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=8, num_key_value_heads=8, n_routed_experts=16, n_group=2, topk_group=1,
         num_experts_per_tok=2, kv_lora_rank=64, q_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32,
-        v_head_dim=32, first_k_dense_replace=1,
+        v_head_dim=32, first_k_dense_replace=0,
     )  # fmt: skip
     model = hf.DeepseekV3ForCausalLM(config)
     model.set_experts_implementation("grouped_mm")

@@ -120,14 +120,14 @@ def masked(*, invented: bool) -> Call:
     x, mask = torch.randn(2, 3, 16, generator=generator), torch.ones(2, 3, 16)
     if invented:
         mask = torch.randn(2, 3, 16, generator=generator)
-    return Call(
-        args=(x, mask), kwargs={}, requires_grad=frozenset({0}), invented=frozenset({1} if invented else set())
-    )
+    return Call(args=(x, mask), kwargs={}, requires_grad=frozenset({0}), invented=frozenset({1} if invented else set()))
 
 
 @pytest.mark.parametrize("invented", [True, False])
 def test_a_mask_that_hides_what_a_weight_does_proves_nothing_of_it(invented: bool) -> None:
-    right = UnitPlan(copies=("scores",), alone={"scores": Slice.even(2, 16, 2)}, slices={"scores.weight": Slice.even(0, 16, 2)})
+    right = UnitPlan(
+        copies=("scores",), alone={"scores": Slice.even(2, 16, 2)}, slices={"scores.weight": Slice.even(0, 16, 2)}
+    )
     swapped = {"scores.weight": Slice(dim=0, size=16, ranges=(((8, 16),), ((0, 8),)))}
     unit, call = random_copy(Masked()), masked(invented=invented)
 

@@ -9,6 +9,7 @@ its output when only that share is given. Knows functions of torch; what such a 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ _PRODUCTS: tuple[tuple[Callable[..., Any], int, int, int], ...] = (
     (torch.bmm, 0, 1, -1),
     (torch.bmm, 1, 0, -2),
 )
+
+_MOST_LOOKS = 16  # at products of one shape, a loop over experts
 
 Needs = dict[str, list[list[torch.Tensor]]]  # parameter -> for each rank, masks
 
@@ -100,6 +103,7 @@ class _Watch(TorchFunctionMode):
         self._needs: Needs = {}  # of the inputs of second products
         self._cuts: Needs = {}  # of their weights
         self._widths: set[int] = set()
+        self._looks: Counter[tuple[Callable[..., Any], tuple[int, ...]]] = Counter()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -116,12 +120,15 @@ class _Watch(TorchFunctionMode):
         x, w = args[activation], args[weight]
         if not (isinstance(x, torch.Tensor) and isinstance(w, torch.Tensor) and x.requires_grad and w.requires_grad):
             return
+        if not x.numel() or self._looks[func, tuple(w.shape)] >= _MOST_LOOKS:  # more experts say the same
+            return
         of_weight, of_x = self._made_of(w), self._made_of(x)
         if len(of_weight) != 1 or not any(self._parameters[name].dim() >= 2 for name in of_x) or of_weight & of_x:
             return
         self._widths.add(x.shape[dim])
-        if x.shape[dim] % self._tp or not x.numel():
+        if x.shape[dim] % self._tp:
             return
+        self._looks[func, tuple(w.shape)] += 1
         share = x.shape[dim] // self._tp
         for rank in range(self._tp):
             mask = torch.zeros_like(x)

@@ -180,5 +180,8 @@ def _grouped_mm(
 ) -> torch.Tensor:
     """`F.grouped_mm` in float64: rows [offs[e - 1], offs[e]) times weights[e]."""
     ends = offs.tolist()
-    parts = [rows[start:end] @ weights[e] for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
-    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weights.shape[-1])])
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    # split at once: an index a group would cost a whole gradient each
+    *given, rest = torch.split(rows, [*counts, rows.shape[0] - ends[-1]])
+    parts = [group @ weight for group, weight in zip(given, weights.unbind(0), strict=True)]
+    return torch.cat([*parts, rest.new_zeros(rest.shape[0], weights.shape[-1])])

@@ -316,9 +316,7 @@ class _Search:
         """`plan` proven for all calls as it has become: what a later call completed holds for the earlier ones too."""
         plan = dataclasses.replace(plan, proof=None)
         for seed, (training, call) in enumerate(itertools.product((True, False), self._kind.calls), start=1):
-            plan, _ = prove(
-                self._unit, call, plan, tp=self._tp, training=training, seed=seed, wholes=self._wholes
-            )
+            plan, _ = prove(self._unit, call, plan, tp=self._tp, training=training, seed=seed, wholes=self._wholes)
         return plan
 
 
@@ -343,9 +341,9 @@ def _mixing(found: Supports) -> frozenset[str]:
         for leaf in needs:
             owner, _, _ = leaf.name.rpartition(".")
             width = max(found.shapes[leaf], default=0)
-            if leaf.kind == "parameter" and owner and width == math.prod(found.shapes[leaf]):
-                if width in widths or (widths and _in_shares(needs[leaf], width)):
-                    modules.add(owner)
+            row = leaf.kind == "parameter" and width == math.prod(found.shapes[leaf])
+            if owner and row and (width in widths or (widths and _in_shares(needs[leaf], width))):
+                modules.add(owner)
     return frozenset(modules)
 
 

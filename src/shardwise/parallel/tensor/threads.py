@@ -49,9 +49,7 @@ class ThreadGroup:
         """The sum of the ranks' blocks for this one, in the order of the ranks."""
         return self._exchanged(tensor, lambda given: torch.stack([each[self._rank] for each in given]).sum(0))
 
-    def _exchanged(
-        self, tensor: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]
-    ) -> torch.Tensor:
+    def _exchanged(self, tensor: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         self._slots[self._rank] = tensor.detach()
         self._barrier.wait(_DEADLINE_SECONDS)
         given = [slot for slot in self._slots if slot is not None]
