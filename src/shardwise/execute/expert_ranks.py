@@ -25,10 +25,12 @@ __all__ = ["ExpertCounts", "ExpertStep", "cut_by", "divide_experts", "whole_for_
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertStep:
-    """The experts in one step, the same on every rank: by layer, how many rows all ranks gave to every expert (none is
-    dropped), and the bytes that all ranks sent to others for it, there and back, forward and backward."""
+    """The experts in one step, the same on every rank: by layer, how many rows all ranks gave to every expert, and how
+    many the model drops (none is dropped on the way), and the bytes that all ranks sent to others for it, there and
+    back, forward and backward."""
 
     loads: Mapping[str, tuple[int, ...]]
+    dropped: Mapping[str, int]
     all_to_all_bytes: int
 
     @property
@@ -55,8 +57,12 @@ class ExpertCounts:
         own = own.to(self._device)
         dist.all_reduce(own)
         of_layers = own[1:].split([len(each) for each in rows.values()])  # type: ignore[no-untyped-call]
-        loads = {name: tuple(each.tolist()) for name, each in zip(rows, of_layers, strict=True)}
-        return ExpertStep(loads=loads, all_to_all_bytes=int(own[0]))
+        told = {name: each.tolist() for name, each in zip(rows, of_layers, strict=True)}
+        return ExpertStep(
+            loads={name: tuple(numbers[:-1]) for name, numbers in told.items()},
+            dropped={name: numbers[-1] for name, numbers in told.items()},
+            all_to_all_bytes=int(own[0]),
+        )
 
 
 def divide_experts(

@@ -33,6 +33,7 @@ from shardwise.trace.checkpointing import Contexts, noticed
 from shardwise.trace.functions import as_one_function, name_of
 from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
+from shardwise.trace.memos import forget
 from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
 from shardwise.trace.record import glue_key
 from shardwise.trace.tape import Made, Record, Tape
@@ -140,6 +141,7 @@ class StageRun:
                 return self.forward(run, switch, around)
         before, surroundings.run, switch.watcher = (surroundings.run, switch.watcher), self, self
         self.mode = _GlueMode(self)
+        forget(self.tape.memos)
         try:
             with python_streams(glue_key(self.scope)) if self.table.random else contextlib.nullcontext(), self.mode:
                 loss = run()

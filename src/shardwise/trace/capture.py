@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from shardwise.errors import ModelError
 from shardwise.trace.install import Switch, installed
+from shardwise.trace.memos import forget, memos_of
 from shardwise.trace.objective import Batch, LossFunction, objective
 from shardwise.trace.randomness import Scope, python_streams
 from shardwise.trace.record import DataDependent, GlueLooks, Recorder, glue_key
@@ -91,6 +92,7 @@ def _run(
         value = objective(model, batch, loss)
         captured = Captured(recorder, units, value)
         captured.tape.host_random = not _same(before, _host_state())
+        captured.tape.memos = memos_of(model)
         if watch is not None and value.requires_grad:
             recorder.running.phase = "backward"
             with contextlib.suppress(*DataDependent):  # what it has not reached is estimated
@@ -120,7 +122,12 @@ def recorded(
     buffers: dict[int, str] = {}
     modules = {module: name for name, module in model.named_modules()}
     switch = Switch()
-    with _attributes_restored(model), _fake_parameters(model, fake, names), _copied_buffers(model, buffers):
+    with (
+        _memos_empty(model),
+        _attributes_restored(model),
+        _fake_parameters(model, fake, names),
+        _copied_buffers(model, buffers),
+    ):
         recorder = Recorder(
             parameters=names,
             buffers=buffers,
@@ -131,6 +138,17 @@ def recorded(
         )
         with installed(units, switch), switch.on(recorder), recorder.active():
             yield recorder
+
+
+@contextlib.contextmanager
+def _memos_empty(model: nn.Module) -> Iterator[None]:
+    """Nothing is remembered from before, and nothing without values is left for those that come after."""
+    memos = memos_of(model)
+    forget(memos)
+    try:
+        yield
+    finally:
+        forget(memos)
 
 
 def own(batch: Batch) -> Any:

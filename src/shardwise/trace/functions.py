@@ -1,4 +1,4 @@
-"""Torch functions as the glue calls them: names, constructors, and autograd functions seen as one call."""
+"""Torch functions as the glue calls them: names, constructors; autograd functions and `vmap` seen as one call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.apis as functorch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["as_one_function", "grouped_mm_like", "is_constructor", "name_of"]
+__all__ = ["as_one_function", "grouped_mm_like", "is_constructor", "looks_at_arguments", "name_of", "vmapped"]
+
+_VMAP = functorch.vmap_impl
 
 # Functions that take a tensor for its shape, dtype and device only.
 _CONSTRUCTORS = frozenset(
@@ -27,10 +30,23 @@ _CONSTRUCTORS = frozenset(
     }
 )
 
+# Functions that make a tensor of numbers, some of which may be tensors.
+_LOOKS_AT_ARGUMENTS = frozenset({torch.tensor, torch.Tensor.new_tensor})
+
 
 def is_constructor(func: Any) -> bool:
     """Whether `func` reads only the metadata of its tensor arguments."""
     return func in _CONSTRUCTORS
+
+
+def looks_at_arguments(func: Any) -> bool:
+    """Whether `func` reads the values of tensors that it is given in a way that no dispatch mode sees."""
+    return func in _LOOKS_AT_ARGUMENTS
+
+
+def vmapped(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `torch.vmap(func, ...)(...)` computes: the node of such a call. Arguments as torch's own function has them."""
+    return _VMAP(func, *args, **kwargs)
 
 
 def grouped_mm_like(
@@ -61,9 +77,10 @@ def name_of(func: Any) -> str:
 
 @contextlib.contextmanager
 def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[None]:
-    """While open, `SomeFunction.apply(...)` reaches the mode that `active()` answers as one function call.
+    """While open, `SomeFunction.apply(...)` and `torch.vmap(f)(...)` reach the mode that `active()` answers as one call.
 
-    Torch's function modes see the operations inside a custom autograd function, not the function.
+    Torch's function modes see the operations inside of both, not the function; inside `vmap` those are on tensors
+    that have one dim less than their values, and what ends it no mode sees.
     """
     original = torch.autograd.Function.__dict__["apply"]
     inner = original.__func__
@@ -72,19 +89,46 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
         mode = active()
         if mode is None or not _is_open(mode):
             return inner(cls, *args, **kwargs)  # no glue, or inside of a function that the mode has been told of
-        with torch.overrides._pop_mode_temporarily():
+        with _closed(mode):
             return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)  # type: ignore[no-untyped-call]
 
+    def vmap(*args: Any, **kwargs: Any) -> Any:
+        mode = active()
+        if mode is None or not _is_open(mode):
+            return before(*args, **kwargs)
+        with _closed(mode):
+            return mode.__torch_function__(vmapped, (), args, kwargs)  # type: ignore[no-untyped-call]
+
+    before = functorch.vmap_impl
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    functorch.vmap_impl = vmap
     try:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        functorch.vmap_impl = before
 
 
 def _is_open(mode: TorchFunctionMode) -> bool:
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(each is mode for each in modes)
+
+
+@contextlib.contextmanager
+def _closed(mode: TorchFunctionMode) -> Iterator[None]:
+    """`mode` off the stack, those that were opened after it still on it."""
+    above: list[TorchFunctionMode] = []
+    while (top := torch.overrides._pop_mode()) is not mode:  # type: ignore[no-untyped-call]
+        above.append(top)
+    for each in reversed(above):
+        torch.overrides._push_mode(each)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for _ in above:
+            torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
+        for each in (mode, *reversed(above)):
+            torch.overrides._push_mode(each)  # type: ignore[no-untyped-call]
 
 
 class _Apply:

@@ -29,6 +29,7 @@ _Keywords = Mapping[str, Any]
 
 # A permutation has no rows that could be drawn apart.
 _NEVER_PER_SAMPLE = frozenset({aten.randperm.default, aten.randperm.generator})
+_LIKE = frozenset({aten.rand_like, aten.randn_like, aten.randint_like})
 
 
 def draws_numbers(func: Any) -> bool:
@@ -117,6 +118,8 @@ def _keyed(func: OpOverload, args: _Arguments, kwargs: _Keywords, stream: Stream
     in_place = func._schema.name.endswith("_")
     written = _written(func)
     first = args[0] if args else None
+    if func.overloadpacket in _LIKE:  # takes a tensor for its shape, dtype and device: its values may be absent
+        args = (torch.empty(first.shape, dtype=first.dtype, device=first.device), *args[1:])
     args = tuple(_contiguous(value) if position not in written else value for position, value in enumerate(args))
     if in_place and not args[0].is_contiguous():
         args[0].copy_(_keyed(func, (args[0].contiguous(), *args[1:]), kwargs, stream))

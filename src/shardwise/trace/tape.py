@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from shardwise.describe.flow import Dataflow
 from shardwise.trace.absent import Absent
+from shardwise.trace.memos import Memo
 
 __all__ = [
     "AtArgument",
@@ -153,6 +154,7 @@ class Tape:
     queries: frozenset[Any]  # functions that neither read nor make tensors: never recorded
     units: tuple[str, ...]
     host_random: bool = False  # glue draws from numpy or `random`
+    memos: tuple[Memo, ...] = ()  # empty when the forward was recorded; to be so whenever it is followed
 
     @property
     def random(self) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from shardwise.describe.flow import Node, NodeKind
 from shardwise.trace.draft import Draft
-from shardwise.trace.functions import is_constructor, name_of
+from shardwise.trace.functions import is_constructor, looks_at_arguments, name_of
 from shardwise.trace.running import GlueOp, UnitCall
 from shardwise.trace.tape import Fixed, FromArgument, Leaf, Made, Record, Structure
 
@@ -41,6 +41,9 @@ def write_op(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     for tensor in tensors if not op.dispatched else ():  # aliased without a dispatched operation
         draft.read(by_storage.get(storage(tensor), tensor), op.touched, None)
+    for leaf in arguments if looks_at_arguments(func) else ():
+        if isinstance(leaf, torch.Tensor):
+            draft.read(leaf, op.touched, None)
     if is_constructor(func):  # zeros_like and the like read metadata only
         op.touched.values.clear()
     # A view made by the function itself (of `x[0] = y`) stands for the argument it is a view of.

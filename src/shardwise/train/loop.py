@@ -54,7 +54,7 @@ def run_steps(world: World, emit: Emit) -> list[float]:
                 all_to_all_bytes=result.experts.all_to_all_bytes,
                 rows={layer: list(rows) for layer, rows in result.experts.loads.items()},
                 imbalance=result.experts.imbalance,
-                dropped=0,
+                dropped=sum(result.experts.dropped.values()),
             )
         if _due(options.evaluate_every, step, options.steps):
             evaluate(world, emit, step)

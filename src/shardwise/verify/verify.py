@@ -237,10 +237,10 @@ def _experts(side: Side) -> tuple[str, ...]:
     if side.experts is None or side.expert_step is None:
         return ()
     step = side.expert_step
-    rows = sum(sum(each) for each in step.loads.values())
+    rows, dropped = sum(sum(each) for each in step.loads.values()), sum(step.dropped.values())
     told = (
         f"all-to-all: {step.all_to_all_bytes:,} bytes a step between ranks, for {rows:,} rows of experts; the busiest "
-        f"expert has {step.imbalance:.2f} × the mean, no row is dropped"
+        f"expert has {step.imbalance:.2f} × the mean, {f'the model drops {dropped:,}' if dropped else 'none is dropped'}"
     )
     return (*side.experts.lines(), told)
 

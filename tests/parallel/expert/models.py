@@ -40,6 +40,52 @@ class StackedMix(nn.Module):
         return self.experts(rows, chosen, gates).view(x.shape)
 
 
+class CappedMix(StackedMix):
+    """Of each sample an expert takes three tokens; further choices are of no expert."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates, chosen = self.router(x).softmax(-1).topk(CHOICES)  # (samples, tokens, choices)
+        turn = F.one_hot(chosen, EXPERTS).flatten(1, 2).cumsum(1).view(*chosen.shape, EXPERTS)
+        taken = turn.gather(-1, chosen[..., None]).squeeze(-1) <= 3
+        chosen = chosen.masked_fill(~taken, EXPERTS).flatten(0, 1)
+        return self.experts(x.reshape(-1, WIDTH), chosen, gates.flatten(0, 1)).view(x.shape)
+
+
+class OneIsAnother(StackedExperts):
+    """Expert 3 does something else besides, and is known by its number among all."""
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens, chosen, gates) + tokens * (chosen == 3).sum(1, keepdim=True)
+
+
+class OneIsNeverChosen(StackedMix):
+    """A router that, whatever its weights, leaves out the one that differs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = OneIsAnother()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, WIDTH)
+        allowed = torch.arange(EXPERTS) != 3
+        gates, chosen = self.router(rows).masked_fill(~allowed, -1e9).softmax(-1).topk(CHOICES)
+        return self.experts(rows, chosen, gates).view(x.shape)
+
+
+class IdentityBeyond(StackedMix):
+    """Numbers beyond the experts stand for the token itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = _IdentityBeyond()
+
+
+class _IdentityBeyond(StackedExperts):
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        out = super().forward(tokens, chosen, gates)
+        return out + tokens * (gates * (chosen >= EXPERTS)).sum(1, keepdim=True)
+
+
 class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,11 +176,18 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-def batch() -> dict[str, torch.Tensor]:
+class Regularised(Model):
+    """Its own code reads the weights of experts."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, labels) + 1e-2 * self.blocks[0].mix.experts.up.square().sum()
+
+
+def batch(samples: int = SAMPLES) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, VOCABULARY, (SAMPLES, TOKENS), generator=random)
+    labels = torch.randint(0, VOCABULARY, (samples, TOKENS), generator=random)
     labels[0, :3] = labels[5, 1:] = -100  # micro-batches weigh differently
-    return {"ids": torch.randint(0, VOCABULARY, (SAMPLES, TOKENS), generator=random), "labels": labels}
+    return {"ids": torch.randint(0, VOCABULARY, (samples, TOKENS), generator=random), "labels": labels}
 
 
 def weight(inputs: dict[str, torch.Tensor]) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from parallel.expert.models import WIDTH, StackedExperts
-from shardwise.describe.expert import Stacked
+from parallel.expert.models import EXPERTS, WIDTH, Block, ListedMix, StackedExperts
+from shardwise.describe.expert import ExpertPlan, Listed, Stacked
 from shardwise.errors import DataflowError
 from shardwise.parallel.expert.dispatch import after, anchor, bring_back, send_to
 from shardwise.parallel.expert.groups import ExpertGroup, on_expert_threads
+from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.expert.load import Loads
 from shardwise.parallel.expert.stacked import stacked_forward
 
@@ -91,3 +93,63 @@ def test_ranks_that_are_at_different_layers_are_told_so() -> None:
 
     with pytest.raises(DataflowError, match=r"this one is at blocks.3.mix .*LayerDrop"):
         on_expert_threads(2, work)
+
+
+def test_a_rank_without_tokens_takes_part() -> None:
+    def work(group: ExpertGroup) -> tuple[torch.Size, list[int], torch.Tensor]:
+        torch.manual_seed(0)
+        module = StackedExperts()
+        plan = ExpertPlan(ep=2, units={"": (stacked(),)}, reasons={})
+        divided = DividedExperts(module, plan, group)
+        rows = torch.ones(3 * group.rank, WIDTH, requires_grad=True)
+        out = module(rows, torch.zeros(3 * group.rank, 2, dtype=torch.int64), torch.ones(3 * group.rank, 2))
+        out.sum().backward()
+        return out.shape, divided.loads.take()[""].tolist(), module.up.grad
+
+    (of_none, nothing, gradient), (of_three, rows, no_gradient) = on_expert_threads(2, work)
+    assert of_none == (0, WIDTH)
+    assert of_three == (3, WIDTH)
+    assert nothing == [0] * (EXPERTS + 1)
+    assert rows == [6, 0, 0, 0, 0, 0]
+    assert float(gradient.abs().sum()) > 0
+    assert float(no_gradient.abs().sum()) == 0
+
+
+def stacked() -> Stacked:
+    return Stacked(
+        module="",
+        num_experts=EXPERTS,
+        parameters=("up", "down", "bias"),
+        rows="tokens",
+        index="chosen",
+        weights="gates",
+        attributes=("count",),
+    )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_experts_at_the_end_of_a_list_that_a_rank_leaves_out_are_exchanged_again_in_a_checkpoint(
+    checkpointed: bool,
+) -> None:
+    """A checkpoint stops to compute again behind the last tensor that its backward needs: not before the others come.
+
+    rank 0 chooses experts 0 and 1, rank 1 chooses 3 and 4.
+    """
+    members = tuple(f"mix.experts.{i}" for i in range(EXPERTS))
+    plan = ExpertPlan(ep=2, units={"": (Listed(module="mix.experts", members=members, caller="mix"),)}, reasons={})
+
+    def work(group: ExpertGroup) -> dict[str, torch.Tensor | None]:
+        torch.manual_seed(0)
+        block = Block(ListedMix)
+        with torch.no_grad():
+            block.mix.router.bias[: 2 if group.rank == 0 else 3] += 100.0 * (1 - 2 * group.rank)
+        DividedExperts(block, plan, group)
+        x = torch.randn(4, WIDTH).requires_grad_()
+        out = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        out.sum().backward()
+        return {name: parameter.grad for name, parameter in block.named_parameters()}
+
+    first, last = on_expert_threads(2, work)
+    given = [{name for name, gradient in each.items() if gradient is not None} for each in (first, last)]
+    assert {name.split(".")[2] for name in given[0] if ".experts." in name} == {"0", "1"}
+    assert {name.split(".")[2] for name in given[1] if ".experts." in name} == {"3", "4"}

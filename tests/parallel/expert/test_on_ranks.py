@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from parallel.expert.models import CHOICES, SAMPLES, TOKENS, ListedMix, Model, StackedMix, batch, weight
+from parallel.expert.models import CHOICES, SAMPLES, TOKENS, CappedMix, ListedMix, Model, StackedMix, batch, weight
 from shardwise.errors import LayoutError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
@@ -21,12 +21,12 @@ from shardwise.testing import on_ranks
 class Expected:
     """One device, the whole batch at once."""
 
-    def __init__(self, mix: type[nn.Module]) -> None:
+    def __init__(self, mix: type[nn.Module], samples: int) -> None:
         self.model = Model(mix)
         self.losses, self.norms = [], []
         for _ in range(2):
             self.model.zero_grad(set_to_none=True)
-            loss = self.model(**batch())
+            loss = self.model(**batch(samples))
             loss.backward()
             self.losses.append(float(loss.detach()))
             given = [p for p in self.model.parameters() if p.grad is not None]
@@ -36,11 +36,11 @@ class Expected:
                     parameter -= 0.1 * parameter.grad
 
 
-def run(rank: int, layout: Layout, mix: type[nn.Module]) -> Program:
+def run(rank: int, layout: Layout, mix: type[nn.Module], samples: int = SAMPLES) -> Program:
     """Two SGD steps of a layout, each held against one device."""
-    expected = Expected(mix)
-    replicas, count = layout.num_replicas, layout.num_micro_batches(SAMPLES)
-    parts = split(batch(), micro_batches=count, replicas=replicas, weights=weight)
+    expected = Expected(mix, samples)
+    replicas, count = layout.num_replicas, layout.num_micro_batches(samples)
+    parts = split(batch(samples), micro_batches=count, replicas=replicas, weights=weight)
     program = assemble(Model(mix), parts[0][0].inputs, layout=layout, rank=rank)
     for step in range(2):
         for parameter in program.parameters.values():
@@ -49,7 +49,9 @@ def run(rank: int, layout: Layout, mix: type[nn.Module]) -> Program:
         assert result.loss == pytest.approx(expected.losses[step], rel=1e-5)
         assert program.gradient_norm() == pytest.approx(expected.norms[step], rel=1e-5)
         assert result.experts is not None
-        assert all(sum(rows) == SAMPLES * TOKENS * CHOICES for rows in result.experts.loads.values())
+        for layer, rows in result.experts.loads.items():
+            assert sum(rows) + result.experts.dropped[layer] == samples * TOKENS * CHOICES
+            assert (result.experts.dropped[layer] > 0) == (mix is CappedMix)
         assert result.experts.all_to_all_bytes > 0
         with torch.no_grad():
             for parameter in program.parameters.values():
@@ -93,6 +95,19 @@ def test_four_ranks_equal_one_device(rank: RankContext, text: str, mix: type[nn.
     owners = sum(program.owns(name) for name in program.parameters)
     assert owners > 0 or (program.place.replica >= 2 and program.place.dp == 4)
     program.close()
+
+
+@pytest.mark.parametrize("mix", [StackedMix, ListedMix])
+@pytest.mark.parametrize("text", ["ep=2", "ep=2,micro_batches=2"])
+@on_ranks(2)
+def test_a_batch_that_does_not_divide_equals_one_device(rank: RankContext, text: str, mix: type[nn.Module]) -> None:
+    """Seven samples: three and four, and shapes that differ between ranks and between micro-batches."""
+    run(rank.rank, Layout.parse(text), mix, samples=7).close()
+
+
+@on_ranks(2)
+def test_what_a_model_drops_is_counted_and_equals_one_device(rank: RankContext) -> None:
+    run(rank.rank, Layout(ep=2), CappedMix).close()
 
 
 @on_ranks(2)

@@ -7,8 +7,21 @@ import dataclasses
 import pytest
 import torch
 import torch.nn as nn
+import transformers as hf
 
-from parallel.expert.models import DenseMix, DroppingMix, LayersInARow, ListedMix, Model, StackedMix, batch
+from parallel.expert.models import (
+    CappedMix,
+    DenseMix,
+    DroppingMix,
+    IdentityBeyond,
+    LayersInARow,
+    ListedMix,
+    Model,
+    OneIsNeverChosen,
+    Regularised,
+    StackedMix,
+    batch,
+)
 from shardwise.describe.expert import Listed, Stacked, runs_of_experts
 from shardwise.errors import LayoutError
 from shardwise.parallel.expert import dispatch
@@ -91,6 +104,47 @@ def test_weights_that_are_swapped_with_another_choice_are_not_proven(monkeypatch
     monkeypatch.setattr(stacked, "send_to", swapped)
     with pytest.raises(LayoutError, match="differs"):
         plan_experts(Model(StackedMix), batch(), ep=2)
+
+
+def test_an_expert_that_the_router_never_chooses_is_proven_too() -> None:
+    with pytest.raises(LayoutError, match="choices dealt out in turn, one of no expert: .* differs"):
+        plan_experts(Model(OneIsNeverChosen), batch(), ep=2)
+
+
+def test_choices_that_no_expert_takes_are_dropped_where_the_module_drops_them() -> None:
+    assert plan_experts(Model(CappedMix), batch(), ep=2).units
+    with pytest.raises(LayoutError, match="one of no expert: output 0 on rank . differs"):
+        plan_experts(Model(IdentityBeyond), batch(), ep=2)
+
+
+def test_experts_whose_weights_are_read_outside_stay_whole() -> None:
+    plan = plan_experts(Regularised(), batch(), ep=2)
+    assert list(plan.units) == ["blocks.1", "blocks.2", "blocks.3"]
+    assert plan.reasons == {
+        "blocks.0": "mix.experts: its up is read outside of the unit too, where a part is not enough"
+    }
+
+
+def test_a_block_too_large_to_be_proven_is_proven_in_two_narrow_instances() -> None:
+    config = hf.MixtralConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        use_cache=False,
+    )
+    model = hf.MixtralForCausalLM(config)
+    ids = torch.arange(64).view(4, 16)
+    plan = plan_experts(model, {"input_ids": ids, "labels": ids}, ep=2, proof_bytes=2**24)
+    whole = plan_experts(model, {"input_ids": ids, "labels": ids}, ep=2)
+    assert "two narrow instances" in plan.proof
+    assert "narrow" not in whole.proof
+    assert plan.units == whole.units
+    assert plan.units["model.layers.1"][0].num_experts == 16
 
 
 def test_a_plan_is_a_value() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn as nn
 
 import shardwise as sw
 from shardwise.describe.tensor import Slice
-from shardwise.errors import LayoutError
+from shardwise.errors import DataflowError, LayoutError
 from shardwise.launch import RankContext
 from shardwise.parallel.tensor.modules import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from shardwise.parallel.tensor.slices import cut
@@ -152,9 +154,21 @@ def test_a_part_of_another_size_is_refused() -> None:
         on_threads(2, lambda group: ColumnParallelLinear(4, 8, group=group, part=Slice.even(0, 6, 2)))
 
 
-def test_fewer_ids_than_ranks_are_refused() -> None:
-    with pytest.raises(LayoutError):
+def test_fewer_ids_or_features_than_ranks_are_refused() -> None:
+    with pytest.raises(LayoutError, match="some of its ids, and 3 are fewer than 4 ranks"):
         on_threads(4, lambda group: VocabParallelEmbedding(3, 2, group=group))
+    with pytest.raises(LayoutError, match="some of its features, and 1 are fewer than 2 ranks"):
+        on_threads(2, lambda group: RowParallelLinear(1, 4, group=group))
+
+
+@pytest.mark.parametrize(("divided", "width"), [(True, 6), (False, 3)])
+def test_rows_refuse_an_input_that_is_not_divided_as_they_were_told(divided: bool, width: int) -> None:
+    def work(group: ThreadGroup) -> None:
+        layer = RowParallelLinear(6, 4, group=group, input_is_divided=divided)
+        with pytest.raises(DataflowError, match=f"but these are {width}; say input_is_divided={not divided}"):
+            layer(torch.randn(2, width))
+
+    on_threads(2, work)
 
 
 class Reader(nn.Module):
@@ -173,11 +187,61 @@ class Reader(nn.Module):
 @on_ranks(2)
 def test_a_model_of_the_public_names_on_processes(rank: RankContext) -> None:
     process_group = dist.new_group([0, 1])
-    group = sw.ProcessTensorGroup(process_group)
-    loss = Reader(group)(IDS)
+    reader = Reader(sw.ProcessTensorGroup(process_group))
+    loss = reader(IDS)
     loss.backward()
     embed, head = torch_layer(nn.Embedding, 11, 6), torch_layer(nn.Linear, 6, 11)
     expected = nn.functional.cross_entropy(head(embed(IDS)).flatten(0, 1), IDS.flatten())
+    expected.backward()
 
     torch.testing.assert_close(loss, expected)
+    for mine, whole in ((reader.embed, embed), (reader.head, head)):
+        torch.testing.assert_close(mine.weight.grad, cut(whole.get_parameter("weight").grad, mine.part, rank.rank))
     dist.destroy_process_group(process_group)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_layer_by_itself_on_processes_forward_and_backward(rank: RankContext, columns: bool) -> None:
+    process_group = dist.new_group([0, 1])
+    group = sw.ProcessTensorGroup(process_group)
+    own, leaf = X.clone().requires_grad_(True), X.clone().requires_grad_(True)
+    if columns:  # x·[W1 W2], all-gather; three and four of seven columns
+        layer: nn.Module = sw.ColumnParallelLinear(
+            6, 7, group=group, gather_output=True, generator=seeded(), dtype=F64
+        )
+        given, read, whole = own, leaf, torch_layer(nn.Linear, 6, 7)
+    else:  # x1·W1 + x2·W2, all-reduce; two and three of five columns
+        layer = sw.RowParallelLinear(5, 7, group=group, input_is_divided=False, generator=seeded(), dtype=F64)
+        given, read, whole = own[..., 1:], leaf[..., 1:], torch_layer(nn.Linear, 5, 7)
+    out, expected = layer(given), whole(read)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(own.grad, leaf.grad, rtol=1e-12, atol=1e-13)
+    for name, parameter in whole.named_parameters():
+        assert parameter.grad is not None
+        local = layer.get_parameter(name).grad
+        assert local is not None
+        wanted = parameter.grad if local.shape == parameter.shape else cut(parameter.grad, layer.part, rank.rank)
+        torch.testing.assert_close(local, wanted, rtol=1e-12, atol=1e-13)
+    dist.destroy_process_group(process_group)
+
+
+@on_ranks(2)
+def test_the_example_of_the_docs_runs(rank: RankContext) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "parallel-layers.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
+    sizes = "WORDS, WIDTH = 50257, 768\n"
+    assert sizes in example
+    names: dict[str, Any] = {}
+    exec(example.replace(sizes, "WORDS, WIDTH = 53, 8\n"), names)
+    ids = torch.randint(0, 53, (2, 5), generator=seeded())
+    reader = names["Reader"]()
+    loss = reader(ids, ids)
+    loss.backward()
+
+    assert 0 < float(loss) < 20
+    assert all(parameter.grad is not None for parameter in reader.parameters())
+    dist.destroy_process_group(names["ranks"])

@@ -79,6 +79,7 @@ class Routed(nn.Module):
 def test_experts_that_hold_their_matrices_are_divided_inside() -> None:
     found = plan_tensor(Model(Routed()), (torch.randn(4, 8),), tp=2).units["blocks.0"]
 
-    assert (found.copies, found.reduces) == (("experts",), ("experts",))
-    assert set(found.slices) == {"experts.up", "experts.up_bias", "experts.down"}
+    assert (found.copies, found.reduces) == (("experts", "router"), ("experts",))
+    assert set(found.alone) == {"router"}  # a fifth of this block: its columns are joined behind it
+    assert set(found.slices) == {"experts.up", "experts.up_bias", "experts.down", "router.weight", "router.bias"}
     assert found.once == found.partial == {"experts.down_bias"}

@@ -94,6 +94,28 @@ def test_tp_2_with_another_axis(rank: RankContext, axes: dict[str, int]) -> None
     assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=SequenceParallel.ON, **axes))
 
 
+@on_ranks(4, timeout_s=90.0)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_stages_of_two_shards_where_one_has_fewer_tokens_or_none(rank: RankContext, tokens: int) -> None:
+    layout = Layout(tp=2, pp=2, sequence_parallel=SequenceParallel.ON)
+    program, _ = stepped(layout, rank.rank)
+    shorter = {name: tensor[:, :tokens] for name, tensor in batch().items()}
+    parts = split(shorter, micro_batches=layout.num_micro_batches(SAMPLES), replicas=1, weights=weight)
+    for parameter in program.parameters.values():
+        parameter.grad = None
+    loss = program.step(parts[0], step=4).loss
+    one = assemble(Reader(), parts[0][0].inputs, layout=Layout(), rank=0)
+    assert loss == pytest.approx(one.step(parts[0], step=4).loss, rel=1e-12)
+    for name, parameter in program.parameters.items():
+        part, wanted = program.part_of(name), one.parameters[name].grad
+        assert parameter.grad is not None, name
+        assert wanted is not None, name
+        wanted = wanted if part is None else cut(wanted, part, program.place.shard)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12, msg=name)  # sums in another order
+    program.close()
+    one.close()
+
+
 @on_ranks(2, timeout_s=90.0)
 def test_it_moves_the_bytes_of_tensor_parallelism_and_saves_less(rank: RankContext) -> None:
     moved, saved = {}, {}

@@ -111,6 +111,21 @@ def test_where_no_divided_block_can_nothing_works_on_tokens() -> None:
     assert set(plan.all_tokens) == {"blocks.0"}
 
 
+def test_a_head_that_is_joined_by_itself_reads_tokens_as_columns_do() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.score = Block(), nn.Linear(16, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.score(self.block(x)).softmax(-1).square().mean()
+
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    plan = plan_tensor(Scores(), (x,), tp=2, sequence=SequenceParallel.ON)
+    assert "" in plan.units["score"].alone
+    assert plan.units["score"].sequence == SequencePlan(inputs=("input",))
+
+
 def test_a_norm_whose_weight_others_read_is_given_all_tokens() -> None:
     plan = planned(Words(Block(), tied_norm=True))
     assert "norm" not in plan.units

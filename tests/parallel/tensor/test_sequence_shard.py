@@ -82,6 +82,8 @@ ALONE: dict[str, Code] = {
     "features joined": lambda x, w: torch.cat([x * w, x], dim=-1),
     "a condition": lambda x, w: torch.where(x > 0, x * w, OTHER),
     "like": lambda x, w: x * w + torch.ones_like(x) + x.new_zeros(x.shape),
+    "pieces of features, by another name": lambda x, w: torch.cat((x * w).chunk(2, axis=-1), axis=2),
+    "features, made dense": lambda x, w: (x * w)[..., :2].contiguous().view(-1, 2).add_(1.0) * 2,
 }
 JOINED: dict[str, Code] = {
     "the first token": lambda x, w: (x * w)[:, 0],
@@ -90,6 +92,12 @@ JOINED: dict[str, Code] = {
     "other order": lambda x, w: (x * w).transpose(0, 1),
     "other tokens": lambda x, w: (x * w).roll(1, dims=1),
     "other dims": lambda x, w: (x * w).reshape(SAMPLES, TOKENS * WIDTH),
+    "pieces of tokens": lambda x, w: torch.split(x * w, [2, 3], dim=1)[0] + 1,
+    "arguments by name": lambda x, w: torch.softmax(input=x * w, dim=-1),
+}
+PIECES_OF_TOKENS: dict[str, Code] = {
+    "chunk": lambda x, w: (x * w).chunk(2, axis=1)[0] * 2,
+    "cat": lambda x, w: torch.cat([x * w, x], axis=1),
 }
 
 
@@ -108,8 +116,74 @@ def test_other_code_is_given_all_tokens(name: str) -> None:
     assert_equal(JOINED[name], joins=True)
 
 
+@pytest.mark.parametrize("name", PIECES_OF_TOKENS)
+def test_a_dim_may_be_called_axis_as_in_numpy(name: str) -> None:
+    assert_equal(PIECES_OF_TOKENS[name], joins=True)
+
+
 def test_one_token_on_two_ranks_leaves_a_rank_without_any() -> None:
     assert_equal(lambda x, w: F.layer_norm(x, (WIDTH,), w) + x, joins=False, x=X[:, :1])
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_a_weight_with_dims_of_its_own_has_a_part_of_its_gradient_also_of_one_token(tokens: int) -> None:
+    weight = random(1, 1, WIDTH, seed=5)
+
+    def gradient(x: torch.Tensor, region: Region | None) -> torch.Tensor:
+        parameter = torch.nn.Parameter(weight.clone())
+        y = (x if region is None else shard_of(x, region)) * parameter
+        whole_tokens(y).mul(random(*x.shape, seed=9)).sum().backward()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    x = X[:, :tokens]
+    parts = on_threads(2, lambda group: gradient(x, Region(group, inside=1)))
+    assert torch.allclose(torch.stack(parts).sum(0), gradient(x, None), atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS])
+def test_ranks_join_at_the_same_places_also_where_some_have_no_token(tokens: int) -> None:
+    def code(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = F.layer_norm(x * w, (WIDTH,), w)
+        total = y.sum()  # joins
+        x = x * 1.0
+        x += 1.0
+        z = (x * w)[..., :2]
+        return y.cumsum(-1) * total + x.cumsum(-1) + z.cumsum(-1).sum() + z.contiguous().cumsum(-1).sum()
+
+    assert_equal(code, joins=True, x=X[:, :tokens])
+
+
+def test_what_is_written_into_all_tokens_is_seen_through_views() -> None:
+    def code(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x * w
+        rows = y.view(-1, WIDTH)
+        y[:, 0] = 1.0
+        return rows * 2
+
+    assert_equal(code, joins=True)
+
+
+def test_a_write_into_a_view_of_all_tokens_is_refused_where_the_tokens_are_used_again() -> None:
+    def work(group: ThreadGroup) -> None:
+        x = shard_of(X, Region(group)) * 2.0
+        x.transpose(0, 1).add_(1.0)
+        with pytest.raises(DataflowError, match="was written into"):
+            x * 2.0
+        with pytest.raises(DataflowError, match="was written into"):
+            whole_tokens(x)
+
+    on_threads(2, work)
+
+
+def test_joins_are_noted_once_however_many_steps_are_run() -> None:
+    def work(group: ThreadGroup) -> None:
+        region = Region(group)
+        for _ in range(3):
+            shard_of(X, region).cumsum(1)
+        assert region.joined_at == {"cumsum"}
+
+    on_threads(2, work)
 
 
 def test_a_write_after_a_join_is_seen_by_the_next() -> None:

@@ -82,13 +82,15 @@ class _Send(torch.autograd.Function):
 class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tie)  # a checkpoint computes again as far as tensors were saved: all exchanges
         alias = torch.empty(0, dtype=value.dtype, device=value.device)
         alias.set_(value.detach())  # type: ignore[call-overload]
         return alias  # no view: what reads it may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0], gradients[0].new_zeros(0)
+        (tie,) = ctx.saved_tensors  # and does so here on all ranks, before the first exchange of the backward
+        return gradients[0], tie.new_zeros(0)
 
 
 def _exchanged(

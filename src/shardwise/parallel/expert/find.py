@@ -101,6 +101,7 @@ def _shapes(module: nn.Module) -> tuple[object, ...]:
 class _Observed:
     calls: dict[str, list[dict[str, Any]]]  # stacked module -> bound arguments of each call
     members: list[tuple[str, str, Sequence[Any], Mapping[str, Any]]]  # expert, who called it, arguments
+    others: set[str]  # those that return no tensor
 
 
 def _observed(
@@ -108,7 +109,7 @@ def _observed(
 ) -> _Observed:
     """One forward of a copy of `unit`. With `silent` members of lists answer zeros."""
     copied = twin(unit)
-    seen = _Observed({}, [])
+    seen = _Observed({}, [], set())
     stack: list[str] = []
     members = {member for each in lists.values() for member in each}
 
@@ -128,6 +129,8 @@ def _observed(
                 out = body(*args, **kwargs)
             finally:
                 stack.pop()
+            if name in members and not isinstance(out, torch.Tensor):
+                seen.others.add(name)
             return out * 0.0 if silent and name in members and isinstance(out, torch.Tensor) else out
 
         module.__dict__["forward"] = forward
@@ -181,7 +184,7 @@ def _listed(name: str, members: Sequence[str], seen: _Observed, mute: _Observed)
     """Experts, or why not; nothing to say about lists of something else."""
     own = [each for each in seen.members if each[0] in members]
     called = [each[0] for each in own]
-    if not called or any(not _is_rows(args, kwargs) for _, _, args, kwargs in own):
+    if not called or seen.others.intersection(called) or any(not _is_rows(each[2], each[3]) for each in own):
         return ""
     silent = [each for each in mute.members if each[0] in members]
     same = len(silent) == len(own) and all(_equal(a[2], b[2]) for a, b in zip(own, silent, strict=True))

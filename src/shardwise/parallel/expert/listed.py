@@ -50,6 +50,7 @@ class ListedExperts:
         self._next: int | None = None  # the first expert of this call that has not been exchanged
         self._tie = torch.empty(0)
         self._counts: list[int] = []
+        self._width = 0  # of rows
 
     def caller(self, body: Forward) -> Forward:
         """`body`, the forward of the module that calls the experts: at its end all of them have been exchanged."""
@@ -65,7 +66,7 @@ class ListedExperts:
                 self._leave_out(len(self._members))
             finally:
                 self._next = None
-            self._loads.add(self._layer, torch.tensor(self._counts))
+            self._loads.add(self._layer, torch.tensor([*self._counts, self._num_dropped(given)]))
             return self._ended(out)
 
         return forward
@@ -101,7 +102,8 @@ class ListedExperts:
         callers = [each for each in told if each[1]]
         if not callers:
             return None
-        width, dtype = callers[0][3], _DTYPES[callers[0][4]]
+        self._width = width = callers[0][3]
+        dtype = _DTYPES[callers[0][4]]
         own = torch.empty(0, width, dtype=dtype, device=self._tie.device) if x is None else x
         sent = [len(own) if rank == owner else 0 for rank in range(group.size)]
         received = [each[0] if group.rank == owner else 0 for each in told]
@@ -128,6 +130,11 @@ class ListedExperts:
                 "have its experts divided: use ep=1"
             )
         return told
+
+    def _num_dropped(self, given: Sequence[torch.Tensor]) -> int:
+        """Tokens that no expert takes, at least: fewer rows than tokens (all of them where a token has one choice)."""
+        tokens = (t.shape[:-1].numel() for t in given if t.is_floating_point() and t.shape[-1:] == (self._width,))
+        return max(0, next(tokens, 0) - sum(self._counts))
 
     def _ended(self, out: Any) -> Any:
         """What the caller returns, whose backward begins those of all exchanges."""

@@ -82,7 +82,7 @@ def _dispatched(
         y = compute(x[row], i[row, column].long()[:, None], w[row, column][:, None])
         summed = y.new_zeros(x.shape[0], y.shape[1]).index_add(0, row, y)
     else:  # gradients of the experts are zeros then, not missing
-        y = compute(torch.ones_like(rows[:1]), torch.zeros_like(index[:1, :1]), torch.zeros_like(weights[:1, :1]))
+        y = compute(rows.new_ones(1, rows.shape[1]), index.new_zeros(1, 1), weights.new_zeros(1, 1))
         summed = y[:0]
     back, _ = bring_back(summed, tie, group, received, sent)
     return back.new_zeros(rows.shape[0], back.shape[1]).index_add(0, token, back)
@@ -97,8 +97,10 @@ def _where(num_experts: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _counts(index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(experts + 1): the choices of each expert, and of none."""
     flat = index.detach().reshape(-1)
-    return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts)
+    nowhere = (flat < 0) | (flat >= num_experts)
+    return torch.bincount(flat.masked_fill(nowhere, num_experts), minlength=num_experts + 1)
 
 
 def _received(sent: list[int], rows: torch.Tensor, group: ExpertGroup, layer: str, number: int) -> list[int]:

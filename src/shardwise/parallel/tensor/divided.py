@@ -17,6 +17,7 @@ from shardwise.parallel.tensor.divided_logits import Reads
 from shardwise.parallel.tensor.install import Sharding, shard_unit
 from shardwise.parallel.tensor.sequence_shard import Region
 from shardwise.parallel.tensor.slices import cut, paste
+from shardwise.parallel.tensor.sums import sum_shared
 from shardwise.parallel.tensor.ties import ties_between
 
 __all__ = ["Divided"]
@@ -85,11 +86,8 @@ class Divided:
 
     def sum_shared(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Sum the gradients of what several ranks hold a part of (key/value heads fewer than ranks). Collective."""
-        for name, parameter in parameters.items():
-            part = self.part_of(name)
-            if part is not None and part.shared and parameter.requires_grad:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = cut(self.group.all_reduce(paste(gradient, part, self.shard)), part, self.shard)
+        slices = {name: part for name in parameters if (part := self.part_of(name)) is not None and part.shared}
+        sum_shared({name: parameters[name] for name in slices}, slices, self.group)
 
     def step(self) -> contextlib.AbstractContextManager[None]:
         """While the model's forward runs, on all ranks alike: divided logits may be read."""

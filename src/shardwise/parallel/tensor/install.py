@@ -31,7 +31,7 @@ from shardwise.parallel.tensor.layers import bias_shape, layer_of, product, size
 from shardwise.parallel.tensor.lookup import local_ids, own_rows
 from shardwise.parallel.tensor.products import DividedProducts
 from shardwise.parallel.tensor.reshapes import Reshaping
-from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard
+from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard, whole_tokens
 from shardwise.parallel.tensor.sequence_unit import UnitTokens
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.parallel.tensor.ties import Tied, Ties
@@ -301,14 +301,16 @@ class Sharding:
 
     def _forking(self, body: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            out = body(*args, **kwargs)
-            return self._tokens.copied(out) if isinstance(out, SequenceShard) else copy_to(out, self.group)
+            return self._forked(body(*args, **kwargs))
 
         return forward
 
+    def _forked(self, out: torch.Tensor) -> torch.Tensor:
+        return self._tokens.copied(out) if isinstance(out, SequenceShard) else copy_to(out, self.group)
+
     def _cutting(self, body: Forward, part: Slice) -> Forward:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return body(scatter_to(x, part, self.group), *args, **kwargs)
+            return body(scatter_to(whole_tokens(x), part, self.group), *args, **kwargs)
 
         return forward
 
@@ -316,7 +318,7 @@ class Sharding:
         def forward(*args: Any, **kwargs: Any) -> Any:
             out = body(*args, **kwargs)  # (…, features)
             before, end = out.split([out.shape[-1] - num, num], -1)
-            return torch.cat([before, copy_to(end, self.group)], -1)
+            return torch.cat([before, self._forked(end)], -1)
 
         return forward
 

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from shardwise.describe.tensor import Slice
-from shardwise.errors import LayoutError
+from shardwise.errors import DataflowError, LayoutError
 from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, reduce_from, scatter_to
 from shardwise.parallel.tensor.lookup import joined, local_ids, range_of
 from shardwise.parallel.tensor.slices import cut, spread
@@ -30,9 +30,10 @@ __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b, of which every rank computes its columns.  x (..., in_features), y (..., local) or (..., out).
 
-    `part` says which outputs are whose, along dim 0 of the weight: by default one run for each rank, sizes that differ
-    by one at most. Packed projections have a run of each part. With `gather_output` every rank gets all columns,
-    otherwise its own. Raises `LayoutError` where `part` is of another size or number of ranks.
+    x is the same on every rank; its gradient is summed over them. `part` says which outputs are whose, along dim 0 of
+    the weight: by default one run for each rank, sizes that differ by one at most. Packed projections have a run of
+    each part. With `gather_output` every rank gets all columns, otherwise its own. Raises `LayoutError` where `part`
+    is of another size or number of ranks, or there are fewer outputs than ranks.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class RowParallelLinear(nn.Module):
     """y = Σ_t x_t W_tᵀ + b over the ranks t; the bias is added once.  x (..., local) or (..., in), y (..., out).
 
     With `input_is_divided` x holds this rank's columns, as `ColumnParallelLinear` makes them; otherwise x is whole
-    and cut here. `part` says which inputs are whose, along dim 1 of the weight. Raises `LayoutError` as above.
+    and cut here. `part` says which inputs are whose, along dim 1 of the weight: that of the columns before. Raises
+    `LayoutError` as `ColumnParallelLinear` does, and `DataflowError` for an input of another width.
     """
 
     def __init__(
@@ -95,6 +97,14 @@ class RowParallelLinear(nn.Module):
         self.bias = None if whole[1] is None else nn.Parameter(whole[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.weight.shape[1] if self.input_is_divided else self.in_features
+        if x.shape[-1] != width:
+            given = "its own columns of the input" if self.input_is_divided else "the whole input"
+            raise DataflowError(
+                f"rank {self.group.rank} of {self.group.size} is given {given}, {width} of {self.in_features} features, "
+                f"but these are {x.shape[-1]}; say input_is_divided={not self.input_is_divided}, or give both layers "
+                "one `part`"
+            )
         if not self.input_is_divided:
             x = scatter_to(x, _last(self.part), self.group)
         y = reduce_from(F.linear(x, self.weight), self.group)
@@ -108,7 +118,8 @@ class VocabParallelEmbedding(nn.Module):
     """Rows of a table at ids, of which every rank holds some.  ids (...), integers; answer (..., embedding_dim).
 
     Any number of ids may be divided, odd ones too; nothing is padded. The row `padding_idx` starts at zero and gets no
-    gradient. Ids outside of the table raise `IndexError` (on CPUs), as in `nn.Embedding`.
+    gradient. Ids outside of the table raise `IndexError` (on CPUs), as in `nn.Embedding`. Raises `LayoutError` where
+    there are fewer ids than ranks.
     """
 
     def __init__(
@@ -123,7 +134,7 @@ class VocabParallelEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.part = spread(0, num_embeddings, group.size)
+        self.part = _part(None, 0, num_embeddings, group, "ids")
         self.group = group
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else _id_of(padding_idx, num_embeddings)
@@ -144,7 +155,12 @@ class VocabParallelEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, shard {self.group.rank} of {self.group.size}"
 
 
-def _part(part: Slice | None, dim: int, size: int, group: TensorGroup) -> Slice:
+def _part(part: Slice | None, dim: int, size: int, group: TensorGroup, what: str = "features") -> Slice:
+    if size < group.size:
+        raise LayoutError(
+            f"every rank of a divided layer holds some of its {what}, and {size} are fewer than {group.size} ranks; "
+            "use a smaller group, or torch's own layer"
+        )
     if part is None:
         return spread(dim, size, group.size)
     if (part.dim, part.size, part.num_ranks) != (dim, size, group.size) or part.shared:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from shardwise.parallel.tensor.sequence import Tokens
 
-__all__ = ["ASKS", "ELEMENTWISE", "IN_PLACE", "MAKERS", "OWN_MEMORY", "RULES", "SAME_MEMORY", "Operands", "Rule"]
+__all__ = ["ASKS", "ELEMENTWISE", "IN_PLACE", "MAKERS", "OWN_MEMORY", "RULES", "SAME_MEMORY", "VIEWS", "Operands", "Rule"]
 
 
 class Operands(Protocol):
@@ -48,7 +48,7 @@ def _reduction(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operan
     """Over dims that hold no tokens: mean over features, softmax over the last dim."""
     dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     dims = (dims,) if type(dims) is int else dims
-    if not operands.is_shard(args[0]) or not isinstance(dims, (tuple, list)) or not dims:
+    if not args or not operands.is_shard(args[0]) or not isinstance(dims, (tuple, list)) or not dims:
         return NotImplemented
     num = len(operands.shape)
     counted = {dim % num - num for dim in dims if type(dim) is int}
@@ -64,15 +64,15 @@ def _reduction(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operan
 
 def _pieces(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:
     """chunk and split along a dim that holds no tokens."""
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", kwargs.get("axis", 0))
     num = len(operands.shape)
-    if not operands.is_shard(args[0]) or dim % num - num == operands.tokens.dim:
+    if not args or not operands.is_shard(args[0]) or dim % num - num == operands.tokens.dim:
         return NotImplemented
     return [(piece, operands.tokens) for piece in func(operands.local(args[0]), *args[1:], **kwargs)]
 
 
 def _cat(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     num = len(operands.shape)
     if not args or "out" in kwargs or not all(operands.is_shard(each) for each in args[0]):
         return NotImplemented
@@ -111,7 +111,9 @@ def _matmul(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands:
 
 def _reshape(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:
     """Other dims, the same elements in the same order: a dim of samples × tokens still holds whole runs."""
-    if not operands.is_shard(args[0]) or any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+    if not args or not operands.is_shard(args[0]):
+        return NotImplemented
+    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
         return NotImplemented
     tokens, shape = operands.tokens, operands.shape
     others = [arg for arg in args[1:] if isinstance(arg, torch.Tensor)]
@@ -210,11 +212,13 @@ _REDUCTIONS = (
 _RESHAPES = _methods("view reshape flatten unflatten squeeze unsqueeze") | _functions(
     "reshape flatten unflatten squeeze unsqueeze"
 )
+_PIECES = _methods("chunk split") | _functions("chunk split")
+VIEWS = _RESHAPES | _PIECES | {torch.Tensor.__getitem__}  # of the same memory, at times
 RULES: Mapping[Any, Rule] = MappingProxyType(
     {
         **dict.fromkeys(_REDUCTIONS, _reduction),
         **dict.fromkeys(_RESHAPES, _reshape),
-        **dict.fromkeys(_methods("chunk split") | _functions("chunk split"), _pieces),
+        **dict.fromkeys(_PIECES, _pieces),
         **dict.fromkeys(_functions("cat concat"), _cat),
         **dict.fromkeys((F.layer_norm, F.rms_norm), _norm),
         F.linear: _linear,

@@ -84,7 +84,8 @@ def _proven(kind: Kind, plan: UnitPlan, tp: int) -> UnitPlan:
     seen = [_observed(unit, call, plan, tp, training) for training, call in runs]
     outputs = frozenset[int]().union(*(places for places, _ in seen))
     joined = sorted({name for _, names in seen for name in names})
-    if not outputs and not plan.joins and not plan.alone:
+    heads = plan.joins or (plan.alone and not joined)  # what they return is whole, and they read tokens as columns do
+    if not outputs and not heads:
         asks = f": {', '.join(joined)} asks for all tokens" if joined else ""
         raise Difference(f"nothing that it returns is by tokens{asks}")
     before = plan.partial
@@ -92,11 +93,14 @@ def _proven(kind: Kind, plan: UnitPlan, tp: int) -> UnitPlan:
     plan = dataclasses.replace(
         plan, proof=None, sequence=dataclasses.replace(plan.sequence, outputs=tuple(sorted(outputs)))
     )
+    first: UnitPlan | None = None
     for seed, (training, call) in enumerate(runs, start=1):
         plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed, complete=True)
+        first = first or dataclasses.replace(plan, proof=None)
     _refuse_shared(plan.partial - before, kind)
-    if len(runs) > 2:  # what a later call completed holds for the earlier ones too
-        plan = dataclasses.replace(plan, proof=None)
+    plan_without = dataclasses.replace(plan, proof=None)
+    if plan_without != first:  # what a later run completed holds for the earlier ones too
+        plan = plan_without
         for seed, (training, call) in enumerate(runs, start=1):
             plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed)
     return plan
@@ -109,10 +113,10 @@ def _refuse_shared(partial: Collection[str], kind: Kind) -> None:
         raise Difference(f"the gradient of {others[0]} would be partial here, and is whole where others use it")
 
 
-def _observed(unit: nn.Module, call: Call, plan: UnitPlan, tp: int, training: bool) -> tuple[set[int], list[str]]:
+def _observed(unit: nn.Module, call: Call, plan: UnitPlan, tp: int, training: bool) -> tuple[set[int], set[str]]:
     """Places of what leaves by tokens, and the functions that asked for all."""
 
-    def run(group: TensorGroup) -> tuple[set[int], list[str]]:
+    def run(group: TensorGroup) -> tuple[set[int], set[str]]:
         copied = twin(unit)
         copied.train(training)
         region = shard_unit(copied, plan, group).region

@@ -28,6 +28,7 @@ from shardwise.parallel.tensor.sequence_ops import (
     OWN_MEMORY,
     RULES,
     SAME_MEMORY,
+    VIEWS,
     Operands,
 )
 
@@ -44,7 +45,7 @@ class Region:
 
     group: TensorGroup
     inside: int = 0  # units that are open
-    joined_at: list[str] = dataclasses.field(default_factory=list)  # functions that asked for the whole
+    joined_at: set[str] = dataclasses.field(default_factory=set)  # functions that asked for the whole
     left: set[int] = dataclasses.field(default_factory=set)  # places of shards among what units have returned
     runs: dict[int, int] = dataclasses.field(default_factory=dict)  # samples × tokens, as seen -> tokens
 
@@ -58,10 +59,12 @@ class Region:
 
 @dataclasses.dataclass(slots=True)
 class _Memory:
-    """What shards that see the same elements share."""
+    """What shards that see the same elements share. The same on every rank, as who joins again follows from it."""
 
     writes: int = 0
-    viewed_whole: bool = False  # somebody holds a view of a joined tensor, which would not see a write
+    several: bool = False  # shards see it
+    views: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
+    # joined tensors of which somebody holds a view, which would not see a write, and their versions
 
 
 class SequenceShard(torch.Tensor):
@@ -131,7 +134,7 @@ def whole_tokens(leaf: Any) -> Any:
     if not isinstance(leaf, SequenceShard):
         return leaf
     with torch._C.DisableTorchFunctionSubclass():
-        _refuse_other_graph(leaf)
+        _refuse_unknown(leaf)
     if leaf.joined is not None and leaf.joined[0] == leaf.memory.writes:
         return leaf.joined[1]
     whole = gather(leaf.local, leaf.tokens, leaf.region.group)
@@ -148,7 +151,7 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     shards = _shards_in(args, kwargs)
     first = shards[0]
     for shard in shards:
-        _refuse_other_graph(shard)
+        _refuse_unknown(shard)
     if func in MAKERS:
         like = first.local.new_empty(()).expand(first.shape)
         return func(*[like if arg is first else arg for arg in args], **kwargs) if len(shards) == 1 else NotImplemented
@@ -161,16 +164,19 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         local = _elementwise(func, args, kwargs, operands)
         if local is NotImplemented:
             return NotImplemented
-        return _written(first, local) if func in IN_PLACE else _again(first, local, first.tokens, func in SAME_MEMORY)
+        if func in IN_PLACE:
+            return _written(first, local)
+        same = func in SAME_MEMORY and (local.dtype, local.device) == (first.local.dtype, first.local.device)
+        return _again(first, local, first.tokens, may_share=same)
     if func not in RULES:
         return NotImplemented
     answer = RULES[func](func, args, kwargs, operands)
     if answer is NotImplemented or not operands.fit:
         return NotImplemented
     if isinstance(answer, list):
-        return tuple(_again(first, local, tokens, True) for local, tokens in answer)
+        return tuple(_again(first, local, tokens, may_share=func in VIEWS) for local, tokens in answer)
     made, tokens = answer
-    return _again(first, made, tokens, True)
+    return _again(first, made, tokens, may_share=func in VIEWS)
 
 
 def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SequenceShard]:
@@ -204,12 +210,12 @@ class _Operands(Operands):
         if leaf.dim() < -tokens.dim:
             return self.weight(leaf)
         at = leaf.shape[tokens.dim]
+        if at == 1:  # it meets every token, also the only one
+            return self.weight(leaf)
         if at == tokens.extent:
             return scatter(leaf, tokens, self.first.region.group)
-        if at != 1:
-            self.fit = False
-            return leaf
-        return self.weight(leaf)
+        self.fit = False
+        return leaf
 
     def weight(self, leaf: Any, *, matrix: bool = False) -> Any:
         """A tensor that meets every token."""
@@ -233,6 +239,8 @@ def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any], operand
         return NotImplemented
     if func in IN_PLACE:
         _refuse_unseen(args[0], func)
+    if func is torch.Tensor.contiguous and not (args[1:] or kwargs):
+        return _dense(args[0].local, operands.tokens.dim)
     if any(type(leaf) in (tuple, list, dict) for leaf in (*args, *kwargs.values())):
         own_args, own_kwargs = tree_map(operands.local, (tuple(args), kwargs))
     else:
@@ -241,12 +249,26 @@ def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any], operand
     return func(*own_args, **own_kwargs) if operands.fit else NotImplemented
 
 
-def _again(source: SequenceShard, made: torch.Tensor, tokens: Tokens, may_share: bool) -> SequenceShard:
+def _dense(local: torch.Tensor, dim: int) -> torch.Tensor:
+    """`local`, or a contiguous copy: a copy on every rank or on none, also where some have one token or no token."""
+    expected = 1
+    for at in range(-1, -local.dim() - 1, -1):
+        size = local.shape[at]
+        if (size != 1 or at == dim) and local.stride(at) != expected:
+            return local.clone(memory_format=torch.contiguous_format)
+        expected *= max(size, 1)
+    return local
+
+
+def _again(source: SequenceShard, made: torch.Tensor, tokens: Tokens, *, may_share: bool) -> SequenceShard:
+    """A shard of what was made of `source`. Whether they share memory is told from the function, not from addresses:
+    a rank without tokens has none."""
     if made is source.local and tokens == source.tokens:
         return source
     shard = SequenceShard(made, tokens, source.region)
-    if may_share and made.untyped_storage().data_ptr() == source.local.untyped_storage().data_ptr():
+    if may_share:
         shard.memory = source.memory
+        shard.memory.several = True
     return shard
 
 
@@ -260,14 +282,20 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
     raise DataflowError(_PASSED_BY)
 
 
-def _refuse_other_graph(shard: SequenceShard) -> None:
-    """A shard is a leaf: an autograd function that returns one has computed it without a graph."""
+def _refuse_unknown(shard: SequenceShard) -> None:
+    """A shard is a leaf: an autograd function that returns one has computed it without a graph. And its tokens are what
+    the model's code sees."""
     if not shard.is_leaf:
         raise DataflowError(_PASSED_BY)
+    if any(whole._version != version for whole, version in shard.memory.views):
+        raise DataflowError(
+            "a view of all tokens was written into, and the activations that it is a view of are dealt out by tokens: "
+            "they would not see that; write into a copy, or lay the model out with sequence_parallel=off"
+        )
 
 
 def _refuse_unseen(target: SequenceShard, func: Any) -> None:
-    if target.memory.viewed_whole:
+    if target.memory.views:
         raise DataflowError(
             f"{getattr(func, '__name__', func)} writes into activations that are dealt out by tokens and of which "
             "there is a view of all tokens: it would not see that; write into a copy, or lay the model out with "
@@ -280,6 +308,8 @@ def _written(target: SequenceShard, local: torch.Tensor) -> SequenceShard:
     target.local = local
     if local.requires_grad != target.requires_grad:
         target.requires_grad_(local.requires_grad)
+        if not target.region.inside:
+            target.watch()
     return target
 
 
@@ -290,7 +320,7 @@ def _joined(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The function on whole tensors. What it wrote into is dealt out again."""
     shards = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, SequenceShard)]
     region = shards[0].region
-    region.joined_at.append(getattr(func, "__name__", str(func)))
+    region.joined_at.add(getattr(func, "__name__", str(func)))
     whole_of = {id(shard): whole_tokens(shard) for shard in shards}
     wholes = [(shard, whole_of[id(shard)], whole_of[id(shard)]._version) for shard in shards]
     whole_args, whole_kwargs = tree_map(lambda leaf: whole_of.get(id(leaf), leaf), (tuple(args), dict(kwargs)))
@@ -300,7 +330,8 @@ def _joined(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if whole._version != version:
             _refuse_unseen(shard, func)
             with torch._C.DisableTorchFunctionSubclass():
-                _written(shard, scatter(whole, shard.tokens, region.group))
+                dealt = scatter(whole, shard.tokens, region.group)
+                _written(shard, shard.local.copy_(dealt) if shard.memory.several else dealt)
         if whole.untyped_storage().data_ptr() in made:
-            shard.memory.viewed_whole = True
+            shard.memory.views.append((whole, whole._version))
     return out

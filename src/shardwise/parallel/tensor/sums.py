@@ -16,7 +16,31 @@ import torch
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
 
-__all__ = ["sum_partial"]
+__all__ = ["sum_partial", "sum_shared"]
+
+
+def sum_shared(parameters: Mapping[str, torch.Tensor], slices: Mapping[str, Slice], group: TensorGroup) -> None:
+    """Sum into `.grad` what several ranks hold of `parameters`, as `slices` say, by the same names.
+
+    One collective for each dtype. Every rank gives the same names; a parameter that has a gradient nowhere keeps none.
+    """
+    parts = {
+        name: _shared(torch.zeros_like(p) if p.grad is None else p.grad, slices[name], group.rank)
+        for name, p in sorted(parameters.items())
+        if p.requires_grad and slices[name].shared
+    }
+    for dtype in dict.fromkeys(part.gradient.dtype for part in parts.values()):
+        own = {name: part for name, part in parts.items() if part.gradient.dtype == dtype}
+        has = [float(parameters[name].grad is not None) for name in own]
+        given = [part.given().reshape(-1) for part in own.values()]
+        flags = given[0].new_tensor(has)  # how many ranks have a gradient at all
+        *totals, counts = torch.split(
+            group.all_reduce(torch.cat([*given, flags])), [*(part.count for part in own.values()), len(own)]
+        )
+        for (name, part), total, count in zip(own.items(), totals, counts.tolist(), strict=True):
+            if count:
+                part.take(total)
+                parameters[name].grad = part.gradient
 
 
 def sum_partial(gradients: Mapping[str, torch.Tensor], plan: UnitPlan, group: TensorGroup) -> None:
