@@ -152,6 +152,8 @@ class Channel:
     def _post(self, data: bytes | memoryview, descriptor: int | None = None) -> None:
         self.posted += len(data)
         self._unread += _NOTE_BYTES
+        if self._unwritten:
+            self.flush()
         taken = 0 if self._unwritten else self._write(data, descriptor)
         if taken < len(data):  # a descriptor travels with the first byte
             self._unwritten.append((bytes(data[taken:]), None if taken else descriptor))

@@ -18,8 +18,10 @@ from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import LayoutError
+from shardwise.execute.build import Fill, Part, build
 from shardwise.execute.large_blocks import give_back_large_blocks, trim
-from shardwise.execute.program import Fill, Part, Place, Program, build
+from shardwise.execute.place import Place
+from shardwise.execute.program import Program
 from shardwise.layout import Layout
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.calls import kinds_of

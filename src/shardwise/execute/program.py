@@ -1,127 +1,41 @@
 """A model laid out on ranks, seen from one of them: one call for a step, whatever the layout.
 
-Made by `build`; holds what is live (parameters, groups, hooks). Knows no optimizer, no data source.
+Made by `build.build`; holds what is live (parameters, groups, hooks). Knows no optimizer, no data source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
-from shardwise.comm.same_host import SameHostTransport, same_host_transport
 from shardwise.comm.same_host_group import SameHostGroup
-from shardwise.comm.traffic import CountedTransport, Traffic
-from shardwise.describe.expert import ExpertPlan
-from shardwise.describe.tensor import Slice, TensorPlan
-from shardwise.errors import LayoutError
+from shardwise.comm.traffic import Traffic
+from shardwise.describe.tensor import Slice
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, Moment, Work
-from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep, cut_by, divide_experts, whole_for_traces
+from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
+from shardwise.execute.mean_loss import MeanLoss
 from shardwise.execute.norms import sum_of_squares
-from shardwise.execute.weight_sums import WeightSums
+from shardwise.execute.place import Place
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
-from shardwise.parallel.hold import hold, holders_of, take_own
 from shardwise.parallel.tensor.divided import Divided
-from shardwise.parallel.tensor.processes import ProcessTensorGroup
-from shardwise.parallel.tensor.start_up import StartUp, prove_on_ranks
-from shardwise.plan.cut import Cut, cut_stages
+from shardwise.plan.cut import Cut
 from shardwise.schedule import generate
 from shardwise.schedule.check import check
 from shardwise.schedule.schedule import Schedule, forward_only
 from shardwise.schedule.transfers import Row, with_transfers
-from shardwise.trace.install import Switch, installed
-from shardwise.trace.objective import LossFunction
 from shardwise.trace.randomness import Scope
 from shardwise.trace.tape import Tape
 
-__all__ = ["Fill", "Part", "Place", "Program", "StepResult", "build"]
-
-Part = Callable[[str, torch.Tensor], torch.Tensor]  # (name, whole value) -> what of it belongs on this rank
-
-
-def _all_of_it(name: str, whole: torch.Tensor) -> torch.Tensor:
-    return whole
-
-
-class Fill(Protocol):
-    """Gives the parameters `names` of a model their values: of each whole value, what `part` says."""
-
-    def __call__(self, model: nn.Module, names: Sequence[str], part: Part = ...) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where this rank stands: its stage, its replica, its shard. rank = (stage * dp + replica) * tp + shard.
-
-    `dp` are all replicas, each with its share of the batch; in turn, replica % ep, they hold other experts.
-    """
-
-    rank: int
-    dp: int
-    pp: int
-    tp: int = 1
-    ep: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.dp * self.pp * self.tp
-
-    @property
-    def stage(self) -> int:
-        return self.rank // self.tp // self.dp
-
-    @property
-    def replica(self) -> int:
-        return self.rank // self.tp % self.dp
-
-    @property
-    def shard(self) -> int:
-        return self.rank % self.tp
-
-    @property
-    def expert(self) -> int:
-        """Which of the ranks that divide the experts this one is."""
-        return self.replica % self.ep
-
-    def rank_of(self, stage: int) -> int:
-        """The rank of a stage of this rank's replica and shard."""
-        return (stage * self.dp + self.replica) * self.tp + self.shard
-
-    def ranks_holding(self, stages: Sequence[int], shards: Sequence[int], expert: int | None = None) -> list[int]:
-        """All ranks of some stages and shards, of every replica or of those that hold the same experts."""
-        return [
-            (stage * self.dp + replica) * self.tp + shard
-            for stage in stages
-            for replica in (range(self.dp) if expert is None else range(expert, self.dp, self.ep))
-            for shard in shards
-        ]
-
-    def ranks_dividing_experts(self) -> list[list[int]]:
-        """The groups of the expert axis: for every stage, replica of all experts and shard, who divides them."""
-        return [
-            [(stage * self.dp + first + expert) * self.tp + shard for expert in range(self.ep)]
-            for stage in range(self.pp)
-            for first in range(0, self.dp, self.ep)
-            for shard in range(self.tp)
-        ]
-
-    def ranks_sharing(self) -> list[list[int]]:
-        """The groups of the tensor axis: for every stage and replica, its shards."""
-        return [
-            [(stage * self.dp + replica) * self.tp + shard for shard in range(self.tp)]
-            for stage in range(self.pp)
-            for replica in range(self.dp)
-        ]
+__all__ = ["Place", "Program", "StepResult"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,55 +47,6 @@ class StepResult:
     moments: Sequence[Moment]
     experts: ExpertStep | None = None  # what the experts did, where they are divided
     sent_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by this rank; see `comm.traffic`
-
-
-class _MeanLoss:
-    """The mean loss of a step, summed over all ranks: behind the step through `group`, which costs next to nothing, or
-    while the last backwards run."""
-
-    def __init__(
-        self,
-        factors: Sequence[float],
-        *,
-        device: torch.device,
-        alone: bool,
-        shards: int,
-        group: SameHostGroup | None = None,
-        stages: Collection[int] = (),
-    ) -> None:
-        self._group = group  # one replica: places in the group are stages
-        self._stages = sorted(stages)  # that know losses
-        self._factors = [factor / shards for factor in factors]  # every shard of a stage knows the same losses
-        self._alone = alone
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._pending: dist.Work | None = None
-        self._losses: Mapping[int, torch.Tensor] = {}
-
-    def start(self, losses: Mapping[int, torch.Tensor]) -> None:
-        """Begin, with the losses that this rank has; every rank calls it once a step."""
-        if self._group is not None:  # nothing to begin: the backwards go first
-            self._losses = losses
-            return
-        self._add(losses)
-        if not self._alone:
-            self._pending = dist.all_reduce(self._sum, async_op=True)
-
-    def _add(self, losses: Mapping[int, torch.Tensor]) -> None:
-        weighed = {m: loss for m, loss in losses.items() if self._factors[m]}  # a mean over no label is 0 / 0
-        if weighed:
-            factors = torch.tensor([self._factors[m] for m in weighed], dtype=torch.float64, device=self._sum.device)
-            self._sum = torch.stack(list(weighed.values())).to(factors).dot(factors)
-
-    def wait(self) -> float:
-        """The sum. Behind everything that the step sends: messages of a pair of ranks keep their order."""
-        self._add(self._losses)
-        if self._group is not None and len(self._stages) == 1:
-            self._group.broadcast(self._sum, self._stages[0])
-        elif self._group is not None:
-            self._group.all_reduce(self._sum)
-        if self._pending is not None:
-            self._pending.wait()
-        return float(self._sum.item())
 
 
 class Program:
@@ -306,7 +171,7 @@ class Program:
         gradients = self._gradients
         arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
         factors = [work.factor for work in works]
-        mean = _MeanLoss(
+        mean = MeanLoss(
             factors,
             device=self._engine_device,
             alone=self._world == 1,
@@ -387,231 +252,5 @@ class Program:
         self._stack.close()
 
 
-def build(
-    model: nn.Module,
-    *,
-    place: Place,
-    tape: Tape,
-    placement: Mapping[tuple[str, int], int],
-    schedule: str = "1f1b",
-    loss: LossFunction | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    units: Sequence[str] = (),
-    transport: Transport | None = None,
-    fill: Fill | None = None,
-    tensor: TensorPlan | None = None,
-    experts: ExpertPlan | None = None,
-    start_up: StartUp | None = None,
-) -> Program:
-    """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
-
-    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill` gives the held parameters their
-    values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
-    units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
-    the replicas that divide them.
-    Collective: every rank calls it with the same arguments.
-    """
-    where = torch.device(device)
-    stages = {node.index: placement[(node.name, node.call)] for node in tape.flow.calls}
-    cut: Cut = cut_stages(tape.flow, stages, place.pp)
-    holders = holders_of(model, tape.flow, cut, tape.units, placement)
-    mine = [name for name, stages_of in holders.items() if place.stage in stages_of]
-    if fill is not None:
-        hold(model, mine, device=where)
-    elif place.world_size > 1:
-        take_own(model, mine, device=where)
-        hold(model, mine, device=where)
-    switch = Switch()
-    stack = contextlib.ExitStack()
-    sums = WeightSums()
-    sums.install(model, tape.units, {name: p for name, p in model.named_parameters() if name in set(mine)})
-    stack.callback(sums.close)
-    same_host = _same_host(place, where, stack)
-    traffic = Traffic()
-    divided = _divided(model, place, tensor, tape.units, stack, same_host, traffic)
-    divided_experts = divide_experts(
-        model,
-        experts,
-        ep=place.ep,
-        groups=place.ranks_dividing_experts(),
-        rank=place.rank,
-        stack=stack,
-        same_host=same_host,
-    )
-    if divided_experts is not None:
-        mine = [name for name in mine if divided_experts.holds(name)]
-    if divided is not None:
-        sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
-    if fill is not None:
-        fill(model, mine, cut_by(divided, divided_experts))
-    if divided is not None and start_up and place.ep == 1:
-        here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) == place.stage}
-        with _closing_on_error(stack):
-            divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
-    stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
-    kept = set(mine)
-    held = {name: p for name, p in model.named_parameters() if name in kept}
-    partial = {name for name in holders if tensor is not None and tensor.is_partial(name)}
-    of_experts = {name for name in holders if divided_experts is not None and divided_experts.divides(name)}
-    groups = _groups(place, holders, partial, of_experts)
-    for group in groups.values():
-        stack.callback(dist.destroy_process_group, group)
-    of = {name: groups.get((holders[name], name in partial, name in of_experts)) for name in held}
-    shared = {name: group for name, group in of.items() if group is not None}
-    gradients = GradientSum(held, shared) if shared else None
-    if gradients is not None:
-        _count_gradients(traffic, gradients, groups)
-    if divided_experts is not None:
-        of_group = divided_experts.group
-        traffic.add("ep.all_to_all", lambda: of_group.sent_bytes)
-    between_stages = CountedTransport(transport or same_host or ProcessGroupTransport())
-    if place.pp > 1:
-        traffic.add("pp.send", lambda: between_stages.sent_bytes)
-    engine = Engine(
-        model,
-        switch=switch,
-        loss=loss,
-        rank=place.rank,
-        rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
-        transport=between_stages,
-        device=where,
-        sums=sums,
-    )
-    flows = Flows(
-        model,
-        switch=switch,
-        placement=placement,
-        num_stages=place.pp,
-        loss=loss,
-        units=units,
-        whole=whole_for_traces(divided, divided_experts),
-        divided=divided,
-    )
-    return Program(
-        model,
-        place=place,
-        flows=flows,
-        engine=engine,
-        schedule=schedule,
-        holders=holders,
-        gradients=gradients,
-        edges=frozenset(cut.edges),
-        seed=seed,
-        tape=tape,
-        cut=cut,
-        stack=stack,
-        divided=divided,
-        experts=divided_experts,
-        everyone=_everyone(place, same_host),
-        traffic=traffic,
-    )
-
-
-@contextlib.contextmanager
-def _closing_on_error(stack: contextlib.ExitStack) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        stack.close()
-        raise
-
-
-def _same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -> SameHostTransport | None:
-    """Shared memory between the stages of this rank's pipeline, between the shards of its stage, and between the ranks
-    that divide its experts; collective."""
-    stages = {place.rank_of(stage) for stage in range(place.pp)}
-    shards = {place.rank - place.shard + shard for shard in range(place.tp)}
-    experts = next(set(ranks) for ranks in place.ranks_dividing_experts() if place.rank in ranks)
-    if place.pp * place.tp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
-        return None
-    if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
-        return None
-    return stack.enter_context(same_host_transport(stages | shards | experts))
-
-
-def _divided(
-    model: nn.Module,
-    place: Place,
-    tensor: TensorPlan | None,
-    units: Sequence[str],
-    stack: contextlib.ExitStack,
-    same_host: SameHostTransport | None,
-    traffic: Traffic,
-) -> Divided | None:
-    """The units of the model divided among this rank's shards; collective where there are any."""
-    if place.tp == 1 or tensor is None:
-        return None
-    if tensor.tp != place.tp:
-        raise LayoutError(
-            f"a plan divides units among the shards of its layout, but this one was made for tp={tensor.tp} and the "
-            f"layout has tp={place.tp}; make the plan for tp={place.tp}"
-        )
-    mine: dist.ProcessGroup | None = None
-    for ranks in place.ranks_sharing():
-        group = dist.new_group(ranks)
-        if place.rank in ranks:
-            assert isinstance(group, dist.ProcessGroup)
-            mine = group
-    assert mine is not None
-    stack.callback(dist.destroy_process_group, mine)
-    sharing = _tensor_group(place, mine, same_host)
-    traffic.add("tp.all_reduce", lambda: sharing.reduced_bytes)
-    traffic.add("tp.all_gather", lambda: sharing.gathered_bytes)
-    traffic.add("tp.reduce_scatter", lambda: sharing.scattered_bytes)
-    divided = Divided(model, tensor, sharing, units, keep_logits=True)
-    stack.callback(divided.close)
-    return divided
-
-
-def _everyone(place: Place, same_host: SameHostTransport | None) -> SameHostGroup | None:
-    """All ranks, where they are one pipeline on one host; collective."""
-    if same_host is None or place.dp * place.tp > 1:  # on every rank
-        return None
-    connected = torch.tensor(len(same_host.connected) == place.pp - 1, dtype=torch.int64)
-    dist.all_reduce(connected, op=dist.ReduceOp.MIN)
-    return SameHostGroup(same_host, range(place.pp), place.rank) if connected.item() else None
-
-
-def _tensor_group(
-    place: Place, group: dist.ProcessGroup, same_host: SameHostTransport | None
-) -> ProcessTensorGroup | SameHostGroup:
-    """What sums over the shards of this rank's stage: shared memory where it reaches them all."""
-    if same_host is None:  # on every rank
-        return ProcessTensorGroup(group)
-    ranks = next(ranks for ranks in place.ranks_sharing() if place.rank in ranks)
-    everybody = torch.tensor(same_host.connected >= {*ranks} - {place.rank}, dtype=torch.int64)
-    dist.all_reduce(everybody, op=dist.ReduceOp.MIN, group=group)
-    return SameHostGroup(same_host, ranks, place.rank) if everybody.item() else ProcessTensorGroup(group)
-
-
-def _groups(
-    place: Place, holders: Mapping[str, tuple[int, ...]], partial: Collection[str], of_experts: Collection[str]
-) -> dict[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup]:
-    """A process group for every set of ranks that sum the gradient of a parameter: (stages that hold it, whether it
-    is partial on every shard, whether it is that of divided experts) -> the group that this rank is in."""
-    groups: dict[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup] = {}
-    everyone = range(place.tp)
-    for key in sorted({(holders[name], name in partial, name in of_experts) for name in holders}):
-        stages, sums_shards, divides = key
-        for shards in [tuple(everyone)] if sums_shards else [(shard,) for shard in everyone]:
-            for expert in range(place.ep) if divides else [None]:
-                ranks = place.ranks_holding(stages, shards, expert)
-                if len(ranks) > 1:
-                    group = dist.new_group(ranks)
-                    if place.rank in ranks:
-                        assert isinstance(group, dist.ProcessGroup)
-                        groups[key] = group
-    return groups
-
-
 def _own_row(schedule: Schedule, edges: frozenset[tuple[int, int]], stage: int) -> Row:
     return with_transfers(schedule, edges)[schedule.owners[stage]]
-
-
-def _count_gradients(
-    traffic: Traffic, gradients: GradientSum, groups: Mapping[tuple[tuple[int, ...], bool, bool], dist.ProcessGroup]
-) -> None:
-    for (stages, sums_shards, _), group in groups.items():
-        kind = "tp.gradients" if sums_shards else "pp.all_reduce" if len(stages) > 1 else "dp.all_reduce"
-        traffic.add(kind, functools.partial(gradients.reduced_bytes, group))

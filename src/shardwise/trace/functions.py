@@ -45,7 +45,7 @@ def looks_at_arguments(func: Any) -> bool:
 
 
 def vmapped(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `torch.vmap(func, ...)(...)` computes: the node of such a call. Arguments as torch's own function has them."""
+    """What `torch.vmap(func, ...)(...)` computes: the node of such a call, with arguments as torch itself hands on."""
     return _VMAP(func, *args, **kwargs)
 
 
@@ -77,7 +77,7 @@ def name_of(func: Any) -> str:
 
 @contextlib.contextmanager
 def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[None]:
-    """While open, `SomeFunction.apply(...)` and `torch.vmap(f)(...)` reach the mode that `active()` answers as one call.
+    """While open, `SomeFunction.apply(...)` and `torch.vmap(f)(...)` reach the mode of `active()` as one call each.
 
     Torch's function modes see the operations inside of both, not the function; inside `vmap` those are on tensors
     that have one dim less than their values, and what ends it no mode sees.

@@ -24,7 +24,7 @@ class Memo(Protocol):
 
 
 def memos_of(model: nn.Module) -> tuple[Memo, ...]:
-    """The memos of the model's classes, of the Python modules that define these, and of modules; torch's own are not."""
+    """The memos of the model's classes, of the Python modules that define them, and of modules; none of torch."""
     classes = {kind for module in model.modules() for kind in type(module).__mro__ if _is_foreign(kind)}
     spaces = [sys.modules[name] for name in {kind.__module__ for kind in classes} if name in sys.modules]
     found: dict[int, Memo] = {}

@@ -155,11 +155,13 @@ def errors_of(
     *,
     by_sign: bool,
     roundings: Mapping[str, float] | None = None,
+    distances: Mapping[str, float] | None = None,
 ) -> tuple[TensorError, ...]:
     """The errors of every parameter. `by_sign`: the optimizer normalises (AdamW), so that elements whose reference
     gradient is below the floor have no meaningful update and are left out. `roundings`: norms that the stored weights'
-    own rounding may add to a difference of updates; less than that is no difference. Tensors are asked for one at a
-    time, so that they may lie in files; a gradient that is missing is None."""
+    own rounding may add to a difference of updates; less than that is no difference. `distances`: how far further
+    copies of a gradient are from the reference; the farthest counts. Tensors are asked for one at a time, so that they
+    may lie in files; a gradient that is missing is None."""
     total = sum(update.numel() for update in reference_updates.values()) or 1
     norm = _norm(reference_gradients.values())
     update_norm = _norm(reference_updates.values())
@@ -169,10 +171,12 @@ def errors_of(
         gradient = reference_gradients.get(name)
         least = FLOOR * norm / math.sqrt(total) if by_sign and gradient is not None else None
         distance = _distance(updates[name], reference_update, gradient, least)
+        of_gradient = _distance(gradients.get(name), gradient)
+        farthest = max(of_gradient.difference, (distances or {}).get(name, 0.0))
         errors.append(
             TensorError(
                 name=name,
-                gradient=_error(_distance(gradients.get(name), gradient), share * norm),
+                gradient=_error(dataclasses.replace(of_gradient, difference=farthest), share * norm),
                 update=_error(distance, share * update_norm, (roundings or {}).get(name, 0.0)),
                 left_out=distance.left_out,
             )

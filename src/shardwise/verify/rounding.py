@@ -21,6 +21,7 @@ from typing import cast
 import torch
 
 from shardwise.verify.comparison import Rounding, TensorError, errors_of, relative
+from shardwise.verify.copies import distances_of
 from shardwise.verify.sides import Side
 from shardwise.verify.stored import Joined
 
@@ -33,7 +34,8 @@ MOST = 4.0
 
 
 def tensor_errors(sides: Sequence[Side], reference: Side, *, by_sign: bool) -> tuple[TensorError, ...]:
-    """The errors of every parameter of a layout, whose ranks noted `sides`, against `reference`."""
+    """The errors of every parameter of a layout, whose ranks noted `sides`, against `reference`; of what several ranks
+    hold, the largest."""
     experts = [(side.expert, side.experts) for side in sides]
     return errors_of(
         Joined([(side.gradients, side.shard, side.tensor) for side in sides], experts),
@@ -42,6 +44,7 @@ def tensor_errors(sides: Sequence[Side], reference: Side, *, by_sign: bool) -> t
         reference.updates,
         by_sign=by_sign,
         roundings=reference.roundings,
+        distances=distances_of([side.copies for side in sides], reference.gradients),
     )
 
 

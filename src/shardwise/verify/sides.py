@@ -28,6 +28,7 @@ from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
 from shardwise.trace.objective import objective
+from shardwise.verify.copies import Copy, copies_of
 from shardwise.verify.job import Job, batch_of, couples_samples, model_of, optimizer_over, unfilled_model_of
 from shardwise.verify.probe import Outputs, probing, streamed_probe
 from shardwise.verify.stored import StoredTensors
@@ -51,6 +52,7 @@ class Side:
     couples: str = ""  # why samples of the batch influence each other, where something is known to do that
     num_stages: int = 1  # in which a streamed model is run
     shard: int = 0
+    copies: Mapping[str, Copy] = dataclasses.field(default_factory=dict)  # gradients that other ranks answer
     tensor: TensorPlan | None = None  # how units are divided among shards; tensors that are, come in parts
     expert: int = 0  # which of the ranks that divide experts
     experts: ExpertPlan | None = None  # how experts are divided; tensors that are, come in parts
@@ -120,12 +122,14 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
     experts: ExpertStep | None = None
     norm = 0.0
     gradients: dict[str, torch.Tensor | None] = {}
+    copies: Mapping[str, Copy] = {}
     for step in range(job.steps):
         result = program.step(mine, step=step)
         losses.append(result.loss)
         experts = result.experts
         if step == 0:
             norm = program.gradient_norm()
+            copies = copies_of(program)
             gradients = {name: None if p.grad is None else p.grad.detach().clone() for name, p in owned.items()}
         if optimizer is not None:
             optimizer.step()
@@ -136,6 +140,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
         expert_step=experts,
         norm=norm,
         gradients=gradients,
+        copies=copies,
         updates={name: p.detach() - before[name] for name, p in owned.items()},
         roundings={name: _rounding(w) * job.steps for name, w in before.items()},
         calls=_calls(program),
@@ -148,6 +153,7 @@ def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder:
     """One step; gradients and updates go to files, one parameter after another."""
     result = program.step(mine, step=0)
     norm = program.gradient_norm()
+    copies = copies_of(program)
     stored = _Stored(job, folder / f"rank{program.place.rank}")
     for name, parameter in program.parameters.items():
         if program.owns(name):
@@ -157,6 +163,7 @@ def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder:
         losses=[result.loss],
         expert_step=result.experts,
         norm=norm,
+        copies=copies,
         gradients=stored.gradients,
         updates=stored.updates,
         roundings=stored.roundings,

@@ -91,8 +91,8 @@ def _proven(kind: Kind, ep: int) -> _Proof:
     try:
         kind = dataclasses.replace(kind, calls=with_whole_numbers(unit, kind.calls))
         found = find_experts(unit, kind.calls[0])
-    except Exception as error:  # whatever a model raises when it is run alone, on random numbers
-        return dataclasses.replace(made, reason=f"it does not run by itself: {type(error).__name__}: {error}")
+    except Exception as raised:  # whatever a model raises when it is run alone, on random numbers
+        return dataclasses.replace(made, reason=f"it does not run by itself: {type(raised).__name__}: {raised}")
     chosen: list[Experts] = []
     worst = 0.0
     reasons = list(found.reasons)

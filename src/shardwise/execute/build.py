@@ -1,0 +1,209 @@
+"""Lays a model out on a rank: what it holds, its units divided and installed, and who sums its gradients.
+
+Every rank builds its own program, all in the same order. Knows one tape and one placement; no layouts, no steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+
+from shardwise.comm.point_to_point import ProcessGroupTransport, Transport
+from shardwise.comm.same_host import SameHostTransport
+from shardwise.comm.traffic import CountedTransport, Traffic
+from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.tensor import TensorPlan
+from shardwise.errors import LayoutError
+from shardwise.execute import rank_groups
+from shardwise.execute.engine import Engine
+from shardwise.execute.expert_ranks import cut_by, divide_experts, whole_for_traces
+from shardwise.execute.flows import Flows
+from shardwise.execute.place import Place
+from shardwise.execute.program import Program
+from shardwise.execute.weight_sums import WeightSums
+from shardwise.parallel.expert.install import DividedExperts
+from shardwise.parallel.hold import hold, holders_of, take_own
+from shardwise.parallel.tensor.divided import Divided
+from shardwise.parallel.tensor.start_up import StartUp, prove_on_ranks
+from shardwise.plan.cut import cut_stages
+from shardwise.trace.install import Switch, installed
+from shardwise.trace.objective import LossFunction
+from shardwise.trace.tape import Tape
+
+__all__ = ["Fill", "Part", "build"]
+
+Part = Callable[[str, torch.Tensor], torch.Tensor]  # (name, whole value) -> what of it belongs on this rank
+
+
+class Fill(Protocol):
+    """Gives the parameters `names` of a model their values: of each whole value, what `part` says."""
+
+    def __call__(self, model: nn.Module, names: Sequence[str], part: Part = ...) -> None: ...
+
+
+def build(
+    model: nn.Module,
+    *,
+    place: Place,
+    tape: Tape,
+    placement: Mapping[tuple[str, int], int],
+    schedule: str = "1f1b",
+    loss: LossFunction | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    units: Sequence[str] = (),
+    transport: Transport | None = None,
+    fill: Fill | None = None,
+    tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
+    start_up: StartUp | None = None,
+) -> Program:
+    """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
+
+    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill` gives the held parameters their
+    values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
+    units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
+    the replicas that divide them. Units in `start_up` are proven once more by their ranks.
+    Collective: every rank calls it with the same arguments.
+    """
+    where = torch.device(device)
+    stages = {node.index: placement[(node.name, node.call)] for node in tape.flow.calls}
+    cut = cut_stages(tape.flow, stages, place.pp)
+    holders = holders_of(model, tape.flow, cut, tape.units, placement)
+    mine = [name for name, stages_of in holders.items() if place.stage in stages_of]
+    if fill is None and place.world_size > 1:
+        take_own(model, mine, device=where)
+    if fill is not None or place.world_size > 1:
+        hold(model, mine, device=where)
+    switch, sums, traffic = Switch(), WeightSums(), Traffic()
+    stack = contextlib.ExitStack()
+    with _closing_on_error(stack):
+        sums.install(model, tape.units, {name: p for name, p in model.named_parameters() if name in set(mine)})
+        stack.callback(sums.close)
+        same_host = rank_groups.same_host(place, where, stack)
+        divided = _divided(model, place, tensor, tape.units, stack, same_host, traffic)
+        divided_experts = divide_experts(
+            model,
+            experts,
+            ep=place.ep,
+            groups=place.ranks_dividing_experts(),
+            rank=place.rank,
+            stack=stack,
+            same_host=same_host,
+        )
+        if divided_experts is not None:
+            mine = [name for name in mine if divided_experts.holds(name)]
+        if divided is not None:
+            sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
+        if fill is not None:
+            fill(model, mine, cut_by(divided, divided_experts))
+        if divided is not None and start_up and place.ep == 1:
+            here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) == place.stage}
+            divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
+        stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
+        gradients = rank_groups.gradient_sum(
+            place,
+            {name: p for name, p in model.named_parameters() if name in set(mine)},
+            _kinds(holders, tensor, divided_experts),
+            traffic,
+            stack,
+        )
+        if divided_experts is not None:
+            of_group = divided_experts.group
+            traffic.add("ep.all_to_all", lambda: of_group.sent_bytes)
+        between_stages = CountedTransport(transport or same_host or ProcessGroupTransport())
+        if place.pp > 1:
+            traffic.add("pp.send", lambda: between_stages.sent_bytes)
+        everyone = rank_groups.everyone(place, same_host)
+    traffic.read()  # what a proof has sent belongs to no step
+    engine = Engine(
+        model,
+        switch=switch,
+        loss=loss,
+        rank=place.rank,
+        rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
+        transport=between_stages,
+        device=where,
+        sums=sums,
+    )
+    flows = Flows(
+        model,
+        switch=switch,
+        placement=placement,
+        num_stages=place.pp,
+        loss=loss,
+        units=units,
+        whole=whole_for_traces(divided, divided_experts),
+        divided=divided,
+    )
+    return Program(
+        model,
+        place=place,
+        flows=flows,
+        engine=engine,
+        schedule=schedule,
+        holders=holders,
+        gradients=gradients,
+        edges=frozenset(cut.edges),
+        seed=seed,
+        tape=tape,
+        cut=cut,
+        stack=stack,
+        divided=divided,
+        experts=divided_experts,
+        everyone=everyone,
+        traffic=traffic,
+    )
+
+
+@contextlib.contextmanager
+def _closing_on_error(stack: contextlib.ExitStack) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _divided(
+    model: nn.Module,
+    place: Place,
+    tensor: TensorPlan | None,
+    units: Collection[str],
+    stack: contextlib.ExitStack,
+    same_host: SameHostTransport | None,
+    traffic: Traffic,
+) -> Divided | None:
+    """The units of the model divided among this rank's shards; collective where there are any."""
+    if place.tp == 1 or tensor is None:
+        return None
+    if tensor.tp != place.tp:
+        raise LayoutError(
+            f"a plan divides units among the shards of its layout, but this one was made for tp={tensor.tp} and the "
+            f"layout has tp={place.tp}; make the plan for tp={place.tp}"
+        )
+    sharing = rank_groups.tensor_group(place, same_host, stack)
+    traffic.add("tp.all_reduce", lambda: sharing.reduced_bytes)
+    traffic.add("tp.all_gather", lambda: sharing.gathered_bytes)
+    traffic.add("tp.reduce_scatter", lambda: sharing.scattered_bytes)
+    divided = Divided(model, tensor, sharing, units, keep_logits=True)
+    stack.callback(divided.close)
+    return divided
+
+
+def _kinds(
+    holders: Mapping[str, tuple[int, ...]], tensor: TensorPlan | None, experts: DividedExperts | None
+) -> dict[str, rank_groups.Kind]:
+    """Who sums the gradient of each parameter of the model."""
+    return {
+        name: rank_groups.Kind(
+            stages=stages,
+            partial=tensor is not None and tensor.is_partial(name),
+            divides_experts=experts is not None and experts.divides(name),
+        )
+        for name, stages in holders.items()
+    }
