@@ -5,8 +5,9 @@
     python examples/any_model.py --model qwen3_moe --layout ep=2,dp=2
     python examples/any_model.py --all                       every model, on the layouts of LAYOUTS
 
-Prints what `shardwise.verify` found: the errors of loss, gradients and updated weights, and what crosses between the
-stages. The exit status is 1 if anything differs.
+Prints what `shardwise.verify` found: the errors of loss, gradients and updated weights, what crosses between the
+stages, and of the parameters of the blocks' matrix products the share that is divided. The exit status is 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with RankStarter(preload=PRELOAD) as starter:
         rows = list(_verified(names, layouts, options.steps, options.dtype, starter, details=not options.all))
     print()
-    print(f"{'model':18s} {'layout':12s} {'gradient error':>14s}   {'seconds':>7s}")
+    print(f"{'model':18s} {'layout':12s} {'gradient error':>14s} {'sharded':>8s} {'seconds':>8s}")
     for name, layout, comparison, seconds in rows:
         verdict = "" if comparison.equal else f"   NOT EQUAL: {comparison.first_difference}"
-        print(f"{name:18s} {layout:12s} {comparison.gradient_error:14.1e}   {seconds:7.1f}{verdict}")
+        share = "" if comparison.tensor is None else f"{comparison.tensor.sharded_share:.0%}"
+        print(f"{name:18s} {layout:12s} {comparison.gradient_error:14.1e} {share:>8s} {seconds:8.1f}{verdict}")
     return 0 if all(comparison.equal for _, _, comparison, _ in rows) else 1
 
 

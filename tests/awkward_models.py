@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 WIDTH = 6
 
@@ -114,6 +117,59 @@ class UsesAnAutogradFunction(Awkward):
     def through(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x = layer(x) + 0.1 * Sign.apply(x, 0.5)
+        return x
+
+
+class MapsOverSamples(Awkward):
+    """`torch.vmap` inside `torch.vmap`, of a function that also uses what it is not given."""
+
+    def through(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            before, x = x, layer(x)
+            mean = before.mean(0)
+            with Quiet():
+                x = torch.vmap(torch.vmap(lambda a, b, mean=mean: a + 0.1 * b * mean.sum()))(x, before)
+        return x
+
+
+class Quiet(TorchFunctionMode):
+    """A mode of the model's own, which does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class MakesATensorOfNumbers(Awkward):
+    """`torch.tensor` looks at tensors among the numbers that it is given."""
+
+    def through(self, x: torch.Tensor) -> torch.Tensor:
+        largest = x.abs().max()
+        for layer in self.layers:
+            x = layer(x) + torch.tensor([0.0, 1.0, largest, 0.0, 1.0, 2.0])
+        return x
+
+
+def remembered(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function with a memory, which a wrapper hides."""
+    memory = functools.lru_cache(maxsize=2)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> torch.Tensor:
+        return memory(*args)
+
+    return wrapper
+
+
+class RemembersATable(Awkward):
+    """The first forward computes a table between the layers, all others find it."""
+
+    @remembered
+    def table(self, width: int) -> torch.Tensor:
+        return torch.arange(width).div(width).cos()
+
+    def through(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) * self.table(x.shape[-1])
         return x
 
 
@@ -297,6 +353,9 @@ ALL: tuple[type[Awkward], ...] = (
     FillsACanvas,
     CallsAgain,
     UsesAnAutogradFunction,
+    MapsOverSamples,
+    MakesATensorOfNumbers,
+    RemembersATable,
     Splits,
     ReadsDictionaries,
     ReadsAttributes,

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from shardwise.verify.comparison import errors_of, relative
+from shardwise.verify.comparison import FLOOR, errors_of, relative
 
-__all__ = ["TOLERANCE", "Gradients", "Outcome", "Run", "errors_by_name", "gradients_of", "worst_error"]
+__all__ = [
+    "TOLERANCE",
+    "Gradients",
+    "Outcome",
+    "Run",
+    "errors_by_name",
+    "followed_share",
+    "gradients_of",
+    "worst_error",
+]
 
 TOLERANCE = 1e-5  # float32: sums of gradients that arrive in another order
 
@@ -28,6 +38,8 @@ class Outcome:
     stages: tuple[int, ...] = ()  # unit calls of each
     gradient_error: float | None = None  # in float32
     float64_error: float | None = None  # where float32 ends above the tolerance; it decides then
+    shaken: bool = False  # no farther off than one device whose weights differ in their last bit
+    followed: float | None = None  # `followed_share` of the gradients of one device
     sharded_share: float | None = None  # of the parameters of matrix products in blocks
     whole: str = ""  # why the rest of them is not divided
     plan_seconds: float = 0.0  # to find and prove how units are divided
@@ -46,6 +58,18 @@ def worst_error(got: Run, wanted: Run) -> tuple[float, str]:
     errors = errors_by_name(got, wanted)
     where = max(errors, key=lambda name: errors[name])
     return errors[where], where
+
+
+def followed_share(gradients: Gradients) -> float:
+    """Of the elements of parameters that have a gradient, the share whose gradient is large enough for an error of a
+    hundredth to be beyond the tolerance. `errors_of` measures small ones against its floor, so that where one tensor
+    holds nearly all of the gradient, equal gradients say little of the others."""
+    tensors = [gradient for gradient in gradients.values() if gradient is not None]
+    total = sum(tensor.numel() for tensor in tensors)
+    norms = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors]
+    least = 100 * TOLERANCE * FLOOR * math.hypot(*norms)
+    followed = (t for t, norm in zip(tensors, norms, strict=True) if norm >= least * math.sqrt(t.numel() / total))
+    return sum(tensor.numel() for tensor in followed) / max(total, 1)
 
 
 def errors_by_name(got: Run, wanted: Run) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """Every architecture of transformers, made small, trained one step, and verified on layouts: the benchmark itself.
 
-Starts one worker process at a time and watches its clock; writes one line an architecture as it goes and takes up
-where it stopped. Knows nothing of models.
+Starts one worker process at a time and watches the processor time that it takes; keeps one line an architecture, and
+takes up where it stopped. Several runs may write into one file. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ RESULTS = HERE / "results" / "architectures.jsonl"
 TABLE = HERE.parent.parent / "docs" / "coverage.md"
 QUICK = ("bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral", "whisper", "mamba", "clip")
 LAYOUTS = ("pp2", "tp2", "tp2_pp2")  # those that `layouts` has a function for
-SECONDS = 120  # of one step of an architecture: finding a model that trains, or one layout
+SECONDS = 120  # of a processor, for one step of an architecture: finding a model that trains, or one layout
+_PATIENCE = 6  # times as many seconds of the clock: other work may have the processors
 _LIFE = 40  # architectures of one worker
 
 
@@ -42,14 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _forget(results, names)
     known = _read(results)
     if not options.table:
-        asked = {name: _asked_of(known.get(name), options) for name in names}
+        commit = _commit()
+        asked = {name: _asked_of(known.get(name), options, commit) for name in names}
         for row in _run({name: layouts for name, layouts in asked.items() if layouts}, options.seconds):
-            known = _read(results)  # another run may write into it too
-            row = _merged(known.get(row["architecture"]), row)
-            known[row["architecture"]] = row
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            row = _record(results, row)
             print(_line(row), flush=True)
+        known = _read(results)
     rows = [known[name] for name in names if name in known]
     if not (options.only or options.part or options.quick):
         TABLE.write_text(markdown(rows, [name for name in names if name not in known]), encoding="utf-8")
@@ -63,9 +63,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", metavar="I/N", help="every N-th architecture, starting with the I-th of 1..N")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS, help="these layouts alone")
     parser.add_argument("--again", action="store_true", help="run also what has a result already")
+    parser.add_argument("--current", action="store_true", help="run again what another commit's code has answered")
     parser.add_argument("--misses", action="store_true", help="run again the layouts that are not proven, or too small")
     parser.add_argument("--table", action="store_true", help="run nothing: write the table from the results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one architecture")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time of one step")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results, one line each")
     return parser.parse_args(arguments)
 
@@ -97,35 +98,62 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
     return {row["architecture"]: row for row in rows}
 
 
+def _record(results: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what is known of its architecture, after it has been written."""
+    with _alone(results):
+        known = _read(results)
+        known[row["architecture"]] = row = _merged(known.get(row["architecture"]), row)
+        _write(results, known.values())
+    return row
+
+
 def _forget(results: Path, names: Iterable[str]) -> None:
-    kept = [row for name, row in _read(results).items() if name not in set(names)]
+    with _alone(results):
+        _write(results, [row for name, row in _read(results).items() if name not in set(names)])
+
+
+def _write(results: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line an architecture; who reads at the same time sees all of the old file or all of the new one."""
+    new = results.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    new.replace(results)
+
+
+@contextlib.contextmanager
+def _alone(results: Path) -> Iterator[None]:
+    """No other run writes results there inside the block."""
     results.parent.mkdir(exist_ok=True)
-    results.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    folder = os.open(results.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
-def _asked_of(known: Mapping[str, Any] | None, options: argparse.Namespace) -> tuple[str, ...]:
-    """The layouts of an architecture that are to be run."""
-    if options.again:
-        return tuple(options.layouts)
-    if options.misses and known is not None:
-        return tuple(name for name in options.layouts if known["trained"] and is_miss(known, name))
-    return _missing(known, options.layouts)
-
-
-def _missing(known: Mapping[str, Any] | None, layouts: Sequence[str]) -> tuple[str, ...]:
-    """The layouts that an architecture has no result of; none where it does not train."""
-    if known is None:
-        return tuple(layouts)
-    return tuple(name for name in layouts if known["trained"] and known["layouts"].get(name) is None)
+def _asked_of(known: Mapping[str, Any] | None, options: argparse.Namespace, commit: str) -> tuple[str, ...]:
+    """The layouts of an architecture that are to be run; `commit` is the code's."""
+    layouts = tuple(options.layouts)
+    if known is None or options.again:
+        return layouts
+    if not known["trained"]:
+        return layouts if options.current and known.get("commit") != commit else ()
+    if options.misses:
+        return tuple(name for name in layouts if is_miss(known, name))
+    outcomes = {name: known["layouts"].get(name) for name in layouts}
+    return tuple(
+        name
+        for name, outcome in outcomes.items()
+        if outcome is None or (options.current and outcome.get("commit") != commit)
+    )
 
 
 def _merged(known: Mapping[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    """A new row with the layouts that were known of the architecture before."""
-    if known is None or not known["trained"]:
+    """A new row with the layouts that were known of the architecture before; alone where it no longer trains."""
+    if known is None or not (known["trained"] and row["trained"]):
         return row
     fresh = {name: outcome for name, outcome in row["layouts"].items() if outcome is not None}
-    about = row if row["trained"] else known  # it did train before: no answer in time, say
-    return {**about, "layouts": {**dict.fromkeys(LAYOUTS), **known["layouts"], **fresh}}
+    return {**row, "layouts": {**dict.fromkeys(LAYOUTS), **known["layouts"], **fresh}}
 
 
 # -- the worker ----------------------------------------------------------------------------------------
@@ -190,7 +218,7 @@ class _Worker:
             step = self._next(seconds)
             if step is None:
                 died = self._process.poll()
-                reason = f"no answer within {seconds:.0f} s" if died is None else f"the process died with {died}"
+                reason = f"no answer in {seconds:.0f} s" if died is None else f"the process died with {died}"
                 self.end()
                 break
             row = step
@@ -199,9 +227,11 @@ class _Worker:
 
     def _next(self, seconds: float) -> dict[str, Any] | None:
         """The next line of the worker; None where it does not come in time, or never will."""
-        end = time.monotonic() + seconds
+        end, taken = time.monotonic() + _PATIENCE * seconds, _processor_seconds(self._process.pid)
         while not self._lines:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, end - time.monotonic()))
+            ready, _, _ = select.select([self._answers], [], [], 1.0)
+            if not ready and time.monotonic() < end and _processor_seconds(self._process.pid) - taken < seconds:
+                continue
             piece = os.read(self._answers, 1 << 16) if ready else b""
             if not piece:
                 return None
@@ -211,10 +241,24 @@ class _Worker:
         return answer
 
 
+def _processor_seconds(session: int) -> float:
+    """What the processes of a session have taken of the processors; of the clock where the system does not tell."""
+    stats = list(Path("/proc").glob("[0-9]*/stat"))
+    if not stats:
+        return time.monotonic()
+    ticks = 0
+    for stat in stats:
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()  # after the name: state, parent, group, session, ...
+            if int(fields[3]) == session:
+                ticks += sum(int(field) for field in fields[11:15])  # its own, and its children's that have ended
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _failed(row: dict[str, Any], layouts: Sequence[str], reason: str, commit: str) -> dict[str, Any]:
     """A row with the reason where something is missing, and with the commit at every layout."""
     if not row["trained"]:
-        return {**row, "reason": reason}
+        return {**row, "reason": reason, "commit": commit}
     failure = {"proven": False, "wrong": False, "gradient_error": None, "reason": reason}
     asked = [name for name in layouts if row["layouts"].get(name) is None]
     outcomes = {**dict.fromkeys(LAYOUTS), **row["layouts"]}
@@ -224,10 +268,11 @@ def _failed(row: dict[str, Any], layouts: Sequence[str], reason: str, commit: st
 
 
 def _commit() -> str:
-    """The commit that is checked out, with + where the sources differ from it; empty without git."""
+    """The last commit that changed the sources, with + where they differ from it; empty without git."""
+    paths = ["src/shardwise", "benchmarks/coverage", ":(exclude)benchmarks/coverage/results"]
+    command = ["git", "log", "-1", "--format=%h", "--", *paths]
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        paths = ["src/shardwise", "benchmarks/coverage"]
+        head = subprocess.run(command, capture_output=True, text=True, check=True)
         changed = subprocess.run(
             ["git", "--no-optional-locks", "diff", "--quiet", "HEAD", "--", *paths], check=False
         ).returncode

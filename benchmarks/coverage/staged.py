@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.coverage.case import Case
-from benchmarks.coverage.outcome import TOLERANCE, Gradients, Outcome, gradients_of, worst_error
+from benchmarks.coverage.outcome import TOLERANCE, Gradients, Outcome, followed_share, gradients_of, worst_error
 from shardwise.describe.profile import ModelProfile
 from shardwise.errors import ShardwiseError
 from shardwise.execute.in_process import run_in_process
@@ -79,9 +79,9 @@ class Alone:
             return _kept(self.case.model, lambda: run_stages(self.case, self.staged(1)))
         return _kept(self.case.model, lambda: _plain(self.case))
 
-    def shaken(self) -> tuple[float, Gradients]:
+    def shaken(self, seed: int = 0) -> tuple[float, Gradients]:
         """Loss and gradients of weights that differ in about their last bit: what of `result` rounding decides."""
-        model, generator = copy.deepcopy(self.case.model), torch.Generator().manual_seed(0)
+        model, generator = copy.deepcopy(self.case.model), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -123,6 +123,7 @@ def verify_stages(alone: Alone, num_stages: int = 2) -> Outcome:
         units=units,
         stages=sizes,
         gradient_error=worst,
+        followed=followed_share(wanted[1]),
         reference=alone.reference,
         seconds=time.monotonic() - started,
         reason="" if proven else f"error {worst:.1e} at {where}",

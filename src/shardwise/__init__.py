@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwise.errors import ShardwiseError as ShardwiseError
     from shardwise.layout import Layout as Layout
+    from shardwise.parallel.expert.plan_experts import plan_experts as plan_experts
     from shardwise.parallel.tensor.collectives import TensorGroup as TensorGroup
     from shardwise.parallel.tensor.cross_entropy import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardwise.parallel.tensor.modules import ColumnParallelLinear as ColumnParallelLinear
@@ -43,6 +44,7 @@ PUBLIC_NAMES = MappingProxyType(
         "VocabParallelEmbedding": "shardwise.parallel.tensor.modules",
         "defer": "shardwise.trace.deferred",
         "measure": "shardwise.trace.timing",
+        "plan_experts": "shardwise.parallel.expert.plan_experts",
         "plan_tensor": "shardwise.parallel.tensor.plan_tensor",
         "trace": "shardwise.trace.profile",
         "train": "shardwise.train.run",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import multiprocessing
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +19,31 @@ import torch.distributed as dist
 import transformers as hf
 
 from benchmarks.coverage import sharded
-from benchmarks.coverage.case import Case, NotTrainedError, architectures, find_case, pattern_loss
+from benchmarks.coverage.case import (
+    Case,
+    NotTrainedError,
+    _fill,
+    _marked_memory,
+    architectures,
+    find_case,
+    pattern_loss,
+)
 from benchmarks.coverage.guess import Guess, repaired
 from benchmarks.coverage.inputs import batch_of
 from benchmarks.coverage.kinds import weights_by_kind
 from benchmarks.coverage.layouts import layouts
 from benchmarks.coverage.names import Meaning, meaning_of
+from benchmarks.coverage.outcome import followed_share
 from benchmarks.coverage.ranks import RankError, on_forked_ranks
-from benchmarks.coverage.run import _failed, _merged, _missing, main
+from benchmarks.coverage.run import LAYOUTS, _asked_of, _failed, _merged, _processor_seconds, _read, _record, main
 from benchmarks.coverage.sharded import Shards
 from benchmarks.coverage.shrink import POLICIES, shrunk
 from benchmarks.coverage.staged import Alone
 from benchmarks.coverage.table import figures, markdown
 from shardwise.describe.tensor import TensorPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.processes import ProcessTensorGroup
+from shardwise.verify.rounding import DOUBT
 
 TARGETS, SIXTEENTH = POLICIES[0], POLICIES[1]
 
@@ -133,6 +149,57 @@ def test_a_plan_with_a_fault_is_seen_to_differ(bert: Case, monkeypatch: pytest.M
     assert "in float64" in outcome.reason
 
 
+def test_precision_that_the_layout_alone_loses_is_no_rounding(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = ProcessTensorGroup.all_reduce
+
+    def rounded(self: ProcessTensorGroup, tensor: torch.Tensor) -> torch.Tensor:
+        total = exact(self, tensor)
+        return total.bfloat16().float() if total.dtype == torch.float32 else total
+
+    monkeypatch.setattr(ProcessTensorGroup, "all_reduce", rounded)
+    outcome = Shards(Alone(bert)).verify(num_stages=1)
+    assert outcome.wrong
+    assert "times as far from float64 as one device" in outcome.reason
+
+
+@pytest.mark.parametrize("shaken, ratio", [(0.0, 1e3), (1e-3, 1.0), (1e-5, 1e2)])
+def test_a_lucky_run_of_one_device_is_asked_again_with_weights_other_in_their_last_bit(
+    shaken: float, ratio: float
+) -> None:
+    precise = torch.linspace(1.0, 2.0, 8)
+    one_device, layout = precise * (1 + 1e-6), precise * (1 + 1e-3)
+    others = [(1.0, {"w": precise * (1 + shaken)})]
+    _, where, found = sharded._farthest((1.0, {"w": layout}), (1.0, {"w": one_device}), (1.0, {"w": precise}), others)
+    assert where == "w"
+    assert found == pytest.approx(ratio, rel=0.2)
+
+
+def test_gradients_that_are_lost_beside_one_are_not_followed() -> None:
+    gradients = {"large": torch.full((10,), 1e6), "small": torch.full((30,), 1e-6), "none": None}
+    assert followed_share(gradients) == 0.25
+    assert followed_share({**gradients, "large": torch.full((10,), 1.0)}) == 1.0
+
+
+class LeavesMemory(torch.nn.Module):
+    """Nobody writes one of its parameters and one of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = torch.nn.Parameter(torch.ones(3))
+        self.unwritten = torch.nn.Parameter(torch.empty(64))
+        self.register_buffer("forgotten", torch.empty(4))
+
+
+def test_what_a_class_leaves_unwritten_is_no_matter_of_what_was_in_memory() -> None:
+    with _marked_memory():
+        model = LeavesMemory()
+        _fill(model)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert model.written.tolist() == [1, 1, 1]
+    assert 0.005 < float(model.unwritten.detach().std()) < 0.04
+    assert not model.forgotten.any()
+
+
 def test_a_rank_that_raises_ends_all_at_once() -> None:
     def work(group: dist.ProcessGroup) -> int:
         if group.rank() == 1:
@@ -205,7 +272,12 @@ def test_figures_count_every_architecture_once() -> None:
 
 def test_the_page_names_every_miss_and_every_architecture_that_does_not_train() -> None:
     rows = [row("a"), row("b", proven=False), row("d", trained=False), row("e", share=0.5), row("f", convolved=90)]
+    rows[0]["layouts"]["pp2"]["reference"] = "one stage with keyed draws: the model draws random numbers"
+    rows[0]["layouts"]["tp2"]["followed"] = 0.25
     page = markdown(rows)
+    assert "would show beside the rest: a (25 %)." in page
+    assert "held against one stage that draws the same: a." in page
+    assert f"by {DOUBT:g} at most" in page
     assert "| b | pp2 | why\\| |" in page
     assert "| e | tp2 | 50 % divided: 7 heads |" in page
     assert "| f | 10 % matmul, 90 % convolution | 100 % | 7 heads |" in page
@@ -217,10 +289,63 @@ def test_a_layout_that_is_new_joins_what_is_known() -> None:
     known, new = row("a"), row("a")
     known["layouts"]["tp2"] = None
     new["layouts"] = {"pp2": None, "tp2": {"proven": True}, "tp2_pp2": None}
-    assert _missing(known, ["pp2", "tp2"]) == ("tp2",)
-    assert _missing(row("b", trained=False), ["tp2"]) == ()
+    assert asked(known, layouts=["pp2", "tp2"]) == ("tp2",)
+    assert asked(row("b", trained=False)) == ()
+    assert asked(None) == ("pp2", "tp2", "tp2_pp2")
+    assert asked(known, again=True) == ("pp2", "tp2", "tp2_pp2")
     merged = _merged(known, new)["layouts"]
     assert {name: bool(one) for name, one in merged.items()} == {"pp2": True, "tp2": True, "tp2_pp2": False}
+    assert _merged(known, row("a", trained=False))["trained"] is False  # what it could before is no result of this code
+
+
+def asked(known: dict[str, Any] | None, **options: Any) -> tuple[str, ...]:
+    given = {"layouts": LAYOUTS, "again": False, "current": False, "misses": False, **options}
+    return _asked_of(known, argparse.Namespace(**given), "c2")
+
+
+def test_what_the_code_of_another_commit_has_answered_is_run_again() -> None:
+    known = row("a")
+    known["layouts"] = {name: {**known["layouts"]["pp2"], "commit": "c2"} for name in LAYOUTS}
+    known["layouts"]["tp2"]["commit"] = "c1"
+    assert asked(known, current=True) == ("tp2",)
+    assert asked({**row("b", trained=False), "commit": "c1"}, current=True) == LAYOUTS
+    assert asked({**row("b", trained=False), "commit": "c2"}, current=True) == ()
+
+
+def recorded(results: Path, names: Sequence[str]) -> None:
+    for name in names:
+        _record(results, row(name))
+
+
+def test_two_runs_write_into_one_file_and_leave_one_line_an_architecture(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row("x", share=share)) + "\n" for share in (0.1, 0.2)), encoding="utf-8")
+    processes = multiprocessing.get_context("fork")
+    runs = [
+        processes.Process(target=recorded, args=(results, [f"{which}{number}" for number in range(25)]))
+        for which in "ab"
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(30)
+    known = _read(results)
+    assert len(known) == len(results.read_text(encoding="utf-8").splitlines()) == 51
+    assert known["x"]["layouts"]["tp2"]["sharded_share"] == 0.2
+
+
+def test_a_process_that_waits_takes_no_time_of_a_processor() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as waits:
+        before = _processor_seconds(waits.pid)
+        time.sleep(0.2)
+        assert _processor_seconds(waits.pid) - before < 0.15
+        waits.kill()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as works:
+        end = time.monotonic() + 20
+        while _processor_seconds(works.pid) < 0.1 and time.monotonic() < end:
+            time.sleep(0.02)
+        works.kill()
+    assert time.monotonic() < end
 
 
 def test_a_layout_without_an_answer_says_why_and_the_next_that_it_was_not_begun() -> None:
@@ -230,6 +355,7 @@ def test_a_layout_without_an_answer_says_why_and_the_next_that_it_was_not_begun(
     reasons = {name: outcome.get("reason") for name, outcome in failed["layouts"].items()}
     assert reasons == {"pp2": None, "tp2": "no answer", "tp2_pp2": "not begun: no answer before"}
     assert {outcome["commit"] for outcome in failed["layouts"].values()} == {"c0"}
+    assert _failed({"trained": False, "layouts": {}}, ["pp2"], "died", "c0")["commit"] == "c0"
 
 
 def test_known_results_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

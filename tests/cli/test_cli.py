@@ -72,6 +72,7 @@ def test_a_wrong_command_line_has_status_2(capsys) -> None:
         (["draw", "2f2b"], 'a schedule is one of naive, gpipe, 1f1b, but got "2f2b"'),
         (["plan"], "a run file or of --model-config FILE.json, but neither of them is given"),
         (["plan", "x.toml", "--flops", "fast"], "--flops: 'fast' is not a number of flops"),
+        (["plan", "--model-config", "x.json", "--set", "layout=tp=2"], "--set sets values of a run file"),
         (["train", "nowhere.toml"], "nowhere.toml"),
     ],
 )

@@ -119,6 +119,22 @@ def test_a_flood_does_not_stop_the_writer_and_arrives_later(narrow: tuple[Channe
     assert all(receipt.done and torch.equal(tensor, m) for (tensor, receipt), m in zip(receipts, messages, strict=True))
 
 
+def test_what_the_socket_did_not_take_goes_with_the_next_message(narrow: tuple[Channel, Channel]) -> None:
+    left, right = narrow
+    messages = [random_bytes(INLINE_BYTES) for _ in range(20)]
+    for message in messages:
+        send(left, message)
+    assert left.has_unwritten
+    receipts = [post(right, INLINE_BYTES) for _ in messages]
+    while right.read(wait=False):
+        pass
+    before = left.written
+    send(left, random_bytes(1))  # nobody waits, and the peer is to go on
+    assert left.written > before
+    pump(left, right)
+    assert all(receipt.done and torch.equal(tensor, m) for (tensor, receipt), m in zip(receipts, messages, strict=True))
+
+
 def test_a_socket_takes_hundreds_of_messages_that_nobody_reads(ends: tuple[Channel, Channel]) -> None:
     left, _ = ends
     for _ in range(250):

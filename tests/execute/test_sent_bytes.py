@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from shardwise.describe.proof import Proof
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.testing import on_ranks
 
 SAMPLES, WIDTH = 8, 16
@@ -68,3 +72,19 @@ def test_axes_are_told_apart(rank: RankContext) -> None:
     assert sent["pp.send"] == 4 * SAMPLES * WIDTH
     blocks = 2 if rank.rank >= 2 else 1.5  # a stage's, there and back; no gradient of the model's input
     assert sent["tp.all_reduce"] == 2 * blocks * 4 * SAMPLES * WIDTH
+
+
+@on_ranks(2)
+def test_what_a_proof_at_start_up_sends_belongs_to_no_step(rank: RankContext) -> None:
+    plan = plan_tensor(Model(), BATCH, tp=2)
+    narrow = Proof(tp=2, on="a narrow instance", start_up=True)
+    plan = dataclasses.replace(
+        plan, units={name: dataclasses.replace(unit, proof=narrow) for name, unit in plan.units.items()}
+    )
+    (parts,) = split(BATCH, micro_batches=1, replicas=1, weights=lambda _: 1.0)
+    program = assemble(Model(), BATCH, layout=Layout(tp=2), rank=rank.rank, tensor=plan)
+    assert program.divided is not None
+    assert program.divided.start_up_errors
+    first, second = (dict(program.step(parts, step=step).sent_bytes) for step in range(2))
+    assert first == second
+    program.close()

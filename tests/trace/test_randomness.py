@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.errors import ConfigError, ModelError
+from shardwise.trace.absent import Absent
 from shardwise.trace.randomness import Generators, RandomMode, Scope, draw, is_random, python_streams
 
 SAMPLES = (3, 1, 4, 15, 9, 2, 6, 5)  # global numbers of the 8 samples of a batch, in no order
@@ -351,3 +352,16 @@ def test_draws_on_fake_tensors_stay_fake() -> None:
         drawn = [F.dropout(fake, 0.5), torch.rand_like(fake), F.gumbel_softmax(fake), F.dropout2d(fake, 0.5)]
         drawn.append(F.scaled_dot_product_attention(fake, fake, fake, dropout_p=0.5))
     assert all(isinstance(tensor, FakeTensor) for tensor in drawn)
+
+
+def test_what_is_drawn_like_a_tensor_does_not_need_its_values() -> None:
+    present = torch.ones(8, 3, 2).transpose(1, 2)
+    absent = Absent(what="x", shape=present.shape, dtype=present.dtype, device="cpu", strides=present.stride())
+    for function in (torch.rand_like, torch.randn_like, lambda t: torch.randint_like(t, 9)):
+        with RandomMode(scope()):
+            wanted = function(present)
+        with RandomMode(scope()):
+            drawn = function(absent)
+        assert type(drawn) is torch.Tensor
+        assert torch.equal(drawn, wanted)
+        assert drawn.stride() == wanted.stride()

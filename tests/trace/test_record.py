@@ -47,6 +47,28 @@ def test_an_autograd_function_of_the_glue_is_one_node() -> None:
     assert "sign" not in names
 
 
+def test_a_mapped_function_of_the_glue_is_one_node_that_reads_what_it_closes_over() -> None:
+    tape = tape_of(awkward.MapsOverSamples())
+    mapped = [node for node in tape.flow.nodes if node.name == "vmapped"]
+    assert len(mapped) == 4
+    assert arrows(tape)[mapped[1].label] == ["op 2 vmapped", "layers.1#0", "op 4 mean"]
+
+
+def test_numbers_of_a_tensor_that_are_tensors_are_read() -> None:
+    found = arrows(tape_of(awkward.MakesATensorOfNumbers()))
+    assert [reads for label, reads in found.items() if label.endswith(" tensor")] == [["op 1 max"]] * 4
+
+
+def test_a_memo_of_the_model_is_empty_in_a_recording_and_after_it() -> None:
+    model = awkward.RemembersATable()
+    wanted = model(torch.ones(8, awkward.WIDTH))
+    tape = tape_of(model)
+    assert [node.name for node in tape.flow.nodes].count("arange") == 1
+    assert len(tape.memos) == 1
+    assert type(model.table(awkward.WIDTH)) is torch.Tensor
+    assert torch.equal(model(torch.ones(8, awkward.WIDTH)), wanted)
+
+
 def test_parameters_of_the_glue_and_views_of_them_are_read_by_their_node() -> None:
     tape = tape_of(awkward.ReadsParametersBetween())
     readers = {name: node.name for node in tape.flow.nodes if node.kind is NodeKind.OP for name in node.parameters}

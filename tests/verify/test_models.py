@@ -75,7 +75,9 @@ def test_real_ranks_are_one_device(name: str, layout: str, starter: RankStarter)
     assert comparison.edges
 
 
-@pytest.mark.parametrize("layout", ["tp=4", "tp=2,pp=2", "tp=2,dp=2", "tp=2,dp=2,pp=2", "tp=2,pp=2,sequence_parallel=on"])
+@pytest.mark.parametrize(
+    "layout", ["tp=4", "tp=2,pp=2", "tp=2,dp=2", "tp=2,dp=2,pp=2", "tp=2,pp=2,sequence_parallel=on"]
+)
 def test_a_llama_divided_in_every_way_is_one_device(layout: str, starter: RankStarter) -> None:
     example = make("llama")
     comparison = verify(example.model, example.batch, layout=layout, loss=example.loss, starter=starter, timeout_s=90)

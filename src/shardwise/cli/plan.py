@@ -81,6 +81,11 @@ def command(
         raise ConfigError(
             f"a plan is made of a run file or of --model-config FILE.json, but {given} of them is given; give one"
         )
+    if model_config is not None and overrides:
+        raise ConfigError(
+            f"--set sets values of a run file, and --model-config has none, but got --set {overrides[0]}; change the "
+            "config file, or use a run file"
+        )
     rate = None if flops is None else _rate(flops)
     if model_config is not None:
         _plan_config(model_config, Layout.parse(layout or "pp=1"), batch_size, sequence_length, rate)

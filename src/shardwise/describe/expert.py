@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 
-__all__ = ["ExpertPlan", "Experts", "Listed", "Stacked", "runs_of_experts"]
+__all__ = ["ExpertPlan", "Experts", "Listed", "Ordered", "Stacked", "runs_of_experts"]
 
 
 def runs_of_experts(num_experts: int, ep: int) -> tuple[tuple[int, int], ...]:
@@ -47,6 +47,23 @@ class Stacked:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ordered:
+    """One module whose parameters have a dim of experts in front, called with rows in the order of their experts.
+
+    `module` is relative to its unit. `rows` (rows, width) and `counts`, a list of how many rows each expert has, are
+    arguments of its forward, by name; without `counts` ("") each has as many. It returns as many rows, in their order.
+    `parameters` and `attributes` as those of `Stacked`.
+    """
+
+    module: str
+    num_experts: int
+    parameters: tuple[str, ...]
+    rows: str
+    counts: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Listed:
     """Modules that are alike, one an expert, called in their order by `caller`, each with one tensor of rows.
 
@@ -62,7 +79,7 @@ class Listed:
         return len(self.members)
 
 
-Experts = Stacked | Listed
+Experts = Stacked | Ordered | Listed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +95,7 @@ class ExpertPlan:
         """Stacked parameters, by full name, with their slice along the experts."""
         found: dict[str, Slice] = {}
         for unit, each in self._each():
-            if isinstance(each, Stacked):
+            if not isinstance(each, Listed):
                 runs = runs_of_experts(each.num_experts, self.ep)
                 part = Slice(dim=0, size=each.num_experts, ranges=tuple((run,) for run in runs))
                 found |= {_join(unit, each.module, leaf): part for leaf in each.parameters}

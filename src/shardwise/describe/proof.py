@@ -14,7 +14,8 @@ __all__ = ["Proof"]
 class Proof:
     """Outputs, input gradients, parameter gradients and buffers of a divided unit, compared with the whole unit.
 
-    key         digest of the block's structure, its signatures and the versions that it was proven with
+    key         digest of the block's structure, operations and signatures, and the version that it was proven with
+    plan        digest of the plan that was proven: another plan of the block has no proof by this one
     signatures  kinds of calls (arguments, shapes, what wants a gradient) that were compared
     modes       "training", "evaluation"
     dropout     whether random numbers were drawn in training, and compared
@@ -25,6 +26,7 @@ class Proof:
 
     tp: int
     key: str = ""
+    plan: str = ""
     signatures: int = 0
     modes: frozenset[str] = frozenset()
     dropout: bool = False
@@ -42,9 +44,9 @@ class Proof:
             error=max(self.error, error),
         )
 
-    def under(self, key: str) -> Proof:
-        """The same proof, for what `key` says."""
-        return dataclasses.replace(self, key=key)
+    def under(self, key: str, plan: str) -> Proof:
+        """The same proof, for the block that `key` says and the plan that `plan` says."""
+        return dataclasses.replace(self, key=key, plan=plan)
 
     def __str__(self) -> str:
         signatures = f"{self.signatures} signature{'s' if self.signatures != 1 else ''}"

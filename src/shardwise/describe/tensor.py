@@ -6,7 +6,9 @@ column-parallel C, row-parallel R:   x ──copy──► C_t ──► … ─
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -181,6 +183,19 @@ class UnitPlan:
     sequence: SequencePlan | None = None  # None: the unit is given all tokens, and returns all
     proof: Proof | None = None  # what was proven, on what, with which error
 
+    @property
+    def digest(self) -> str:
+        """Of all but the proof: equal plans have one digest, the same in every process."""
+        told = [(field.name, _ordered(getattr(self, field.name))) for field in dataclasses.fields(self)]
+        return hashlib.blake2b(repr([each for each in told if each[0] != "proof"]).encode(), digest_size=6).hexdigest()
+
+
+def _ordered(value: object) -> object:
+    """Sets and mappings in an order that does not change from process to process."""
+    if isinstance(value, Mapping):
+        return sorted(value.items(), key=repr)
+    return sorted(value) if isinstance(value, frozenset) else value
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TensorPlan:
@@ -217,8 +232,8 @@ class TensorPlan:
         return [self._shares(), *proven, *self._whole(), *self._tokens_lines()]
 
     def _shares(self) -> str:
-        flops = "" if self.flops_share is None else f", {self.flops_share:.0%} of a forward's flops"
-        products = f"{self.sharded_share:.0%} of the blocks' matrix products"
+        flops = "" if self.flops_share is None else f", {_percent(self.flops_share)} of a forward's flops"
+        products = f"{_percent(self.sharded_share)} of the blocks' matrix products"
         return f"divided among {self.tp} shards, {self.origin}: {products}{flops}"
 
     def _whole(self) -> list[str]:
@@ -262,6 +277,11 @@ class TensorPlan:
         return "\n".join(lines)
 
 
+def _percent(share: float) -> str:
+    """100% is all of it: what rounds to that is told to a tenth, and less."""
+    return f"{share:.0%}" if share in (0, 1) or 0.005 < share < 0.995 else f"{math.floor(share * 1000) / 10:.1f}%"
+
+
 def _several(units: Sequence[str]) -> str:
     more = f" and {len(units) - 1} more" if len(units) > 1 else ""
     return f"{units[0] or 'the model'}{more}"
@@ -269,9 +289,9 @@ def _several(units: Sequence[str]) -> str:
 
 def _alike(units: Mapping[str, UnitPlan]) -> list[list[str]]:
     """Units with equal plans together."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, Proof | None], list[str]] = {}
     for unit, plan in units.items():
-        groups.setdefault(repr(plan), []).append(unit)
+        groups.setdefault((plan.digest, plan.proof), []).append(unit)
     return list(groups.values())
 
 

@@ -19,7 +19,7 @@ from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import LayoutError
 from shardwise.execute.build import Fill, Part, build
-from shardwise.execute.large_blocks import give_back_large_blocks, trim
+from shardwise.execute.large_blocks import give_back_large_blocks, passing
 from shardwise.execute.place import Place
 from shardwise.execute.program import Program
 from shardwise.layout import Layout
@@ -110,8 +110,9 @@ def agreed_experts(
     """The plan of experts that rank 0 has proven, on every rank. Collective. Rank 0 raises what the proof raised."""
     told: list[Any] = [None]
     if rank == 0:
-        told = [plan_experts(model, inputs, ep=layout.ep, loss=loss, units=units)]
-        trim()
+        with passing():
+            made = plan_experts(model, inputs, ep=layout.ep, loss=loss, units=units)
+        told = [made]
     dist.broadcast_object_list(told, src=0)
     assert isinstance(told[0], ExpertPlan)
     return told[0]
@@ -131,8 +132,9 @@ def agreed_plan(
     told: list[Any] = [None]
     if rank == 0:
         sequence = layout.sequence_parallel
-        told = [plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units, sequence=sequence, tp_plan=tp_plan)]
-        trim()
+        with passing():
+            made = plan_tensor(model, inputs, tp=layout.tp, loss=loss, units=units, sequence=sequence, tp_plan=tp_plan)
+        told = [made]
     dist.broadcast_object_list(told, src=0)
     assert isinstance(told[0], TensorPlan)
     return told[0]

@@ -46,12 +46,13 @@ def capture(
     units: Sequence[str] = (),
     scope: Scope | None = None,
     watch: Watch | None = None,
+    backward: bool = True,
 ) -> Captured:
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
 
     Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
     where that does not help. A forward in which units are found to look at what they compute is recorded again. With
-    `watch` the backward runs too, and `watch(recorder)` is open around both.
+    `watch`, `watch(recorder)` is open around the forward, and around a backward too unless that is not wanted.
     """
     whole: set[str] = set()
     looking: set[str] = set()  # units that look at values they compute
@@ -61,7 +62,7 @@ def capture(
         copy = own(batch)
         try:
             with recorded(model, chosen, scope=scope, looking=looking) as recorder:
-                captured = _run(model, copy, loss, recorder, chosen, watch)
+                captured = _run(model, copy, loss, recorder, chosen, watch, backward)
             if looking == known:
                 return captured
         except GlueLooks as looks:
@@ -85,15 +86,16 @@ def _run(
     recorder: Recorder,
     units: Mapping[str, nn.Module],
     watch: Watch | None,
+    backward: bool,
 ) -> Captured:
-    """One forward, and a backward if it is watched."""
+    """One forward, and a backward if it is watched and wanted."""
     with python_streams(glue_key(recorder.scope)), watch(recorder) if watch else contextlib.nullcontext():
         before = _host_state()
         value = objective(model, batch, loss)
         captured = Captured(recorder, units, value)
         captured.tape.host_random = not _same(before, _host_state())
         captured.tape.memos = memos_of(model)
-        if watch is not None and value.requires_grad:
+        if watch is not None and backward and value.requires_grad:
             recorder.running.phase = "backward"
             with contextlib.suppress(*DataDependent):  # what it has not reached is estimated
                 torch.autograd.backward([value])

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch._functorch.apis as functorch
+from torch._functorch.vmap import vmap_impl
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["as_one_function", "grouped_mm_like", "is_constructor", "looks_at_arguments", "name_of", "vmapped"]
 
-_VMAP = functorch.vmap_impl
+_VMAP = vmap_impl
 
 # Functions that take a tensor for its shape, dtype and device only.
 _CONSTRUCTORS = frozenset(
@@ -99,14 +100,14 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
         with _closed(mode):
             return mode.__torch_function__(vmapped, (), args, kwargs)  # type: ignore[no-untyped-call]
 
-    before = functorch.vmap_impl
+    before = vars(functorch)["vmap_impl"]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    functorch.vmap_impl = vmap
+    vars(functorch)["vmap_impl"] = vmap
     try:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
-        functorch.vmap_impl = before
+        vars(functorch)["vmap_impl"] = before
 
 
 def _is_open(mode: TorchFunctionMode) -> bool:

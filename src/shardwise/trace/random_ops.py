@@ -118,7 +118,7 @@ def _keyed(func: OpOverload, args: _Arguments, kwargs: _Keywords, stream: Stream
     in_place = func._schema.name.endswith("_")
     written = _written(func)
     first = args[0] if args else None
-    if func.overloadpacket in _LIKE:  # takes a tensor for its shape, dtype and device: its values may be absent
+    if func.overloadpacket in _LIKE and isinstance(first, torch.Tensor):  # its values are not asked for; may be absent
         args = (torch.empty(first.shape, dtype=first.dtype, device=first.device), *args[1:])
     args = tuple(_contiguous(value) if position not in written else value for position, value in enumerate(args))
     if in_place and not args[0].is_contiguous():

@@ -240,7 +240,7 @@ def _experts(side: Side) -> tuple[str, ...]:
     rows, dropped = sum(sum(each) for each in step.loads.values()), sum(step.dropped.values())
     told = (
         f"all-to-all: {step.all_to_all_bytes:,} bytes a step between ranks, for {rows:,} rows of experts; the busiest "
-        f"expert has {step.imbalance:.2f} × the mean, " + (f"the model drops {dropped:,}" if dropped else "none is dropped")
+        f"expert has {step.imbalance:.2f} × the mean, {f'{dropped:,} are' if dropped else 'none is'} dropped"
     )
     return (*side.experts.lines(), told)
 

@@ -86,6 +86,64 @@ class _IdentityBeyond(StackedExperts):
         return out + tokens * (gates * (chosen >= EXPERTS)).sum(1, keepdim=True)
 
 
+class OrderedExperts(nn.Module):
+    """Rows in the order of their experts, and how many each has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = EXPERTS
+        self.matrix = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        parts = rows.split(counts)
+        return torch.cat([parts[expert] @ self.matrix[expert] for expert in range(self.count)])
+
+
+class OrderedMix(nn.Module):
+    """Sorts rows by expert itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.up, self.down = OrderedExperts(), OrderedExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, WIDTH)
+        gates, chosen = self.router(rows).softmax(-1).topk(CHOICES)
+        order = chosen.flatten().argsort(stable=True)
+        counts = F.one_hot(chosen.flatten(), EXPERTS).sum(0).tolist()
+        token = order // CHOICES
+        y = self.down(F.gelu(self.up(rows[token], counts)), counts) * gates.flatten()[order, None]
+        return torch.zeros_like(rows).index_add(0, token, y).view(x.shape)
+
+
+class EvenExperts(nn.Module):
+    """As many rows for each expert, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(rows.view(self.matrix.shape[0], -1, WIDTH), self.matrix).view(-1, WIDTH)
+
+
+class EvenMix(nn.Module):
+    """Every token visits every expert, most of them as zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = EvenExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, WIDTH)
+        gates, chosen = self.router(rows).sigmoid().topk(CHOICES)
+        scores = torch.zeros(len(rows), EXPERTS, dtype=rows.dtype).scatter(1, chosen, gates)
+        given = rows.repeat(EXPERTS, 1) * scores.t().reshape(-1, 1)
+        return self.experts(given).view(EXPERTS, -1, WIDTH).sum(0).view(x.shape)
+
+
 class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,20 @@ import pytest
 import torch
 import torch.nn as nn
 
-from parallel.expert.models import CHOICES, SAMPLES, TOKENS, CappedMix, ListedMix, Model, StackedMix, batch, weight
+from parallel.expert.models import (
+    CHOICES,
+    EXPERTS,
+    SAMPLES,
+    TOKENS,
+    CappedMix,
+    EvenMix,
+    ListedMix,
+    Model,
+    OrderedMix,
+    StackedMix,
+    batch,
+    weight,
+)
 from shardwise.errors import LayoutError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
@@ -50,7 +63,9 @@ def run(rank: int, layout: Layout, mix: type[nn.Module], samples: int = SAMPLES)
         assert program.gradient_norm() == pytest.approx(expected.norms[step], rel=1e-5)
         assert result.experts is not None
         for layer, rows in result.experts.loads.items():
-            assert sum(rows) + result.experts.dropped[layer] == samples * TOKENS * CHOICES
+            assert sum(rows) + result.experts.dropped[layer] == samples * TOKENS * (
+                EXPERTS if mix is EvenMix else CHOICES
+            )
             assert (result.experts.dropped[layer] > 0) == (mix is CappedMix)
         assert result.experts.all_to_all_bytes > 0
         with torch.no_grad():
@@ -89,7 +104,7 @@ def test_two_ranks_with_half_of_the_experts_equal_one_device(rank: RankContext, 
 
 @pytest.mark.parametrize("mix", [StackedMix, ListedMix])
 @pytest.mark.parametrize("text", ["ep=2,dp=2", "ep=2,pp=2", "ep=4", "ep=2,tp=2"])
-@on_ranks(4)
+@on_ranks(4, timeout_s=90)
 def test_four_ranks_equal_one_device(rank: RankContext, text: str, mix: type[nn.Module]) -> None:
     program = run(rank.rank, Layout.parse(text), mix)
     owners = sum(program.owns(name) for name in program.parameters)
@@ -103,6 +118,14 @@ def test_four_ranks_equal_one_device(rank: RankContext, text: str, mix: type[nn.
 def test_a_batch_that_does_not_divide_equals_one_device(rank: RankContext, text: str, mix: type[nn.Module]) -> None:
     """Seven samples: three and four, and shapes that differ between ranks and between micro-batches."""
     run(rank.rank, Layout.parse(text), mix, samples=7).close()
+
+
+@pytest.mark.parametrize("mix", [OrderedMix, EvenMix])
+@on_ranks(2)
+def test_rows_that_stand_in_the_order_of_their_experts_equal_one_device(
+    rank: RankContext, mix: type[nn.Module]
+) -> None:
+    run(rank.rank, Layout(ep=2), mix, samples=7).close()
 
 
 @on_ranks(2)

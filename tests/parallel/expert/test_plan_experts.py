@@ -13,16 +13,18 @@ from parallel.expert.models import (
     CappedMix,
     DenseMix,
     DroppingMix,
+    EvenMix,
     IdentityBeyond,
     LayersInARow,
     ListedMix,
     Model,
     OneIsNeverChosen,
+    OrderedMix,
     Regularised,
     StackedMix,
     batch,
 )
-from shardwise.describe.expert import Listed, Stacked, runs_of_experts
+from shardwise.describe.expert import Listed, Ordered, Stacked, runs_of_experts
 from shardwise.errors import LayoutError
 from shardwise.parallel.expert import dispatch
 from shardwise.parallel.expert.plan_experts import plan_experts
@@ -51,6 +53,15 @@ def test_experts_in_a_list_are_found_and_a_shared_expert_is_not_one_of_them() ->
     assert plan.units["blocks.1"] == (Listed(module="mix.experts", members=members, caller="mix"),)
     assert plan.owners()["blocks.1.mix.experts.1"] == 0
     assert plan.owners()["blocks.1.mix.experts.2"] == 1
+
+
+def test_experts_that_are_given_rows_in_their_order_are_found() -> None:
+    counted, even = (plan_experts(Model(mix), batch(), ep=2).units["blocks.0"] for mix in (OrderedMix, EvenMix))
+    assert [each.module for each in counted] == ["mix.up", "mix.down"]
+    assert counted[0] == Ordered(
+        module="mix.up", num_experts=5, parameters=("matrix",), rows="rows", counts="counts", attributes=("count",)
+    )
+    assert even == (Ordered(module="mix.experts", num_experts=5, parameters=("matrix",), rows="rows"),)
 
 
 def test_a_slice_has_its_experts_of_every_stacked_parameter() -> None:

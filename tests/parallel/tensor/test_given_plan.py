@@ -93,6 +93,13 @@ def test_an_odd_vocabulary_by_hand_is_divided_unevenly_and_proven() -> None:
     assert plan.reasons["model.layers.0"] == "the written plan does not name it"
 
 
+def test_what_words_leave_whole_inside_a_block_is_listed_layer_by_layer() -> None:
+    words = {"blocks.*.gate_up": "packed_colwise", "down": "rowwise"}
+    reason = plan_tensor(Model(Block()), X, tp=2, tp_plan=words).reasons["blocks.0"]
+
+    assert reason.split("; ") == [f"attention.{name}: the written plan leaves it whole" for name in "qkvo"]
+
+
 def test_a_value_is_a_plan_too() -> None:
     found = plan_tensor(Model(Block()), X, tp=2)
     again = plan_tensor(Model(Block()), X, tp=2, tp_plan=found)
@@ -144,8 +151,25 @@ def test_a_config_that_says_otherwise_than_its_class_is_refused_too() -> None:
 
 
 def test_an_odd_vocabulary_that_nobody_joins_is_refused_by_name() -> None:
-    with pytest.raises(LayoutError, match=r"lm_head is 'colwise' on 2 ranks: parts \(101,\) of 101"):
+    with pytest.raises(LayoutError, match=r"lm_head is 'colwise' on 2 ranks: parts \(101,\) of 101.*write 'colwise_g"):
         plan_tensor(qwen3(vocab_size=101), TEXT, tp=2, tp_plan={"lm_head": "colwise"})
+
+
+def test_a_block_that_does_not_run_by_itself_is_no_fault_of_the_plan() -> None:
+    class OfWholeNumbers(nn.Module):
+        """Takes activations of its own model alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(x) is torch.Tensor and x.dtype == torch.float64:
+                raise ValueError("never float64")
+            return x + self.down(torch.relu(self.up(x)))
+
+    with pytest.raises(ModelError, match=r"blocks.0 does not run by itself on random numbers: ValueError: never float"):
+        plan_tensor(Model(OfWholeNumbers()), X, tp=2, tp_plan={"up": "colwise", "down": "rowwise"})
 
 
 # -- before any process starts ------------------------------------------------------------------

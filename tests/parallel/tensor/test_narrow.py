@@ -14,6 +14,7 @@ import transformers as hf
 from parallel.tensor.blocks import Block, Model, call_of
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import LayoutError, ModelError
+from shardwise.parallel.tensor import check_plan
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.lift import lifted
 from shardwise.parallel.tensor.narrow_config import narrow_config
@@ -85,6 +86,23 @@ def test_words_of_a_large_block_are_proven_in_narrow_instances_or_refused() -> N
         plan_tensor(model, TEXT, tp=2, tp_plan=words, proof_bytes=1)
     with pytest.raises(ModelError, match=r"that of blocks.0 cannot be: the block has .* no config to narrow"):
         plan_tensor(Model(Block()), (torch.randn(2, 3, 16),), tp=2, tp_plan={"down": "rowwise"}, proof_bytes=1)
+
+
+def test_a_large_block_s_plan_as_a_value_is_for_its_ranks_to_prove_and_an_altered_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama()
+    plan = plan_tensor(model, TEXT, tp=2, proof_bytes=1)
+    unit = plan.units["model.layers.0"]
+    kept = {"model.layers.0": unit}
+    monkeypatch.setattr(check_plan, "bytes_to_prove", lambda kind, tp: 2**60)
+
+    again = plan_tensor(model, TEXT, tp=2, tp_plan=dataclasses.replace(plan, units=kept))
+    assert again.units["model.layers.0"] == unit
+
+    altered = dataclasses.replace(unit, reduces=unit.reduces[:1])
+    with pytest.raises(ModelError, match=r"that of model.layers.0 would take 1024 PiB"):
+        plan_tensor(model, TEXT, tp=2, tp_plan=dataclasses.replace(plan, units={"model.layers.0": altered}))
 
 
 def test_a_block_without_a_config_stays_whole_and_says_what_its_proof_would_take() -> None:

@@ -113,6 +113,58 @@ def test_a_layer_tied_to_one_outside_stays_whole() -> None:
     assert "down: down.weight is tied" in plan.reasons["blocks.1"]
 
 
+def test_a_weight_that_the_models_own_code_reads_stays_whole() -> None:
+    class Decayed(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.blocks[0].down.weight.square().sum()
+
+    plan = plan_tensor(Decayed(Block()), (torch.randn(2, 3, 16),), tp=2)
+
+    assert "down.weight" not in plan.units["blocks.0"].slices
+    assert "attention.o.weight" in plan.units["blocks.0"].slices
+    assert "or read there" in plan.reasons["blocks.0"]
+
+
+def test_a_norm_between_heads_that_is_a_norm_outside_too_has_no_partial_gradient() -> None:
+    class Normed(Model):
+        def __init__(self, block: Block) -> None:
+            super().__init__(block)
+            self.norm = nn.LayerNorm(4)
+            self.norm.weight = block.attention.norm.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x.unflatten(-1, (4, 4))).pow(3).mean()
+
+    plan = plan_tensor(Normed(Block()), (torch.randn(2, 3, 16),), tp=2)
+
+    assert plan.units["blocks.0"].partial == frozenset()
+    assert plan.units["blocks.0"].reduces == ("down",)
+    assert "attention.norm.weight is tied to a tensor outside" in plan.reasons["blocks.0"]
+
+
+def test_one_group_that_is_not_proven_costs_the_others_nothing() -> None:
+    class Odd(nn.Module):
+        """Four pairs, of which the third depends on its width: no number says so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ups = nn.ModuleList(nn.Linear(8, 12) for _ in range(4))
+            self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+                y = up(x).relu()
+                x = x + down(y / y.shape[-1] if number == 2 else y)
+            return x
+
+    found = only_unit(plan_tensor(Model(Odd()), (torch.randn(2, 8),), tp=2, units=("blocks.0",)))
+
+    assert found.reduces == ("downs.0", "downs.1", "downs.3")
+    assert "ups.2" in found.alone
+
+
 def test_a_chain_of_layers_is_divided_in_pairs() -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:

@@ -148,3 +148,31 @@ def test_a_divided_weight_that_never_matters_is_not_proven() -> None:
     plan = UnitPlan(copies=("a",), alone={"a": Slice.even(2, 16, 2)}, slices={"a.weight": Slice.even(0, 16, 2)})
     with pytest.raises(Difference, match=r"gradient of a\.weight vanishes whatever the data"):
         prove(random_copy(Unread()), CALL, plan, tp=2, training=True)
+
+
+class Hiding(nn.Module):
+    """Returns scores of which some are infinite, on one device and on ranks alike unless `odd`."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.odd = nn.Linear(16, 8, bias=False), nn.Linear(8, 16, bias=False), odd
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        divided = self.up.weight.shape[0] < 8
+        y = self.down(self.up(x))
+        hidden = torch.ones_like(y, dtype=torch.bool).triu(2 if self.odd and divided else 1)
+        return y.masked_fill(hidden, -torch.inf)
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_what_is_infinite_is_so_at_the_same_places(odd: bool) -> None:
+    plan = UnitPlan(
+        copies=("up",),
+        reduces=("down",),
+        slices={"up.weight": Slice.even(0, 8, 2), "down.weight": Slice.even(1, 8, 2)},
+    )
+    if not odd:
+        proven(plan, Hiding(odd))
+        return
+    with pytest.raises(Difference, match="output 0 is not finite on both sides"):
+        proven(plan, Hiding(odd))

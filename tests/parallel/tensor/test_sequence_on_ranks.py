@@ -94,6 +94,57 @@ def test_tp_2_with_another_axis(rank: RankContext, axes: dict[str, int]) -> None
     assert_equal_to_one_device(rank, Layout(tp=2, sequence_parallel=SequenceParallel.ON, **axes))
 
 
+class Tied(nn.Module):
+    """An odd vocabulary, one table for words and logits, one block at two depths, a loss that also reads all logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY + 1, WIDTH, padding_idx=3)
+        self.positions = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        self.blocks = nn.ModuleList([Block(dropout=0.1)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY + 1, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.positions
+        for _ in range(2):
+            x = self.blocks[0](x)
+        logits = self.head(self.norm(x)).flatten(0, 1)
+        entropy = F.cross_entropy(logits, labels.flatten(), ignore_index=7, label_smoothing=0.1)
+        return entropy + 1e-2 * logits.logsumexp(-1).square().mean()  # z-loss
+
+
+@on_ranks(2, timeout_s=90.0)
+@pytest.mark.parametrize("how", ["on", "regather"])
+def test_ties_a_block_at_two_depths_smoothing_and_a_z_loss_in_training_and_evaluation(
+    rank: RankContext, how: str
+) -> None:
+    parts = split(batch(), micro_batches=1, replicas=1, weights=weight)[0]
+    layout = Layout(tp=2, sequence_parallel=SequenceParallel(how))
+    one = assemble(Tied(), parts[0].inputs, layout=Layout(), rank=0)
+    program = assemble(Tied(), parts[0].inputs, layout=layout, rank=rank.rank)
+    assert program.divided is not None
+    assert program.divided.plan.deals_tokens
+    assert program.part_of("embed.weight") is not None
+    loss = program.step(parts, step=3).loss
+    assert loss == pytest.approx(one.step(parts, step=3).loss, rel=1e-12)
+    norm = torch.stack([p.grad.norm() for p in one.parameters.values() if p.grad is not None]).norm()
+    assert program.gradient_norm() == pytest.approx(float(norm), rel=1e-10)
+    for name, parameter in program.parameters.items():
+        part, wanted = program.part_of(name), one.parameters[name].grad
+        assert wanted is not None, name
+        wanted = wanted if part is None else cut(wanted, part, program.place.shard)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12, msg=name)  # sums in another order
+    for each in (one, program):
+        each.model.eval()
+    assert program.evaluate(parts).loss == pytest.approx(one.evaluate(parts).loss, rel=1e-12)
+    program.close()
+    one.close()
+
+
 @on_ranks(4, timeout_s=90.0)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_stages_of_two_shards_where_one_has_fewer_tokens_or_none(rank: RankContext, tokens: int) -> None:

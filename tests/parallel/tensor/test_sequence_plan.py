@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from parallel.tensor.blocks import Block, Model, call_of, hand_plan
-from shardwise.describe.tensor import SequenceParallel, SequencePlan, TensorPlan
+from shardwise.describe.tensor import SequenceParallel, SequencePlan, Slice, TensorPlan, UnitPlan
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.prove import Difference, prove
@@ -59,7 +59,48 @@ def planned(model: nn.Module, tokens: int = 6) -> TensorPlan:
     return plan_tensor(model, (ids,), tp=2, sequence=SequenceParallel.ON)
 
 
-@pytest.mark.parametrize("tokens", [6, 5, 1])
+class Feed(nn.Module):
+    """The second half of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between, self.gate_up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(self.between(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def test_one_token_among_two_ranks_is_equal() -> None:  # (of one token, queries and keys are nothing to attention)
+    names = ("gate_up.weight", "gate_up.bias", "down.weight")
+    slices = {name: part for name, part in hand_plan().slices.items() if name in names}
+    plan = UnitPlan(copies=("gate_up",), reduces=("down",), slices=slices, sequence=BY_TOKENS)
+    found, error = prove(random_copy(Feed()), call_of(2, 1, 16), plan, tp=2, training=True, complete=True)
+    assert error < 1e-12
+    assert found.partial == {"between.weight", "between.bias", "down.bias"}
+
+
+def test_a_row_that_reads_own_tokens_of_a_whole_width_is_given_all_tokens_of_its_columns() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.down = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.before(x))
+
+    plan = UnitPlan(
+        reduces=("down",),
+        cuts={"down": Slice.even(-1, 16, 2)},
+        slices={"down.weight": Slice.even(1, 16, 2)},
+        sequence=BY_TOKENS,
+    )
+    found, error = prove(random_copy(Mixed()), call_of(2, 5, 16), plan, tp=2, training=True, complete=True)
+    assert error < 1e-12
+    assert found.partial == {"before.weight", "before.bias", "down.bias"}  # used on own tokens
+
+
+@pytest.mark.parametrize("tokens", [6, 5])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_block_on_tokens_is_equal_also_where_their_number_does_not_divide(tokens: int, training: bool) -> None:
     plan = dataclasses.replace(hand_plan(), sequence=BY_TOKENS)
@@ -115,10 +156,10 @@ def test_a_head_that_is_joined_by_itself_reads_tokens_as_columns_do() -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.score = Block(), nn.Linear(16, 12)
+            self.blocks, self.score = nn.ModuleList([Block()]), nn.Linear(16, 12)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.score(self.block(x)).softmax(-1).square().mean()
+            return self.score(self.blocks[0](x)).softmax(-1).square().mean()
 
     x = torch.randn(2, 6, 16, requires_grad=True)
     plan = plan_tensor(Scores(), (x,), tp=2, sequence=SequenceParallel.ON)

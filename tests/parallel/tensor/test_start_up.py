@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import transformers as hf
 
 import shardwise.parallel.tensor.start_up as start_up
 from parallel.tensor.blocks import Block, Model, call_of, hand_plan
 from shardwise.describe.proof import Proof
-from shardwise.describe.tensor import TensorPlan, UnitPlan
+from shardwise.describe.tensor import SequenceParallel, Slice, TensorPlan, UnitPlan
 from shardwise.errors import ModelError
 from shardwise.execute.assemble import assemble
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
+from shardwise.parallel.tensor.calls import kinds_of
 from shardwise.parallel.tensor.collectives import TensorGroup
 from shardwise.parallel.tensor.install import shard_unit
-from shardwise.parallel.tensor.start_up import prove_on_ranks
+from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.parallel.tensor.start_up import calls_at_start_up, prove_on_ranks
 from shardwise.parallel.tensor.threads import on_threads
 from shardwise.testing import on_ranks
 
@@ -81,6 +84,64 @@ def test_a_row_that_is_not_summed_is_refused_by_the_output() -> None:
 
     with pytest.raises(ModelError, match=r"the plan of block .* output 0 differs"):
         proven_here(Block(), plan)
+
+
+class Overflowing(nn.Module):
+    """Whose divided run, and that alone, is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.width = nn.Linear(16, 16), 16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y if y.shape[-1] == self.width else y * float("nan")
+
+
+def test_what_is_no_number_is_not_equal() -> None:
+    cut = {"layer.weight": Slice.even(0, 16, 2), "layer.bias": Slice.even(0, 16, 2)}
+    plan = UnitPlan(copies=("layer",), slices=cut, outputs={0: Slice.even(2, 16, 2)})
+
+    with pytest.raises(ModelError, match=r"output 0 differs, in its shape, or in where it is a finite number"):
+        proven_here(Overflowing(), plan)
+
+
+class Nothing(nn.Module):
+    """Whose run is no number, divided or whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * float("nan")
+
+
+def test_where_nothing_is_a_number_nothing_is_proven() -> None:
+    plan = UnitPlan(reduces=("layer",), slices={"layer.weight": Slice.even(1, 16, 2)})
+
+    with pytest.raises(ModelError, match=r"output 0 differs"):
+        proven_here(Nothing(), dataclasses.replace(plan, cuts={"layer": Slice.even(-1, 16, 2)}))
+
+
+@pytest.mark.parametrize("sequence", [SequenceParallel.OFF, SequenceParallel.ON])
+def test_a_plan_found_in_narrow_instances_holds_on_the_ranks(sequence: SequenceParallel) -> None:
+    config = hf.LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8
+    )
+    model, tokens = hf.LlamaForCausalLM(config), torch.arange(2, 24).view(2, 11)
+    text = {"input_ids": tokens, "labels": tokens}
+    plan = plan_tensor(model, text, tp=2, sequence=sequence, proof_bytes=1)
+    calls = calls_at_start_up(kinds_of(model, text), plan)
+
+    def rank(group: TensorGroup) -> dict[str, float]:
+        unit = copy.deepcopy(model.get_submodule("model.layers.0"))
+        sharding = shard_unit(unit, plan.units["model.layers.0"], group)
+        return prove_on_ranks({"model.layers.0": sharding}, calls, group)
+
+    assert plan.deals_tokens == bool(sequence)
+    assert list(calls) == ["model.layers.0"]
+    assert 0.0 < on_threads(2, rank)[0]["model.layers.0"] < 1e-5
 
 
 def planned(plan: UnitPlan) -> TensorPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -27,3 +29,21 @@ def test_the_error_of_one_rank_ends_the_others() -> None:
 
     with pytest.raises(ValueError, match="rank 1 cannot"):
         on_threads(3, work)
+
+
+def test_nobody_waits_for_a_rank_that_has_ended() -> None:
+    def work(group: ThreadGroup) -> torch.Tensor:
+        total = group.all_reduce(torch.ones(1))
+        return total if group.rank == 0 else group.all_reduce(total)
+
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="one of them had ended without it"):
+        on_threads(2, work)
+    assert time.monotonic() - started < 30.0  # the deadline of a sum is a minute
+
+
+def test_ranks_meet_as_often_as_they_like() -> None:
+    def work(group: ThreadGroup) -> float:
+        return sum(float(group.all_reduce(torch.tensor([float(group.rank)]))) for _ in range(50))
+
+    assert on_threads(3, work) == [150.0] * 3

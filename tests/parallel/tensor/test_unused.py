@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn as nn
 
 from parallel.tensor.blocks import call_of
 from shardwise.parallel.tensor.unused import called_or_not, unused
+from shardwise.trace.tape import AtAttribute
 
 
 class Routed(nn.Module):
@@ -37,3 +40,19 @@ def test_the_unit_is_left_as_it_was() -> None:
 
 def test_reasons_say_what_is_not_called() -> None:
     assert called_or_not("a: no row; b: it is odd", {"b.weight"}) == "a: no row; b: not called with this batch"
+
+
+def test_what_is_left_for_the_loss_is_used() -> None:
+    class Routing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.logits = self.router(x)
+            return x * 2
+
+    call = call_of(2, 4)
+    assert unused(Routing().double(), [call]) == {"router.weight", "router.bias"}
+    read = dataclasses.replace(call, extras=frozenset({AtAttribute("", "logits", ())}))
+    assert unused(Routing().double(), [read]) == frozenset()

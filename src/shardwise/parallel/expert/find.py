@@ -2,6 +2,8 @@
 
 stacked   a module with parameters of three dims, all of whose own parameters have the same dim 0, called with rows
           (tokens, width), whole numbers below that dim (tokens, choices) and weights of the same shape
+ordered   such a module that is called with rows (rows, width) alone, which stand in the order of their experts, and a
+          list of how many each has; without that list each has as many
 listed    modules in a list or dict that are alike, each called once at most, in order, with one tensor of rows, none
           of which depends on what another of them returned
 """
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from shardwise.describe.expert import Experts, Listed, Stacked
+from shardwise.describe.expert import Experts, Listed, Ordered, Stacked
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.trace.randomness import RandomMode, Scope
 
@@ -146,12 +148,47 @@ def _observed(
     return seen
 
 
-def _stacked(module: nn.Module, name: str, size: int, calls: Sequence[Mapping[str, Any]]) -> tuple[Stacked, ...] | str:
+def _stacked(module: nn.Module, name: str, size: int, calls: Sequence[Mapping[str, Any]]) -> tuple[Experts, ...] | str:
     """What to try, or why not."""
     if len(calls) != 1:
         return f"its {size} experts are called {len(calls)} times in a forward"
-    tensors = {key: value for key, value in calls[0].items() if isinstance(value, torch.Tensor)}
-    others = [key for key, value in calls[0].items() if not isinstance(value, torch.Tensor) and tensors_of(value)]
+    made = _with_choices(module, name, size, calls[0])
+    if isinstance(made, str):
+        ordered = _ordered(module, name, size, calls[0])
+        return made if ordered is None else _variants(module, ordered)
+    return _variants(module, made)
+
+
+def _ordered(module: nn.Module, name: str, size: int, call: Mapping[str, Any]) -> Ordered | None:
+    tensors = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
+    lists = {key: value for key, value in call.items() if isinstance(value, (list, tuple))}
+    if len(tensors) != 1 or len(lists) > 1 or len(tensors) + len(lists) < len(call):
+        return None
+    ((rows, given),) = tensors.items()
+    if given.dim() != 2 or not given.is_floating_point():
+        return None
+    for counts in lists.values():
+        if len(counts) != size or any(type(count) is not int for count in counts) or sum(counts) != given.shape[0]:
+            return None
+    if not lists and given.shape[0] % size:
+        return None
+    leaves = tuple(leaf for leaf, parameter in module._parameters.items() if parameter is not None)
+    return Ordered(module=name, num_experts=size, parameters=leaves, rows=rows, counts=next(iter(lists), ""))
+
+
+def _variants(module: nn.Module, made: Stacked | Ordered) -> tuple[Experts, ...]:
+    """With every choice of the attributes that may say how many experts there are, the fewest first: others may be as
+    large by chance."""
+    counts = [key for key, value in vars(module).items() if type(value) is int and value == made.num_experts]
+    subsets: Iterator[tuple[str, ...]] = itertools.chain.from_iterable(
+        itertools.combinations(counts, length) for length in range(len(counts) + 1)
+    )
+    return tuple(dataclasses.replace(made, attributes=subset) for subset in itertools.islice(subsets, 16))
+
+
+def _with_choices(module: nn.Module, name: str, size: int, call: Mapping[str, Any]) -> Stacked | str:
+    tensors = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
+    others = [key for key, value in call.items() if not isinstance(value, torch.Tensor) and tensors_of(value)]
     floating = {key: value for key, value in tensors.items() if value.is_floating_point() and value.dim() == 2}
     index = [key for key, value in tensors.items() if not value.is_floating_point() and value.dim() == 2]
     if len(tensors) != 3 or len(index) != 1 or len(floating) != 2 or others:
@@ -165,7 +202,7 @@ def _stacked(module: nn.Module, name: str, size: int, calls: Sequence[Mapping[st
     if len(weights) != 1 or any(value.shape[0] != shape[0] for value in floating.values()):
         return f"none, or both, of {', '.join(floating)} have the shape {tuple(shape)} of {index[0]}"
     rows = next(key for key in floating if key != weights[0])
-    made = Stacked(
+    return Stacked(
         module=name,
         num_experts=size,
         parameters=tuple(leaf for leaf, parameter in module._parameters.items() if parameter is not None),
@@ -173,11 +210,6 @@ def _stacked(module: nn.Module, name: str, size: int, calls: Sequence[Mapping[st
         index=index[0],
         weights=weights[0],
     )
-    counts = [key for key, value in vars(module).items() if type(value) is int and value == size]
-    subsets: Iterator[tuple[str, ...]] = itertools.chain.from_iterable(
-        itertools.combinations(counts, length) for length in range(len(counts), -1, -1)
-    )
-    return tuple(dataclasses.replace(made, attributes=subset) for subset in itertools.islice(subsets, 16))
 
 
 def _listed(name: str, members: Sequence[str], seen: _Observed, mute: _Observed) -> Listed | str:

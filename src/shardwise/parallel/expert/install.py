@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from shardwise.describe.expert import ExpertPlan, Experts, Listed, Stacked, runs_of_experts
+from shardwise.describe.expert import ExpertPlan, Experts, Listed, Ordered, Stacked, runs_of_experts
 from shardwise.describe.tensor import Slice
 from shardwise.errors import ModelError
 from shardwise.parallel.expert.groups import ExpertGroup
 from shardwise.parallel.expert.listed import ListedExperts
 from shardwise.parallel.expert.load import Loads
+from shardwise.parallel.expert.ordered import ordered_forward
 from shardwise.parallel.expert.stacked import stacked_forward
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.trace.absent import Absent, absent_parameter
@@ -119,12 +120,12 @@ class DividedExperts:
     def _divide(self, unit: str, experts: Experts, number: int) -> None:
         layer = ".".join(name for name in (unit, experts.module) if name)
         self.loads.declare(layer, experts.num_experts)
-        if isinstance(experts, Stacked):
+        if not isinstance(experts, Listed):
             self._divide_stacked(layer, experts, number)
         else:
             self._divide_listed(unit, layer, experts, number)
 
-    def _divide_stacked(self, layer: str, experts: Stacked, number: int) -> None:
+    def _divide_stacked(self, layer: str, experts: Stacked | Ordered, number: int) -> None:
         module = self._module(layer)
         start, stop = runs_of_experts(experts.num_experts, self.group.size)[self.rank]
         for leaf in experts.parameters:
@@ -139,7 +140,10 @@ class DividedExperts:
         for attribute in experts.attributes:
             self._attributes.append((module, attribute, vars(module)[attribute], stop - start))
             module.__dict__[attribute] = stop - start
-        forward = stacked_forward(module, experts, self.group, self.loads, layer=layer, number=number)
+        if isinstance(experts, Stacked):
+            forward = stacked_forward(module, experts, self.group, self.loads, layer=layer, number=number)
+        else:
+            forward = ordered_forward(module, experts, self.group, self.loads, layer=layer, number=number)
         self._wrap(module, forward)
 
     def _divide_listed(self, unit: str, layer: str, experts: Listed, number: int) -> None:

@@ -105,7 +105,7 @@ def _proven(kind: Kind, ep: int) -> _Proof:
                 chosen.append(variant)
                 worst = max(worst, error)
                 break
-            why = why or f"not proven: {difference}"
+            why = f"not proven: {difference}"  # of the last, in which every number that may be theirs is
         else:
             reasons.append(f"{variants[0].module}: {why}")
     return dataclasses.replace(made, experts=tuple(chosen), reason="; ".join(reasons), error=worst)
@@ -123,22 +123,23 @@ def _read_elsewhere(kind: Kind, experts: Experts) -> str:
 def _attempt(unit: nn.Module, kind: Kind, experts: tuple[Experts, ...], ep: int) -> tuple[float, str]:
     """The error of the proof, or why it failed; for every call, in training and evaluation, for every expert."""
     plan = ExpertPlan(ep=ep, units={"": experts}, reasons={})
-    stacked = {each.module: each.num_experts for each in experts if isinstance(each, Stacked)}
-    unseen = {module: frozenset(range(size)) for module, size in stacked.items()}
-    worst = 0.0
+    sizes = {each.module: each.num_experts for each in experts if not isinstance(each, Listed)}
+    unseen = {module: frozenset(range(size)) for module, size in sizes.items()}
+    deals = any(isinstance(each, Stacked) for each in experts)
+    worst, seed = 0.0, 0
     what = ""
     try:
         for seed, (training, call) in enumerate(itertools.product((True, False), kind.calls), start=1):
             proven = prove(unit, call, plan, training=training, seed=seed)
             worst = max(worst, proven.error)
             unseen = {module: numbers - proven.shown[module] for module, numbers in unseen.items()}
-        beyond = bool(stacked) and takes_choices_beyond(unit, kind.calls[0], plan)
-        for number in range(max(stacked.values(), default=0)):  # a deal has a row of each rank at least
-            if number and not any(unseen.values()):
+        beyond = deals and takes_choices_beyond(unit, kind.calls[0], plan)
+        for number in range(max(sizes.values(), default=0)):  # a deal has a row of each rank at least
+            if not any(unseen.values()) and not (deals and not number):
                 break
             what = "choices dealt out in turn, one of no expert: " if beyond and not number else ""
             deal = Deal(number=number, beyond=beyond and not number)
-            proven = prove(unit, kind.calls[0], plan, training=True, seed=number, deal=deal)
+            proven = prove(unit, kind.calls[0], plan, training=True, seed=seed + 1 + number, deal=deal)
             worst = max(worst, proven.error)
             unseen = {module: numbers - proven.shown[module] for module, numbers in unseen.items()}
     except Difference as difference:

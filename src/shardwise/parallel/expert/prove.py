@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from shardwise.describe.expert import ExpertPlan, Stacked
+from shardwise.describe.expert import ExpertPlan, Listed, Stacked
 from shardwise.parallel.expert.groups import ExpertGroup, on_expert_threads
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
@@ -45,10 +45,12 @@ class Deal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Proven:
-    """What one comparison found: the largest relative error, and of which stacked experts it showed anything."""
+    """What one comparison found: the largest relative error, and of which experts it showed anything."""
 
     error: float
-    shown: Mapping[str, frozenset[int]]  # module -> its experts whose gradients are there and do not vanish
+    shown: Mapping[
+        str, frozenset[int]
+    ]  # module -> its experts (of a list none) whose gradients are there and do not vanish
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -183,10 +185,10 @@ def _joined(plan: ExpertPlan, of_ranks: Sequence[Gradients]) -> Gradients:
 def _shown(
     plan: ExpertPlan, gradients: Gradients, loads: Sequence[Mapping[str, torch.Tensor]], scale: float
 ) -> dict[str, frozenset[int]]:
-    """Stacked experts that were given rows, and all of whose matrices have a gradient that does not vanish."""
+    """Experts in one module that were given rows, and all of whose matrices have a gradient that does not vanish."""
     shown: dict[str, frozenset[int]] = {}
     for each in plan.units[""]:
-        if not isinstance(each, Stacked):
+        if isinstance(each, Listed):
             continue
         rows = torch.stack([load[each.module] for load in loads]).sum(0)[: each.num_experts]
         seen = rows > 0

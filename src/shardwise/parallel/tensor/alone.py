@@ -18,7 +18,7 @@ from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.layers import Layer, layer_of
-from shardwise.parallel.tensor.prove import prove
+from shardwise.parallel.tensor.prove import Wholes, prove
 from shardwise.parallel.tensor.slices import spread
 from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 
@@ -44,13 +44,16 @@ def divide_alone(
     kind = dataclasses.replace(kind, calls=with_whole_numbers(unit, kind.calls))
     base = plan or UnitPlan()
     done: set[str] = set()
-    for names in (tuple(layers), *((name,) for name in layers)):  # all at once, or else one by one
-        if done.issuperset(names):
-            continue
-        proven = _proven(kind, unit, _with(base, {name: layers[name] for name in names}, unit), tp)
+    wholes = Wholes()
+    pending = [tuple(layers)]
+    while pending:  # all at once; where that is not equal, each half of them
+        names = pending.pop()
+        proven = _proven(kind, unit, _with(base, {name: layers[name] for name in names}, unit), tp, wholes)
         if proven is not None:
             base = proven
             done.update(names)
+        elif len(names) > 1:
+            pending += [names[len(names) // 2 :], names[: len(names) // 2]]
     return (base, _without(reason, done, everything=len(done) == _num_layers(kind.module))) if done else (plan, reason)
 
 
@@ -104,11 +107,11 @@ def _with(base: UnitPlan, layers: Mapping[str, Slice], unit: nn.Module) -> UnitP
     return dataclasses.replace(base, copies=tuple(copies), cuts=cuts, attributes=attributes, slices=slices, alone=alone)
 
 
-def _proven(kind: Kind, unit: nn.Module, plan: UnitPlan, tp: int) -> UnitPlan | None:
+def _proven(kind: Kind, unit: nn.Module, plan: UnitPlan, tp: int, wholes: Wholes) -> UnitPlan | None:
     plan = dataclasses.replace(plan, proof=None)
     try:
         for seed, (training, call) in enumerate(itertools.product((True, False), kind.calls), start=1):
-            plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed)
+            plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed, wholes=wholes)
     except Exception:  # it differs, or whatever a model raises of sizes that do not fit
         return None
     return plan

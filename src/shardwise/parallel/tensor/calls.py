@@ -1,7 +1,8 @@
 """The calls of a model's units, caught while its forward is recorded with fake parameters: one of each kind of block.
 
-Two blocks are of one kind where class, settings, shapes of tensors and the signature of the call agree: what is proven
-of one holds for the other. Knows modules and arguments; refuses to know how a block is divided.
+Two blocks are of one kind where class, settings, shapes of tensors, the signature of the call and the operations that
+it does agree: what is proven of one holds for the other. Knows modules and arguments; refuses to know how a block is
+divided.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from shardwise.describe.flow import NodeKind
+from shardwise.parallel.tensor.extra_outputs import extras_of
 from shardwise.parallel.tensor.instance import Call, tensors_of
+from shardwise.parallel.tensor.structure import Structures
 from shardwise.trace.capture import capture
 from shardwise.trace.objective import Batch, LossFunction
+from shardwise.trace.record import Recorder
 from shardwise.trace.tape import Fixed, FromArgument, Made, Tape
 
 __all__ = ["Kind", "kinds_of"]
@@ -38,8 +42,13 @@ class Kind:
     units: list[str]
     calls: list[Call]
     tied: frozenset[str]  # its parameters, by local name, that stand outside of it too
-    key: str = ""  # digest of all that makes units alike: structure, signatures, who reads them
+    key: str = ""  # digest of all that makes units alike: structure, signatures, operations, who reads them
     foreign: frozenset[str] = frozenset()  # those of its parameters that others read without holding them (glue, say)
+
+    @property
+    def kept_whole(self) -> frozenset[str]:
+        """Its parameters that somebody else computes with."""
+        return self.tied | self.foreign
 
 
 def kinds_of(
@@ -50,8 +59,12 @@ def kinds_of(
     One forward of `batch` with fake parameters. Raises `ModelError` as `trace` does.
     """
     caught: dict[str, dict[str, Call]] = {}
-    with _caught(model, caught):
-        captured = capture(model, batch, loss=loss, units=units)
+    done: dict[int, set[str]] = {}
+    structures = Structures()
+    with _caught(model, caught, structures):
+        watch = functools.partial(_noting_operations, done)
+        captured = capture(model, batch, loss=loss, units=units, watch=watch, backward=False)
+    operations = _operations_of(captured.tape, done)
     read = _read_outside(captured.tape)
     readers = _readers(model, captured.tape)
     kinds: dict[tuple[object, ...], Kind] = {}
@@ -59,17 +72,43 @@ def kinds_of(
         calls = caught.get(name, {})
         outside = read.get(name, frozenset())
         tied, foreign = _tied(model, name, module), _foreign(readers, captured.units, module)
-        key = (_structure(module), outside, tied, foreign, *sorted(calls))
+        structure, does = structures.of(module), operations.get(name, frozenset())
+        extras = extras_of(captured.tape, name)
+        key = (structure, does, outside, tied, foreign, extras, *sorted(calls))
         if key in kinds:
             kinds[key].units.append(name)
         else:
-            seen = [dataclasses.replace(call, read=outside) for call in calls.values()]
-            about = (key[0], sorted(outside), sorted(tied), sorted(foreign), sorted(calls), torch.__version__)
+            seen = [dataclasses.replace(call, read=outside, extras=extras) for call in calls.values()]
+            names = (sorted(does), sorted(outside), sorted(tied), sorted(foreign), sorted(calls))
+            about = (structure, *names, sorted(map(repr, extras)), torch.__version__)
             digest = hashlib.blake2b(repr(about).encode(), digest_size=6).hexdigest()
             kinds[key] = Kind(
                 unit=name, module=module, units=[name], calls=seen, tied=tied, foreign=foreign, key=digest
             )
     return list(kinds.values())
+
+
+@contextlib.contextmanager
+def _noting_operations(done: dict[int, set[str]], recorder: Recorder) -> Iterator[None]:
+    """Note, by node, the names of what `recorder` sees done: blocks with other branches or functions differ here."""
+    done.clear()  # of an attempt that was recorded again
+
+    def observe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        if recorder.place is not None:
+            done.setdefault(recorder.place, set()).add(str(func))
+
+    before, recorder.below.observer = recorder.below.observer, observe
+    try:
+        yield
+    finally:
+        recorder.below.observer = before
+
+
+def _operations_of(tape: Tape, done: Mapping[int, set[str]]) -> dict[str, frozenset[str]]:
+    found: dict[str, frozenset[str]] = {}
+    for node in tape.flow.calls:
+        found[node.name] = found.get(node.name, frozenset()) | done.get(node.index, set())
+    return found
 
 
 def _tied(model: nn.Module, unit: str, module: nn.Module) -> frozenset[str]:
@@ -118,7 +157,7 @@ def _read_outside(tape: Tape) -> dict[str, frozenset[int]]:
 
 
 @contextlib.contextmanager
-def _caught(model: nn.Module, calls: dict[str, dict[str, Call]]) -> Iterator[None]:
+def _caught(model: nn.Module, calls: dict[str, dict[str, Call]], structures: Structures) -> Iterator[None]:
     """Note the calls of all modules with parameters, once for each signature of a kind of module."""
     known: dict[tuple[str, str], Call] = {}
     noted: set[str] = set()  # modules that are entered as usual: their forward is not noted again
@@ -126,7 +165,7 @@ def _caught(model: nn.Module, calls: dict[str, dict[str, Call]]) -> Iterator[Non
         for name, module in model.named_modules():
             if not name or not any(True for _ in module.parameters()):
                 continue
-            structure = _structure(module)
+            structure = structures.of(module)
 
             def note(args: Any, kwargs: Any, *, name: str = name, structure: str = structure) -> None:
                 with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -165,27 +204,6 @@ def _noting(name: str, module: nn.Module, note: Callable[[Any, Any], None], note
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
-
-
-def _structure(module: nn.Module) -> str:
-    """Everything that makes two modules alike but the values of their tensors."""
-    lines = []
-    for name, part in module.named_modules():
-        settings = {
-            key: repr(value) for key, value in vars(part).items() if isinstance(value, (int, float, str, tuple))
-        }
-        settings.pop("layer_idx", None)
-        tensors = [(key, tuple(t.shape), str(t.dtype), t.requires_grad) for key, t in _tensors(part)]
-        lines.append(f"{name} {type(part).__module__}.{type(part).__qualname__} {sorted(settings.items())} {tensors}")
-    return "\n".join(lines)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers)
-    for table in tables:
-        for name, tensor in table.items():
-            if tensor is not None:
-                yield name, tensor
 
 
 def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

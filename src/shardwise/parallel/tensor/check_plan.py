@@ -21,7 +21,7 @@ from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.locate import first_module
 from shardwise.parallel.tensor.proof_bytes import bytes_to_prove
-from shardwise.parallel.tensor.prove import Difference, prove
+from shardwise.parallel.tensor.prove import Difference, Wholes, prove
 from shardwise.parallel.tensor.ties import names_of
 from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.quantities import format_bytes
@@ -57,7 +57,7 @@ def prove_written(model: nn.Module, all_kinds: Sequence[Kind], plan: TensorPlan)
             raise ModelError(
                 f"a plan divides units that the batch runs through: {unit!r} is none; there are {known}; leave it out"
             )
-        kind, key = kinds[unit], (kinds[unit].unit, repr(given))
+        kind, key = kinds[unit], (kinds[unit].unit, given.digest)
         if key not in done:
             done[key] = _by_the_ranks(unit, kind, given, plan.tp) or _proven(unit, kind, given, plan.tp)
         proven[unit] = done[key]
@@ -69,7 +69,8 @@ def _by_the_ranks(unit: str, kind: Kind, given: UnitPlan, tp: int) -> UnitPlan |
     needed, free = bytes_to_prove(kind, tp), psutil.virtual_memory().available // 2
     if needed <= free or not any(True for _ in kind.module.children()):
         return None
-    if given.proof is not None and given.proof.start_up and given.proof.key == kind.key:
+    proof = given.proof
+    if proof is not None and proof.start_up and (proof.key, proof.plan) == (kind.key, given.digest):
         return given
     raise ModelError(
         f"a plan is proven before it is used, and that of {unit} would take {format_bytes(needed)}, with "
@@ -97,15 +98,30 @@ def _proven(unit: str, kind: Kind, given: UnitPlan, tp: int) -> UnitPlan:
     """`given`, proven as it stands, or with the first attributes for which it is equal. Raises `ModelError`."""
     copied = random_copy(kind.module)
     kind = dataclasses.replace(kind, calls=with_whole_numbers(copied, kind.calls))
+    wholes = _whole(unit, copied, kind)
     wrong: tuple[UnitPlan, Exception] | None = None  # of the first that ran, or else of the plan as it stands
     for plan in itertools.islice(_variants(copied, kind, given, tp), _MOST_FITS):
         try:
-            return _runs(copied, kind, plan, tp)
+            return _runs(copied, kind, plan, tp, wholes)
         except Exception as error:  # sizes that do not fit end in any error of the model
             ran_first = isinstance(error, Difference) and wrong is not None and not isinstance(wrong[1], Difference)
             wrong = (plan, error) if wrong is None or ran_first else wrong
     assert wrong is not None
     raise _told(unit, copied, kind, wrong[0], tp, wrong[1]) from wrong[1]
+
+
+def _whole(unit: str, copied: nn.Module, kind: Kind) -> Wholes:
+    """What every plan of it is compared with. Raises `ModelError` where the whole unit does not run by itself."""
+    wholes = Wholes()
+    try:
+        for seed, (training, call) in enumerate(itertools.product((True, False), kind.calls)):
+            wholes.of(copied, call, training, seed)
+    except Exception as error:  # whatever a model raises when it is run alone, on random numbers
+        raise ModelError(
+            f"a plan is proven before it is used, and {unit} does not run by itself on random numbers: "
+            f"{type(error).__name__}: {error}; leave it out of the plan"
+        ) from error
+    return wholes
 
 
 def _variants(copied: nn.Module, kind: Kind, given: UnitPlan, tp: int) -> Iterator[UnitPlan]:
@@ -118,18 +134,20 @@ def _variants(copied: nn.Module, kind: Kind, given: UnitPlan, tp: int) -> Iterat
         return
 
 
-def _runs(copied: nn.Module, kind: Kind, plan: UnitPlan, tp: int) -> UnitPlan:
+def _runs(copied: nn.Module, kind: Kind, plan: UnitPlan, tp: int, wholes: Wholes) -> UnitPlan:
     plan = dataclasses.replace(plan, proof=None)
     completed = plan
     for seed, (training, call) in enumerate(itertools.product((True, False), kind.calls)):
-        plan, _ = prove(copied, call, plan, tp=tp, training=training, seed=seed, complete=True, sums=False)
+        plan, _ = prove(
+            copied, call, plan, tp=tp, training=training, seed=seed, complete=True, sums=False, wholes=wholes
+        )
         if seed == 0:
             completed = dataclasses.replace(plan, proof=None)
     if dataclasses.replace(plan, proof=None) == completed:
         return plan
     plan = dataclasses.replace(plan, proof=None)  # grown by a later call: all of them once more, with all of it
     for seed, (training, call) in enumerate(itertools.product((True, False), kind.calls)):
-        plan, _ = prove(copied, call, plan, tp=tp, training=training, seed=seed)
+        plan, _ = prove(copied, call, plan, tp=tp, training=training, seed=seed, wholes=wholes)
     return plan
 
 

@@ -22,7 +22,7 @@ from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call
 from shardwise.trace.count import flops_of
-from shardwise.trace.placing import named_tensors
+from shardwise.trace.placing import held_tensors, named_tensors
 
 __all__ = ["flops_share", "on_meta", "without_values"]
 
@@ -46,7 +46,7 @@ def _share(kind: Kind, plan: UnitPlan | None, whole: int, part: int | None, tp: 
     if plan is None or tp == 1:
         return 0.0
     if part is not None:
-        return min(1.0, (1 - part / whole) / (1 - 1 / tp))
+        return max(0.0, min(1.0, (1 - part / whole) / (1 - 1 / tp)))
     sizes = {name: parameter.numel() for name, parameter in kind.module.named_parameters() if parameter.dim() > 1}
     return sum(sizes.get(name, 0) for name in plan.slices) / max(1, sum(sizes.values()))
 
@@ -80,6 +80,10 @@ def without_values(unit: nn.Module) -> nn.Module:
     for tensor in named_tensors(unit).values():
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    for module in unit.modules():
+        for _, leaves, _ in held_tensors(module):  # states that an earlier forward has left, with its graph
+            held = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in memo]
+            memo.update({id(leaf): torch.empty_like(leaf.detach(), device="meta") for leaf in held})
     return copy.deepcopy(unit, memo).eval()
 
 

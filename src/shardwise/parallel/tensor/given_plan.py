@@ -23,6 +23,8 @@ __all__ = ["GivenPlan", "larger_of_carried", "plan_as_given"]
 GivenPlan = Mapping[str, str] | TensorPlan  # words of transformers by pattern, or a plan as a value
 
 _UNNAMED = "the written plan does not name it"
+_LEFT = "the written plan leaves it whole"
+_CARRIED = "the tp_plan that it carries leaves it whole"
 
 
 def plan_as_given(model: nn.Module, small: Narrowed, given: GivenPlan | None, *, tp: int) -> TensorPlan | None:
@@ -42,9 +44,28 @@ def plan_as_given(model: nn.Module, small: Narrowed, given: GivenPlan | None, *,
             f"layout has tp={tp}; write one for tp={tp}"
         )
     proven = prove_written(model, small.whole, plan) if isinstance(words, TensorPlan) else plan
-    reasons = {unit: _UNNAMED for unit in units if unit not in proven.units} | dict(proven.reasons)
+    reasons = _reasons_as_given(small.whole, proven) | dict(proven.reasons)
     origin = proven.origin if given is not None else "as set on the model"
     return TensorPlan(tp=tp, units=proven.units, reasons=reasons, sharded_share=0.0, origin=origin)
+
+
+def _reasons_as_given(kinds: Sequence[Kind], plan: TensorPlan) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for kind in kinds:
+        for unit in kind.units:
+            if not kind.calls:
+                reasons[unit] = "it is not called with this batch"
+            elif unit not in plan.units:
+                reasons[unit] = _UNNAMED
+            elif left := _left(kind, plan.units[unit], _LEFT):
+                reasons[unit] = left
+    return reasons
+
+
+def _left(kind: Kind, plan: UnitPlan, why: str) -> str:
+    """The matrices of a unit that `plan` does not divide, with why; "" where there are none."""
+    whole = [name for name, p in kind.module.named_parameters() if p.dim() > 1 and name not in plan.slices]
+    return "; ".join(f"{name.removesuffix('.weight')}: {why}" for name in whole)
 
 
 def _of_words(model: nn.Module, small: Narrowed, words: Mapping[str, str], units: Sequence[str], tp: int) -> TensorPlan:
@@ -83,9 +104,12 @@ def larger_of_carried(
             why = f"the tp_plan that it carries is refused: {str(error).partition(';')[0]}"
             told.update({unit: f"{told[unit]}; {why}" for unit in kind.units})
             continue
+        left = _left(kind, proven, _CARRIED)
         for unit in kind.units:
             divided[unit] = proven
             told.pop(unit, None)
+            if left:
+                told[unit] = left
     return divided, told
 
 

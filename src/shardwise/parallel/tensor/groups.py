@@ -16,7 +16,7 @@ from shardwise.describe.tensor import Slice
 from shardwise.parallel.tensor.products import Product
 from shardwise.parallel.tensor.supports import Leaf, Sets, Sink, Supports
 
-__all__ = ["Group", "Refused", "groups_of", "slice_of_sets"]
+__all__ = ["Group", "Refused", "groups_of", "slice_of_sets", "without_kept"]
 
 _MOST_PARTS = 3  # [q|k|v]
 
@@ -58,12 +58,12 @@ def groups_of(
     tp: int,
     gradients: frozenset[int],
     gathers: frozenset[str] = frozenset(),
-    tied: frozenset[str] = frozenset(),
+    kept: frozenset[str] = frozenset(),
 ) -> tuple[list[Group], dict[str, str]]:
     """The largest groups that do not contradict each other, and for other layers why they are no rows.
 
     `sizes` are the elements of each layer's weight, `gradients` the places of arguments that want a gradient,
-    `gathers` modules that may be run whole inside a region, `tied` parameters that others hold whole.
+    `gathers` modules that may be run whole inside a region, `kept` parameters that others hold or read whole.
     """
     proposals: list[tuple[int, Group]] = []
     reasons: dict[str, str] = {}
@@ -72,7 +72,7 @@ def groups_of(
             continue
         try:
             group = _Builder(found, tp, gradients, gathers).build(layer)
-            _refuse_tied(group, tied)
+            _refuse_kept(group, kept)
         except Refused as refused:
             reasons[layer] = str(refused)
             continue
@@ -86,10 +86,25 @@ def groups_of(
     return sorted(chosen, key=lambda group: min(place[name] for name in group.layers)), reasons
 
 
-def _refuse_tied(group: Group, tied: frozenset[str]) -> None:
-    for name in (*(f"{layer}.weight" for layer in group.layers), *group.layers, *group.tensors):
-        if name in tied:
-            raise Refused(f"{name} is tied to a tensor outside of the unit, which is whole")
+def without_kept(groups: Sequence[Group], kept: frozenset[str]) -> tuple[list[Group], dict[str, str]]:
+    """The groups that divide none of the parameters `kept`, and why the layers of the others stay whole."""
+    chosen: list[Group] = []
+    reasons: dict[str, str] = {}
+    for group in groups:
+        try:
+            _refuse_kept(group, kept)
+            chosen.append(group)
+        except Refused as refused:
+            reasons.update(dict.fromkeys(group.ends, str(refused)))
+    return chosen, reasons
+
+
+def _refuse_kept(group: Group, kept: frozenset[str]) -> None:
+    biases = (*(f"{layer}.bias" for layer in group.columns), *(product.bias for product in group.products.values()))
+    weights = (*(f"{layer}.weight" for layer in group.layers), *group.layers)
+    for name in (*weights, *group.tensors, *biases):
+        if name in kept:
+            raise Refused(f"{name} is tied to a tensor outside of the unit, or read there, where it is whole")
 
 
 class _Builder:

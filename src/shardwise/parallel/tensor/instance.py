@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardwise.parallel.tensor.extra_outputs import Extra
 from shardwise.trace.placing import held_tensors, named_tensors
 
 __all__ = ["Call", "Doubled", "random_copy", "tensors_of", "twin"]
@@ -30,7 +31,8 @@ class Call:
     `requires_grad` are the places, among the tensors of the arguments, that a gradient flows back to; `read` the
     places, among the tensors that are returned, that somebody outside reads (None: all); `invented` those whose numbers
     are not known and that no gradient flows to: a mask or a table of positions that the model computes; `counted` whole
-    numbers that it computes (see `whole_numbers`).
+    numbers that it computes (see `whole_numbers`). `extras` are places where the unit leaves, outside of what it
+    returns, what somebody outside reads.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +41,7 @@ class Call:
     read: frozenset[int] | None = None
     invented: frozenset[int] = frozenset()
     counted: frozenset[int] = frozenset()
+    extras: frozenset[Extra] = frozenset()
 
     def fresh(
         self, *, seed: int | None = None, all_gradients: bool = False, fill: float | None = None

@@ -101,9 +101,9 @@ class RowParallelLinear(nn.Module):
         if x.shape[-1] != width:
             given = "its own columns of the input" if self.input_is_divided else "the whole input"
             raise DataflowError(
-                f"rank {self.group.rank} of {self.group.size} is given {given}, {width} of {self.in_features} features, "
-                f"but these are {x.shape[-1]}; say input_is_divided={not self.input_is_divided}, or give both layers "
-                "one `part`"
+                f"rank {self.group.rank} of {self.group.size} is given {given}, {width} of {self.in_features} "
+                f"features, but these are {x.shape[-1]}; say input_is_divided={not self.input_is_divided}, or give "
+                "both layers one `part`"
             )
         if not self.input_is_divided:
             x = scatter_to(x, _last(self.part), self.group)

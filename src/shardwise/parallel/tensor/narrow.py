@@ -28,6 +28,7 @@ from shardwise.parallel.tensor.lift import lifted, misfit_of_instances
 from shardwise.parallel.tensor.narrow_config import narrow_config
 from shardwise.parallel.tensor.proof_bytes import bytes_to_prove
 from shardwise.parallel.tensor.prove import prove
+from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.quantities import format_bytes, format_count
 from shardwise.trace.deferred import defer, place
 from shardwise.trace.objective import Batch, LossFunction
@@ -89,7 +90,8 @@ class Narrowed:
 def _lifted(plan: UnitPlan, instance: _Instance, kind: Kind, tp: int) -> UnitPlan:
     second = dataclasses.replace(lifted(plan, instance.first, instance.second), proof=None)
     unit = random_copy(instance.second.module)
-    for seed, (training, call) in enumerate(itertools.product((True, False), instance.second.calls), start=1):
+    calls = with_whole_numbers(unit, instance.second.calls)
+    for seed, (training, call) in enumerate(itertools.product((True, False), calls), start=1):
         second, _ = prove(unit, call, second, tp=tp, training=training, seed=seed)
     wide = lifted(plan, instance.first, kind)
     assert plan.proof is not None
@@ -98,7 +100,7 @@ def _lifted(plan: UnitPlan, instance: _Instance, kind: Kind, tp: int) -> UnitPla
         plan.proof,
         on=f"two narrow instances ({instance.why})",
         error=max(plan.proof.error, second.proof.error),
-        start_up=wide.sequence is None,
+        start_up=True,
     )
     return dataclasses.replace(wide, proof=proof)
 
@@ -136,8 +138,9 @@ def narrowed(
             result.kinds[number] = dataclasses.replace(pair[0], units=kind.units, key=kind.key)
             result.instances[number] = _Instance(first=pair[0], second=pair[1], why=why)
         elif needed > (free if proof_bytes is None else proof_bytes):
+            to_take = format_bytes(free if proof_bytes is None else proof_bytes)
             result.kinds[number] = dataclasses.replace(kind, calls=[])
-            result.reasons[number] = f"{why}, with {format_bytes(most)} to take, and there is no narrow one: {misfit}"
+            result.reasons[number] = f"{why}, with {to_take} to take, and there is no narrow one: {misfit}"
     return result
 
 

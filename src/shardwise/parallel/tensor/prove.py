@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from shardwise.describe.proof import Proof
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.parallel.tensor.collectives import TensorGroup
+from shardwise.parallel.tensor.extra_outputs import picked_up
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.sequence_shard import whole_tokens
@@ -48,6 +49,7 @@ class _Run:
     """What one forward and backward left."""
 
     outputs: dict[int, torch.Tensor]  # those that are read outside, by place
+    extras: dict[str, torch.Tensor]  # what it has left elsewhere for who reads it
     arguments: dict[str, torch.Tensor | None]  # gradients
     parameters: dict[str, torch.Tensor | None]  # gradients
     summed: dict[str, torch.Tensor | None]  # the same, after partial ones were summed
@@ -133,6 +135,7 @@ class Wholes:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, bool, int, float | None], _Run] = {}
+        self.reached: set[str] = set()  # parameters that some run has a gradient of, and those that ask for none
 
     def of(self, unit: nn.Module, call: Call, training: bool, seed: int, fill: float | None = None) -> _Run:
         """The run of `call`, made if it is not known; always with the same `unit`, and calls that stay alive."""
@@ -140,6 +143,8 @@ class Wholes:
         if key in self._known:
             return self._known[key]
         made = _run(_own(unit, training), call, None, None, seed, fill=fill)
+        frozen = {name for name, parameter in unit.named_parameters() if not parameter.requires_grad}
+        self.reached |= frozen | {name for name, gradient in made.parameters.items() if gradient is not None}
         if sum(parameter.numel() for parameter in unit.parameters()) <= _MOST_KEPT:
             self._known[key] = made
         return made
@@ -180,19 +185,21 @@ def _run(
     args, kwargs = call.fresh(seed=seed, fill=fill)
     given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.requires_grad]
     draws = Draws()
-    with Doubled(), RandomMode(_scope(given)), draws, torch.enable_grad():
+    with picked_up(unit, call.extras) as left, Doubled(), RandomMode(_scope(given)), draws, torch.enable_grad():
         out = unit(*args, **kwargs)
+    extras = {what: whole_tokens(tensor) for what, tensor in left((args, kwargs)).items()}
     made = [whole_tokens(tensor) for tensor in tensors_of(out)]
     outputs = {place: tensor for place, tensor in enumerate(made) if call.read is None or place in call.read}
     if whole is not None:
         _refuse_early(outputs, draws.shapes, whole)
-    _backward(list(outputs.values()), seed)
+    _backward([*outputs.values(), *extras.values()], seed)
     raw = {name: parameter.grad for name, parameter in unit.named_parameters()}
     summed = {name: None if grad is None else grad.clone() for name, grad in raw.items()}
     if plan is not None and group is not None:
         sum_partial({name: grad for name, grad in summed.items() if grad is not None}, plan, group)
     return _Run(
         outputs={place: tensor.detach() for place, tensor in outputs.items()},
+        extras={what: tensor.detach() for what, tensor in extras.items()},
         arguments={f"argument {place}": tensor.grad for place, tensor in enumerate(given)},
         parameters=raw,
         summed=summed,
@@ -315,6 +322,8 @@ def _compare(plan: UnitPlan, whole: _Run, parts: Sequence[_Run]) -> float:
             raise Difference(f"rank {rank} returns {len(part.outputs)} tensors, the whole unit {len(whole.outputs)}")
         for place, tensor in whole.outputs.items():
             worst = max(worst, _error(f"output {place}", part.outputs[place], tensor, 0.0))
+        for what in (*whole.extras, *part.extras):
+            worst = max(worst, _error(what, part.extras.get(what), whole.extras.get(what), 0.0))
         for name, gradient in whole.arguments.items():
             worst = max(worst, _error(f"gradient of {name}", part.arguments[name], gradient, scale))
         for name, gradient in whole.summed.items():
@@ -343,6 +352,9 @@ def _joined(locals_: Sequence[torch.Tensor | None], cut: Slice) -> torch.Tensor 
         mine = paste(local, cut, rank)
         if total is None:
             total = mine
+            continue
+        if not cut.shared:
+            total += mine  # zero where others have theirs
             continue
         held = paste(torch.ones_like(local), cut, rank) > 0
         before = _held(cut, range(rank), total)
@@ -379,12 +391,15 @@ def _error(what: str, a: torch.Tensor | None, b: torch.Tensor | None, scale: flo
         if not torch.equal(a, b):
             raise Difference(f"{what} is another")
         return 0.0
-    finite = b.isfinite()
-    if not torch.equal(finite, a.isfinite()):
-        raise Difference(f"{what} is not finite on both sides")
-    a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+    apart = float((a - b).norm())
+    if not math.isfinite(apart):
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            raise Difference(f"{what} is not finite on both sides")
+        a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+        apart = float((a - b).norm())
     against = max(float(b.norm()), 1e-3 * scale * math.sqrt(b.numel()), 1e-30)
-    error = float((a - b).norm()) / against
+    error = apart / against
     if not error <= TOLERANCE:
         raise Difference(f"{what} differs by {error:.1e}")
     return error

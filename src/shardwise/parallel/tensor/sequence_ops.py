@@ -16,7 +16,18 @@ import torch.nn.functional as F
 
 from shardwise.parallel.tensor.sequence import Tokens
 
-__all__ = ["ASKS", "ELEMENTWISE", "IN_PLACE", "MAKERS", "OWN_MEMORY", "RULES", "SAME_MEMORY", "VIEWS", "Operands", "Rule"]
+__all__ = [
+    "ASKS",
+    "ELEMENTWISE",
+    "IN_PLACE",
+    "MAKERS",
+    "OWN_MEMORY",
+    "RULES",
+    "SAME_MEMORY",
+    "VIEWS",
+    "Operands",
+    "Rule",
+]
 
 
 class Operands(Protocol):

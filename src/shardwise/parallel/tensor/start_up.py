@@ -40,6 +40,7 @@ StartUp = Mapping[str, Call]  # unit -> a call of one sample
 # Relative; what sums in another order leave of a block. A wrong division differs by 1e-3 and more.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH = 5e-2
+_OTHER = 1e30  # the error of what cannot be compared
 _FITS = 6  # times the bytes of what is gathered at once: values, gradients, saved, and room
 
 
@@ -70,7 +71,7 @@ def prove_on_ranks(shardings: Mapping[str, Sharding], calls: StartUp, group: Ten
     first tensor that differs. Units of which one module does not fit are left out.
     """
     errors: dict[str, float] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for unit, call in calls.items():
         sharding = shardings.get(unit)
         if sharding is None or (key := _kind(sharding)) in seen:
@@ -82,8 +83,10 @@ def prove_on_ranks(shardings: Mapping[str, Sharding], calls: StartUp, group: Ten
     return errors
 
 
-def _kind(sharding: Sharding) -> str:
-    return repr(dataclasses.replace(sharding.plan, proof=None)) + type(sharding.module).__qualname__
+def _kind(sharding: Sharding) -> tuple[str, str]:
+    """Equal on all ranks for the same units: else some would wait for others."""
+    key = "" if sharding.plan.proof is None else sharding.plan.proof.key
+    return sharding.plan.digest, key or type(sharding.module).__qualname__
 
 
 # -- both ways ----------------------------------------------------------------------------------
@@ -107,19 +110,20 @@ def _prove(unit: str, sharding: Sharding, call: Call, group: TensorGroup, gather
     for name, a, b, floor in pairs:
         error = _error(a, b, floor)
         worst, first = max(worst, error), first or (name if not error <= tolerance else "")
-    everywhere = float(group.all_reduce_max(torch.tensor([worst if math.isfinite(worst) else 1e30]))[0])
+    everywhere = float(group.all_reduce_max(torch.tensor([min(worst, _OTHER)], device=_device(sharding.module)))[0])
     if not everywhere <= tolerance:
+        how = f"by up to {everywhere:.1e}" if everywhere < _OTHER else "in its shape, or in where it is a finite number"
         raise ModelError(
             f"the plan of {unit} was proven in narrow instances, and on these ranks it is not equal to the unit whole: "
-            f"{first or 'a tensor of another rank'} differs, by up to {everywhere:.1e} ({tolerance:g} is allowed in "
-            f"{dtype}); use tp=1, and report the model"
+            f"{first or 'a tensor of another rank'} differs, {how} ({tolerance:g} is allowed in {dtype}); use tp=1, "
+            "and report the model"
         )
     return everywhere
 
 
 def _run(sharding: Sharding, call: Call, group: TensorGroup, gathering: _Gathering | None) -> _Ran:
     module = sharding.module
-    args, kwargs, given = _arguments(call, _dtype(module), next(module.parameters()).device)
+    args, kwargs, given = _arguments(call, _dtype(module), _device(module))
     own = {name: p for name, p in named_tensors(module).items() if isinstance(p, nn.Parameter) and p.requires_grad}
     with gathering.on() if gathering is not None else contextlib.nullcontext(), RandomMode(_SCOPE), torch.enable_grad():
         out = [whole_tokens(tensor) for tensor in tensors_of(module(*args, **kwargs))]
@@ -161,6 +165,10 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
@@ -183,7 +191,10 @@ def _error(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
         return math.inf
     if not b.is_floating_point():
         return 0.0 if torch.equal(a, b) else math.inf
-    a, b = a.double(), b.double()
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()) or (b.numel() and not bool(finite.any())):
+        return math.inf  # of tensors without a finite number nothing is compared
+    a, b = torch.where(finite, a.double(), 0.0), torch.where(finite, b.double(), 0.0)
     return float((a - b).norm()) / max(float(b.norm()), 1e-2 * scale * math.sqrt(b.numel()), 1e-30)
 
 
@@ -201,7 +212,7 @@ def _gathering(sharding: Sharding, group: TensorGroup) -> _Gathering | None:
     for name, size in sizes.items():
         of_modules[name.rpartition(".")[0]] = of_modules.get(name.rpartition(".")[0], 0) + size
     short = [float(_FITS * needed > _free(local)) for needed in (sum(sizes.values()), max(of_modules.values()))]
-    at_once, one = group.all_reduce_max(torch.tensor(short)).tolist()
+    at_once, one = group.all_reduce_max(torch.tensor(short, device=_device(sharding.module))).tolist()
     return None if one else _Gathering(sharding, local, group, at_once=not at_once)
 
 

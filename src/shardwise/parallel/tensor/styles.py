@@ -92,7 +92,10 @@ def with_style(
     try:
         return known[style](plan, _Named(unit=unit, name=name, leaf=leaf, tp=tp, about=about))
     except LayoutError as error:
-        raise LayoutError(f"{about} is {style!r} on {tp} ranks: {error}; leave it out") from error
+        joined = (
+            ", or write 'colwise_gather_output', which divides any number" if style == "colwise" and not leaf else ""
+        )
+        raise LayoutError(f"{about} is {style!r} on {tp} ranks: {error}; leave it out{joined}") from error
 
 
 def _whole(plan: UnitPlan, named: _Named) -> UnitPlan:

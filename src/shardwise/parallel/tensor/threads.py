@@ -1,6 +1,6 @@
-"""The ranks of a unit as threads of one process. Knows barriers; the whole of a proof runs on it.
+"""The ranks of a unit as threads of one process. Knows meetings; the whole of a proof runs on it.
 
-A rank that raises ends the others at once: none waits for what will not come.
+A rank that raises, or ends, ends at once whoever waits for it: nobody waits for what will not come.
 """
 
 from __future__ import annotations
@@ -17,13 +17,50 @@ Result = TypeVar("Result")
 _DEADLINE_SECONDS = 60.0
 
 
+class _Broken(Exception):  # noqa: N818  not what went wrong, but its consequence
+    """A rank was waited for, and will not come."""
+
+
+class _Meeting:
+    """Where all ranks wait for each other, again and again, until one of them leaves for good."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._changed = threading.Condition()
+        self._here = 0
+        self._round = 0
+        self._over = False
+        self.late = False
+
+    def wait(self) -> None:
+        """Until all ranks are here. Raises `_Broken` where one of them has left, or does not come in time."""
+        with self._changed:
+            if self._over:
+                raise _Broken
+            mine = self._round
+            self._here += 1
+            if self._here == self._size:
+                self._here, self._round = 0, mine + 1
+                self._changed.notify_all()
+            elif not self._changed.wait_for(lambda: self._over or self._round > mine, _DEADLINE_SECONDS):
+                self.late = True
+            if self._round == mine:
+                raise _Broken
+
+    def leave(self) -> None:
+        """Never to come again."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+
 class ThreadGroup:
     """A `TensorGroup`: one rank's view of slots that all ranks share."""
 
-    def __init__(self, rank: int, slots: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
+    def __init__(self, rank: int, slots: list[torch.Tensor | None], meeting: _Meeting) -> None:
         self._rank = rank
         self._slots = slots
-        self._barrier = barrier
+        self._meeting = meeting
 
     @property
     def rank(self) -> int:
@@ -51,26 +88,26 @@ class ThreadGroup:
 
     def _exchanged(self, tensor: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         self._slots[self._rank] = tensor.detach()
-        self._barrier.wait(_DEADLINE_SECONDS)
+        self._meeting.wait()
         given = [slot for slot in self._slots if slot is not None]
         if any(slot.shape != tensor.shape for slot in given):
             raise ValueError(f"ranks exchange tensors of one shape, not of {[tuple(s.shape) for s in given]}")
         out = combine(given)
-        self._barrier.wait(_DEADLINE_SECONDS)
+        self._meeting.wait()
         return out
 
     def _combined(
         self, tensor: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         self._slots[self._rank] = tensor.detach()
-        self._barrier.wait(_DEADLINE_SECONDS)
+        self._meeting.wait()
         given = [slot for slot in self._slots if slot is not None]
         if any(slot.shape != tensor.shape for slot in given):
             raise ValueError(f"ranks sum tensors of one shape, and these have {[tuple(s.shape) for s in given]}")
         total = given[0].clone()
         for other in given[1:]:
             total = combine(total, other)
-        self._barrier.wait(_DEADLINE_SECONDS)  # until all have read, nobody puts the next one into the slots
+        self._meeting.wait()  # until all have read, nobody puts the next one into the slots
         return total
 
 
@@ -81,18 +118,18 @@ def on_threads(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result]
     """
     num_threads = torch.get_num_threads()
     slots: list[torch.Tensor | None] = [None] * size
-    barrier = threading.Barrier(size)
+    meeting = _Meeting(size)
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         torch.set_num_threads(max(1, num_threads // size))  # of this thread
         try:
-            results[rank] = work(ThreadGroup(rank, slots, barrier))
+            results[rank] = work(ThreadGroup(rank, slots, meeting))
         except BaseException as error:
-            if not isinstance(error, threading.BrokenBarrierError):
+            if not isinstance(error, _Broken):
                 errors.append(error)
-            barrier.abort()
+        meeting.leave()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
     for thread in threads:
@@ -103,5 +140,6 @@ def on_threads(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result]
     if errors:
         raise errors[0]
     if len(results) < size:
-        raise TimeoutError(f"{size} ranks meet in every sum, and one of them did not come in {_DEADLINE_SECONDS:g} s")
+        told = f"did not come in {_DEADLINE_SECONDS:g} s" if meeting.late else "had ended without it"
+        raise TimeoutError(f"{size} ranks meet in every sum, and one of them {told}")
     return [results[rank] for rank in range(size)]

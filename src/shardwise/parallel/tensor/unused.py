@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 import torch.nn as nn
 
+from shardwise.parallel.tensor.extra_outputs import picked_up
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 
 __all__ = ["called_or_not", "unused"]
@@ -19,7 +20,7 @@ _SEEDS = 4  # other numbers, other routes to experts
 
 
 def unused(unit: nn.Module, calls: Sequence[Call]) -> frozenset[str]:
-    """Names of the parameters that nothing depends on of what `calls` return. `unit` is left as it is."""
+    """Names of the parameters that nothing depends on of what `calls` give. `unit` is left as it is."""
     copied = twin(unit)
     parameters = {name: p for name, p in copied.named_parameters() if p.is_floating_point()}
     for parameter in parameters.values():
@@ -35,12 +36,12 @@ def unused(unit: nn.Module, calls: Sequence[Call]) -> frozenset[str]:
 def _unused(
     unit: nn.Module, call: Call, parameters: Mapping[str, nn.Parameter], names: list[str], seed: int
 ) -> list[str]:
-    """Those of `names` that nothing depends on of what one call returns."""
+    """Those of `names` that nothing depends on of what one call gives."""
     args, kwargs = call.fresh(seed=seed)
-    with Doubled(), torch.enable_grad():
+    with picked_up(unit, call.extras) as left, Doubled(), torch.enable_grad():
         out = tensors_of(unit(*args, **kwargs))
     read = [tensor for place, tensor in enumerate(out) if call.read is None or place in call.read]
-    ends = [tensor.double().sum() for tensor in read if tensor.requires_grad]
+    ends = [tensor.double().sum() for tensor in (*read, *left((args, kwargs)).values()) if tensor.requires_grad]
     if not ends or not names:
         return names
     given = torch.autograd.grad(ends, [parameters[name] for name in names], allow_unused=True)

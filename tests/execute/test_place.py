@@ -1,0 +1,42 @@
+"""Places of ranks, drawn: who stands together on each axis."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwise.execute.place import Place
+
+#             replica 0   replica 1   replica 2   replica 3
+#   stage 0    0   1       2   3       4   5       6   7
+#   stage 1    8   9      10  11      12  13      14  15
+PLACES = [Place(rank=rank, dp=4, pp=2, tp=2, ep=2) for rank in range(16)]
+
+
+def test_a_rank_stands_where_the_picture_says() -> None:
+    eleven = PLACES[11]
+    assert (eleven.stage, eleven.replica, eleven.shard, eleven.expert) == (1, 1, 1, 1)
+    assert eleven.world_size == 16
+    assert [eleven.rank_of(stage) for stage in range(2)] == [3, 11]
+
+
+def test_shards_of_a_stage_and_replica_share_units() -> None:
+    assert PLACES[0].ranks_sharing() == [[rank, rank + 1] for rank in range(0, 16, 2)]
+
+
+def test_neighbouring_replicas_divide_experts() -> None:
+    dividing = [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]]
+    assert sorted(PLACES[0].ranks_dividing_experts()) == dividing
+
+
+@pytest.mark.parametrize(
+    "expert, ranks",
+    [(None, [1, 3, 5, 7, 9, 11, 13, 15]), (0, [1, 5, 9, 13]), (1, [3, 7, 11, 15])],
+)
+def test_a_weight_is_on_all_replicas_and_an_expert_on_those_that_have_it(expert: int | None, ranks: list[int]) -> None:
+    assert PLACES[0].ranks_holding((0, 1), (1,), expert) == ranks
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_rank_is_in_one_group_of_each_axis(place: Place) -> None:
+    for groups in (place.ranks_sharing(), place.ranks_dividing_experts()):
+        assert sum(place.rank in ranks for ranks in groups) == 1
