@@ -6,9 +6,7 @@ an expert is what stays here. Knows a plan and one rank of its group; refuses to
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,27 +20,23 @@ from shardwise.parallel.expert.listed import ListedExperts
 from shardwise.parallel.expert.load import Loads
 from shardwise.parallel.expert.ordered import ordered_forward
 from shardwise.parallel.expert.stacked import stacked_forward
+from shardwise.parallel.switched import Forward, Switched
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.trace.absent import Absent, absent_parameter
-from shardwise.trace.placing import as_before, named_tensors, replace
+from shardwise.trace.placing import as_before, replace
 
 __all__ = ["DividedExperts"]
 
-Forward = Callable[..., Any]
 
-
-class DividedExperts:
+class DividedExperts(Switched):
     """The experts of `model`, divided in place as `plan` says. `off()` shows them whole, `close()` ends it."""
 
     def __init__(self, model: nn.Module, plan: ExpertPlan, group: ExpertGroup) -> None:
+        super().__init__(model)
         self.plan = plan
         self.group = group
         self.loads = Loads()
         self._model = model
-        self._on = True
-        self._forwards: list[tuple[nn.Module, Forward | None, Forward]] = []
-        self._wholes: dict[str, torch.Tensor] = {}
-        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, whole, local
         self._slices = plan.slices()
         self._owners = {
             f"{name}.{leaf}": owner
@@ -81,39 +75,6 @@ class DividedExperts:
         """What of a value belongs on this rank; the value itself where that is all of it."""
         part = self._slices.get(parameter)
         return whole if part is None else cut(whole, part, self.rank)
-
-    # -- on and off -----------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """All experts, without values: to be traced, not to be run."""
-        here = named_tensors(self._model)
-        local = {name: here[name] for name in self._wholes}
-        self._on = False
-        self._show({id(tensor): self._wholes[name] for name, tensor in local.items()}, whole=True)
-        try:
-            yield
-        finally:
-            self._show({id(self._wholes[name]): tensor for name, tensor in local.items()}, whole=False)
-            self._on = True
-
-    def close(self) -> None:
-        """Forwards and attributes as they were; parameters stay this rank's parts."""
-        self._on = False
-        for module, before, ours in reversed(self._forwards):
-            if module.__dict__.get("forward") is not ours:
-                continue  # wrapped by someone else since, and switched off
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-        self._forwards.clear()
-        self._show({}, whole=True)
-
-    def _show(self, tensors: Mapping[int, torch.Tensor], *, whole: bool) -> None:
-        replace(self._model, tensors)
-        for module, name, of_all, own in self._attributes:
-            module.__dict__[name] = of_all if whole else own
 
     # -- division -------------------------------------------------------------------------------
 

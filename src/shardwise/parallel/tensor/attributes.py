@@ -25,6 +25,7 @@ from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call, Doubled, twin
 from shardwise.parallel.tensor.layers import layer_of
 from shardwise.parallel.tensor.reshapes import misfit
+from shardwise.parallel.tensor.silent import SilentGroup
 
 __all__ = ["Fit", "Place", "Tries", "fits", "hindrance"]
 
@@ -85,25 +86,6 @@ def _arithmetic(name: str) -> Callable[..., Any]:
 
 for _name in "add radd sub rsub mul rmul floordiv rfloordiv mod rmod neg".split():
     setattr(Marked, f"__{_name}__", _arithmetic(f"__{_name}__"))
-
-
-class _Alone:
-    """A group of which the other ranks are silent: sums are what this rank has."""
-
-    def __init__(self, size: int) -> None:
-        self.rank, self.size = 0, size
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack([tensor] * self.size)
-
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[self.rank]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -276,7 +258,7 @@ def _unlikely(place: Place) -> int:
 def _try(unit: nn.Module, call: Call, plan: UnitPlan, fit: Fit, tp: int) -> _Try:
     applied = fit.applied(plan, tp)
     marked = dataclasses.replace(applied, attributes=_marked(applied.attributes))
-    watch = _watched(unit, call, lambda copied: shard_unit(copied, marked, _Alone(tp)))
+    watch = _watched(unit, call, lambda copied: shard_unit(copied, marked, SilentGroup(tp)))
     if watch.done:
         return _Try(True, watch.calls, (), (), tuple(watch.given))
     recent = [watch.failed or frozenset(), *(given.marks for given in reversed(watch.given))][:8]

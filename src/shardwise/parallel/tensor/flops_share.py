@@ -21,6 +21,7 @@ from shardwise.describe.tensor import UnitPlan
 from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call
+from shardwise.parallel.tensor.silent import SilentGroup
 from shardwise.trace.count import flops_of
 from shardwise.trace.placing import held_tensors, named_tensors
 
@@ -55,7 +56,7 @@ def _flops(kind: Kind, plan: UnitPlan | None, tp: int) -> int | None:
     unit = without_values(kind.module)
     try:
         if plan is not None:
-            shard_unit(unit, plan, _First(tp))
+            shard_unit(unit, plan, SilentGroup(tp))
         return sum(_run(unit, call) for call in kind.calls)
     except Exception:  # whatever a model does that needs numbers
         return None
@@ -100,22 +101,3 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         self.flops += flops_of(func, args, kwargs or {}, out)
         return out
-
-
-class _First:
-    """Rank 0 of a group whose other ranks are silent."""
-
-    def __init__(self, size: int) -> None:
-        self.rank, self.size = 0, size
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack([tensor] * self.size)
-
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[self.rank]

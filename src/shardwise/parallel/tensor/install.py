@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import ModelError
+from shardwise.parallel.switched import Forward, Switched
 from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, scatter_to
 from shardwise.parallel.tensor.divided_logits import DividedLogits, Reads
 from shardwise.parallel.tensor.draws import DividedDraws
@@ -39,8 +39,6 @@ from shardwise.trace.absent import Absent, absent_parameter
 from shardwise.trace.placing import as_before, named_tensors, replace
 
 __all__ = ["Sharding", "shard_unit"]
-
-Forward = Callable[..., Any]
 
 
 def shard_unit(
@@ -64,7 +62,7 @@ def shard_unit(
     return Sharding(module, plan, group, ties or {}, keep_logits, region)
 
 
-class Sharding:
+class Sharding(Switched):
     """What `shard_unit` has changed. `off()` shows the unit whole, without values; `close()` takes the changes out."""
 
     def __init__(
@@ -76,6 +74,7 @@ class Sharding:
         keep_logits: Reads | None,
         region: Region | None = None,
     ) -> None:
+        super().__init__(module)
         self.keep_logits = keep_logits
         self.region = region or Region(group)
         self._tokens = UnitTokens(plan.sequence, self.region)
@@ -84,49 +83,12 @@ class Sharding:
         self.module = module
         self.plan = plan
         self.group = group
-        self._on = True
         self._inside = False
         self._copied: tuple[torch.Tensor, int, torch.Tensor] | None = None  # the last whole input, and its copy
-        self._forwards: list[tuple[nn.Module, Forward | None, Forward]] = []
-        self._wholes: dict[str, torch.Tensor] = {}
-        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, whole, local
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._cut_tensors(ties)
         self._set_attributes()
         self._wrap_forwards()
-
-    # -- on and off -----------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """The unit as it was, its divided parameters absent: to be traced, not to be run."""
-        here = named_tensors(self.module)
-        local = {name: here[name] for name in self._wholes}
-        self._on = False
-        self._show({id(tensor): self._wholes[name] for name, tensor in local.items()}, whole=True)
-        try:
-            yield
-        finally:
-            self._show({id(self._wholes[name]): tensor for name, tensor in local.items()}, whole=False)
-            self._on = True
-
-    def close(self) -> None:
-        """Forwards and attributes as they were; parameters stay this rank's parts."""
-        self._on = False
-        for module, before, ours in reversed(self._forwards):
-            if module.__dict__.get("forward") is not ours:
-                continue  # wrapped by someone else since, and switched off
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-        self._forwards.clear()
-        self._show({}, whole=True)
-
-    def _show(self, tensors: Mapping[int, torch.Tensor], *, whole: bool) -> None:
-        replace(self.module, tensors)
-        for module, name, of_all, own in self._attributes:
-            module.__dict__[name] = of_all if whole else own
 
     # -- tensors and attributes -----------------------------------------------------------------
 
