@@ -167,6 +167,7 @@ class Doubled(TorchFunctionMode):
 
 _CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 _OF_VALUES = frozenset({torch.tensor, torch.full, torch.arange})  # whose type follows the values that they are given
+_ALIGNED = 4  # numbers of 4 bytes
 _MAKERS = frozenset({torch.zeros, torch.ones, torch.empty, torch.linspace, *_OF_VALUES})
 
 
@@ -181,7 +182,9 @@ def _doubled(value: Any) -> Any:
 def _grouped_mm(
     rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: None = None
 ) -> torch.Tensor:
-    """`F.grouped_mm` in float64: rows [offs[e - 1], offs[e]) times weights[e]."""
+    """`F.grouped_mm` in float64: rows [offs[e - 1], offs[e]) times weights[e]. Refuses what it refuses in float32."""
+    if rows.shape[-1] % _ALIGNED or weights.shape[-1] % _ALIGNED:  # the second is asked for by the backward
+        raise RuntimeError("grouped_mm: strides should be multiple of 16 bytes")
     ends = offs.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     # split at once: an index a group would cost a whole gradient each
