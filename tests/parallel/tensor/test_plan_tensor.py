@@ -66,6 +66,15 @@ def test_heads_that_do_not_divide_leave_attention_whole_and_say_so() -> None:
     assert plan.reasons["blocks.0"] == "what attention.o makes, joined: attention.num_heads = 3 cannot be divided by 2"
 
 
+def test_heads_that_no_number_counts_are_told_by_the_view_that_does_not_fit() -> None:
+    heads = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    plan = plan_tensor(llama(**heads), TEXT, tp=2)  # 3 heads of 8: Llama views by the size of a head alone
+
+    told = plan.reasons["model.layers.0"]
+    assert told.startswith("what self_attn.o_proj makes, joined: a share of it does not fit: shape '[")
+    assert ", -1, 8]' is invalid for input of size" in told
+
+
 def test_a_width_that_does_not_divide_is_divided_unevenly_layer_by_layer() -> None:
     found = only_unit(plan_tensor(Model(Block(15, 3, 3)), (torch.randn(2, 3, 15),), tp=4))
 

@@ -125,6 +125,6 @@ def _without(reason: str, done: Collection[str], *, everything: bool) -> str:
         name, _, why = part.partition(": ")
         if part and name not in done and not everything:
             kept.append(part)
-        elif "cannot be divided" in why or why.startswith("not proven"):
+        elif "cannot be divided" in why or why.startswith(("not proven", "a share of it")):
             joined.setdefault(why, []).append(name)
     return "; ".join([*kept, *(f"what {', '.join(names)} makes, joined: {why}" for why, names in joined.items())])

@@ -32,6 +32,7 @@ __all__ = ["Fit", "Place", "Tries", "fits", "hindrance"]
 Place = tuple[str, str]  # module, attribute (or path)
 _MOST_RUNS = 80
 _MOST_STILL = 24  # runs, one after another, of which none gets further than those before
+_LONGEST = 120  # letters of a model's own error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +107,7 @@ class _Watch(TorchFunctionMode):
         self.done = False
         self.failed: frozenset[Place] | None = None
         self.dims: tuple[int, ...] = ()  # that would make the reshape fit which failed
+        self.error = ""  # of the first function that failed
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -118,9 +120,10 @@ class _Watch(TorchFunctionMode):
             self.given.append(_Given(marks, shapes))
         try:
             return func(*args, **(kwargs or {}))
-        except Exception:
+        except Exception as error:
             if self.failed is None:
                 self.failed = marks
+                self.error = " ".join(str(error).split())[:_LONGEST]
                 self.dims = _dims(func, args)
             raise
 
@@ -151,6 +154,7 @@ class _Try:
     suspects: tuple[Place, ...]  # of a failure; else see `_touched`
     dims: tuple[int, ...]  # of the reshape that failed
     given: tuple[_Given, ...] = ()  # of one that ran through
+    error: str = ""  # of one that did not
 
 
 _Key = tuple[frozenset[tuple[Place, int]], tuple[int, ...]]
@@ -177,16 +181,18 @@ def fits(
     yield from (fit for fit in _search(unit, call, plan, module, tp, tries, reshapes=True) if fit.dims)
 
 
-def hindrance(unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int) -> str:
-    """Which numbers, of those that the first failing functions were given, `tp` does not divide; "" where none.
-
-    Numbers of heads, say: "attention.num_heads = 7 cannot be divided by 2".
+def hindrance(unit: nn.Module, call: Call, plan: UnitPlan, *, tp: int, otherwise: str) -> str:
+    """Which numbers, of those that the first failing functions were given, `tp` does not divide: "attention.num_heads
+    = 7 cannot be divided by 2". Where none is odd, `otherwise`; where that is empty, what the first of them says: a
+    view as heads of 32, say, where a share has 112 columns.
     """
-    values = _integers(unit)
-    odd = [place for place in _try(unit, call, plan, Fit(), tp).suspects if values[place] % tp and values[place] > 1]
+    values, tried = _integers(unit), _try(unit, call, plan, Fit(), tp)
+    odd = [place for place in tried.suspects if values[place] % tp and values[place] > 1]
     heads = [place for place in odd if "head" in place[1]] or odd
     told = [f"{'.'.join(part for part in place if part)} = {values[place]}" for place in heads[:2]]
-    return f"{' and '.join(told)} cannot be divided by {tp}" if told else ""
+    if told:
+        return f"{' and '.join(told)} cannot be divided by {tp}"
+    return otherwise or f"a share of it does not fit: {tried.error or 'no attributes and reshapes let it run'}"
 
 
 def _search(
@@ -263,7 +269,7 @@ def _try(unit: nn.Module, call: Call, plan: UnitPlan, fit: Fit, tp: int) -> _Try
         return _Try(True, watch.calls, (), (), tuple(watch.given))
     recent = [watch.failed or frozenset(), *(given.marks for given in reversed(watch.given))][:8]
     suspects = tuple(dict.fromkeys(place for marks in recent for place in sorted(marks)))
-    return _Try(False, watch.calls, suspects, watch.dims)
+    return _Try(False, watch.calls, suspects, watch.dims, error=watch.error)
 
 
 def _watched(unit: nn.Module, call: Call, divide: Callable[[nn.Module], object] = lambda copied: None) -> _Watch:

@@ -175,10 +175,10 @@ class Search:
             plan, other = self._attempt([group], [fit])
             if plan is not None:
                 return plan, fit, ""
-            why = why or other
-        why = why or "no division of its attributes and reshapes lets it run"
-        plan = plan_of(self._unit, [group], self._kind.calls[0], tp=self._tp)
-        return None, None, hindrance(self._unit, self._kind.calls[0], plan, tp=self._tp) or f"not proven: {why}"
+            why = why or f"not proven: {other}"
+        call = self._kind.calls[0]
+        plan = plan_of(self._unit, [group], call, tp=self._tp)
+        return None, None, hindrance(self._unit, call, plan, tp=self._tp, otherwise=why)
 
     def _attempt(self, groups: Sequence[Group], chosen: Sequence[Fit]) -> tuple[UnitPlan | None, str]:
         """The plan, proven for every call, in training and evaluation; or why not."""
