@@ -9,7 +9,7 @@ from shardwise.schedule import Costs, check, one_f_one_b, simulate
 
 
 def test_four_stages_and_eight_micro_batches_look_like_this() -> None:
-    schedule = one_f_one_b.generate(num_stages=4, num_micro_batches=8)
+    schedule = one_f_one_b.generate(num_ranks=4, num_micro_batches=8)
     assert picture_of(schedule) == (
         "rank 0  0>1>2>3>............0<<<4>1<<<5>2<<<6>3<<<7>4<<<..5<<<..6<<<..7<<<\n"
         "rank 1  ..0>1>2>........0<<<3>1<<<4>2<<<5>3<<<6>4<<<7>5<<<..6<<<..7<<<....\n"
@@ -21,7 +21,7 @@ def test_four_stages_and_eight_micro_batches_look_like_this() -> None:
 
 @pytest.mark.parametrize("p, m", [(1, 1), (1, 4), (2, 1), (3, 2), (4, 3), (4, 8), (8, 32)])
 def test_bubble_and_peak_are_those_of_the_papers(p: int, m: int) -> None:
-    schedule = one_f_one_b.generate(num_stages=p, num_micro_batches=m)
+    schedule = one_f_one_b.generate(num_ranks=p, num_micro_batches=m)
     timeline = simulate(schedule, costs=Costs.uniform(p))
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1))
     assert check(schedule).peak_per_stage == tuple(min(p - s, m) for s in range(p))

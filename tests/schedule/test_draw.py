@@ -13,7 +13,7 @@ from shardwise.schedule import Costs, Edges, Schedule, Span, Timeline, draw, gen
 
 
 def test_a_newcomer_reads_numbers_arrows_and_a_legend() -> None:
-    schedule = generate("gpipe", num_stages=2, num_micro_batches=2)
+    schedule = generate("gpipe", num_ranks=2, num_micro_batches=2)
     assert draw(simulate(schedule, costs=Costs.uniform(2))) == (
         "rank 0  0>1>......0<<<1<<<\n"
         "rank 1  ..0>1>0<<<1<<<....\n"
@@ -36,13 +36,13 @@ def test_a_rank_with_several_stages_has_a_row_for_each() -> None:
 
 
 def test_long_numbers_get_the_room_they_need() -> None:
-    last = picture_of(generate("gpipe", num_stages=1, num_micro_batches=11))
+    last = picture_of(generate("gpipe", num_ranks=1, num_micro_batches=11))
     assert last.startswith("rank 0  0>>1>>2>>")
     assert last.endswith("10<<<<")
 
 
 def test_a_narrow_drawing_keeps_the_marks() -> None:
-    timeline = simulate(generate("gpipe", num_stages=2, num_micro_batches=2), costs=Costs.uniform(2))
+    timeline = simulate(generate("gpipe", num_ranks=2, num_micro_batches=2), costs=Costs.uniform(2))
     assert draw(timeline, width=9).splitlines()[:2] == ["rank 0  >>...0<1<", "rank 1  .>>0<1<.."]
 
 
@@ -62,7 +62,7 @@ def test_all_rows_are_as_wide_as_asked(made: tuple[Schedule, Edges], width: int)
 
 
 def test_no_drawing_is_wider_than_a_wide_terminal_unless_asked() -> None:
-    timeline = simulate(generate("naive", num_stages=4, num_micro_batches=8), costs=Costs.uniform(4))
+    timeline = simulate(generate("naive", num_ranks=4, num_micro_batches=8), costs=Costs.uniform(4))
     assert len(draw(timeline).splitlines()[0]) <= len("rank 0  ") + 160
 
 

@@ -14,7 +14,7 @@ from schedule.strategies import schedules
 from shardwise.errors import ScheduleError
 from shardwise.schedule import Edges, Schedule, forward_only, generate
 
-TWO = generate("gpipe", num_stages=2, num_micro_batches=2)
+TWO = generate("gpipe", num_ranks=2, num_micro_batches=2)
 
 
 @given(schedules())

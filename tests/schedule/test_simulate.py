@@ -143,7 +143,7 @@ def _longest_paths(schedule: Schedule, edges: Edges, costs: Costs, prefetch: int
 
 
 def test_many_stages_and_micro_batches_keep_the_bubble_of_the_formula() -> None:
-    schedule = generate("1f1b", num_stages=128, num_micro_batches=256)
+    schedule = generate("1f1b", num_ranks=128, num_micro_batches=256)
     timeline = simulate(schedule, costs=Costs.uniform(128))
     assert timeline.bubble_fraction == pytest.approx(127 / (256 + 127))
 

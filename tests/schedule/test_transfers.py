@@ -13,7 +13,7 @@ from schedule.strategies import schedules
 from shardwise.errors import ScheduleError
 from shardwise.schedule import Action, Edges, Row, Schedule, Transfer, TransferKind, generate, with_transfers
 
-GPIPE = generate("gpipe", num_stages=2, num_micro_batches=3)
+GPIPE = generate("gpipe", num_ranks=2, num_micro_batches=3)
 
 
 def test_with_no_prefetch_a_receive_stands_right_ahead_of_its_reader() -> None:

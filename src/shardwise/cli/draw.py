@@ -32,6 +32,6 @@ def command(
     gpipe   all forwards, then all backwards: every micro-batch in memory
     1f1b    one forward, one backward in turn: the same wait, less memory
     """
-    made = generate(schedule, num_stages=stages, num_micro_batches=micro_batches)
+    made = generate(schedule, num_ranks=stages, num_micro_batches=micro_batches)
     timeline = simulate(made, costs=Costs.uniform(stages, forward=forward, backward=backward))
     print(draw(timeline, width=width))

@@ -206,7 +206,7 @@ class Program:
     def _row(self, num_micro_batches: int, edges: frozenset[tuple[int, int]], backward: bool) -> Row:
         key = (num_micro_batches, edges, backward)
         if key not in self._rows:
-            schedule = generate(self._schedule, num_stages=self.place.pp, num_micro_batches=num_micro_batches)
+            schedule = generate(self._schedule, num_ranks=self.place.pp, num_micro_batches=num_micro_batches)
             if not backward:
                 schedule = forward_only(schedule)
             check(schedule, edges)

@@ -113,7 +113,7 @@ def estimate(
     """
     _check(optimizer, flops_per_s, bytes_per_s, scale)
     edges = tuple(_edge(profile, cut, source, target, scale) for source, target in cut.edges)
-    schedule = generate(layout.schedule, num_stages=layout.pp, num_micro_batches=num_micro_batches)
+    schedule = generate(layout.schedule, num_ranks=layout.pp, num_micro_batches=num_micro_batches)
     in_flight = check(schedule, frozenset(cut.edges)).peak_per_stage
     work = work_of(profile)
     rate = scale if work.in_seconds else scale / flops_per_s

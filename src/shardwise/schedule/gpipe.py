@@ -19,14 +19,14 @@ from shardwise.schedule.schedule import Schedule
 __all__ = ["generate"]
 
 
-def generate(*, num_stages: int, num_micro_batches: int) -> Schedule:
+def generate(*, num_ranks: int, num_micro_batches: int, chunks: int = 1) -> Schedule:
     """The GPipe schedule, one stage a rank. Raises ScheduleError if a count is below 1."""
     return Schedule(
         name="gpipe",
-        num_stages=num_stages,
+        num_stages=num_ranks,
         num_micro_batches=num_micro_batches,
-        ranks=tuple((s,) for s in range(num_stages)),
-        actions=tuple(_row(s, num_micro_batches) for s in range(num_stages)),
+        ranks=tuple((s,) for s in range(num_ranks)),
+        actions=tuple(_row(s, num_micro_batches) for s in range(num_ranks)),
     )
 
 
