@@ -6,12 +6,12 @@ A contender is made on every rank, from its own copy of the model. It knows neit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from benchmarks.common.steps import Contender
 from benchmarks.pipeline.deepspeed_peer import DeepSpeedPipeline
 from benchmarks.pipeline.megatron_peer import MegatronPipeline
 from benchmarks.pipeline.model import Decoder, Part, Shape, loss_of
@@ -20,20 +20,9 @@ from shardwise.execute.batches import split
 from shardwise.execute.weights import weigher
 from shardwise.layout import Layout
 
-__all__ = ["CONTENDERS", "OURS", "PEERS", "TORCH", "Contender"]
+__all__ = ["CONTENDERS", "OURS", "PEERS", "TORCH"]
 
 Batch = Mapping[str, torch.Tensor]
-
-
-class Contender(Protocol):
-    """A pipeline of two ranks."""
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Those of this rank, named as in the whole model."""
-
-    def step(self, batch: Batch) -> float | None:
-        """Forward and backward; the mean loss, or None on a rank that does not know it."""
 
 
 class Ours:

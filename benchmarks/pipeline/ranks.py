@@ -8,15 +8,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.pipeline.contenders import CONTENDERS, Contender
+from benchmarks.common.steps import Contender, assert_same, timed
+from benchmarks.pipeline.contenders import CONTENDERS
 from benchmarks.pipeline.model import SHAPES, Decoder, Shape
 from shardwise.launch import RankContext
 
@@ -24,7 +22,6 @@ __all__ = ["missing_peers", "peak_bytes", "timed_steps"]
 
 WARM_UP_STEPS = 2
 MEMORY_STEPS = 3
-TOLERANCE = 1e-5  # float32: other orders of summation over eight micro-batches
 
 
 def missing_peers(context: RankContext, names: Sequence[str]) -> dict[str, str]:
@@ -33,7 +30,7 @@ def missing_peers(context: RankContext, names: Sequence[str]) -> dict[str, str]:
     shape = SHAPES["tiny"]
     for name in names:
         try:
-            _timed(_made(name, _decoder(shape), shape, context.rank), _batch(shape))
+            timed(_made(name, _decoder(shape), shape, context.rank), _batch(shape))
         except Exception as error:
             missed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return missed
@@ -49,16 +46,16 @@ def timed_steps(context: RankContext, names: Sequence[str], shape: Shape, rounds
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     contenders = {name: _made(name, copy.deepcopy(model), shape, context.rank) for name in names}
     for name, contender in contenders.items():
-        _same(name, contender, batch, float(loss.item()), expected)
+        assert_same(name, contender, batch, float(loss.item()), expected)
         for _ in range(WARM_UP_STEPS):
-            _timed(contender, batch)
+            timed(contender, batch)
     del model, reference, expected, loss
     gc.collect()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
-            seconds[name].append(_timed(contenders[name], batch))
+            seconds[name].append(timed(contenders[name], batch))
     return seconds
 
 
@@ -69,11 +66,11 @@ def peak_bytes(context: RankContext, name: str, shape: Shape) -> tuple[int, int]
     before = _status("VmRSS")
     contender, batch = _made(name, _decoder(shape), shape, context.rank), _batch(shape)
     for _ in range(WARM_UP_STEPS + 1):
-        _timed(contender, batch)
+        timed(contender, batch)
     _trim()
     Path("/proc/self/clear_refs").write_text("5")  # puts VmHWM back to what is resident now
     for _ in range(MEMORY_STEPS):
-        _timed(contender, batch)
+        timed(contender, batch)
     return _status("VmHWM"), before
 
 
@@ -96,35 +93,6 @@ def _made(name: str, model: Decoder, shape: Shape, rank: int) -> Contender:
     del model
     gc.collect()
     return contender
-
-
-def _timed(contender: Contender, batch: Mapping[str, torch.Tensor]) -> float:
-    for parameter in contender.parameters.values():
-        parameter.grad = None
-    dist.barrier()
-    start = time.perf_counter()
-    contender.step(batch)
-    return time.perf_counter() - start
-
-
-def _same(
-    name: str,
-    contender: Contender,
-    batch: Mapping[str, torch.Tensor],
-    loss: float,
-    expected: Mapping[str, torch.Tensor],
-) -> None:
-    """The contender's loss and gradients are those of one process."""
-    got = contender.step(batch)
-    assert got is None or abs(got - loss) <= TOLERANCE * abs(loss), f"{name}: loss {got}, one process {loss}"
-    parameters = contender.parameters
-    assert parameters, f"{name} has no parameters on this rank"
-    assert set(parameters) <= set(expected), f"{name}: parameters {sorted(parameters)}"
-    scale = statistics.fmean(gradient.norm().item() for gradient in expected.values())
-    for parameter, value in parameters.items():
-        assert value.grad is not None, f"{name}: {parameter} has no gradient"
-        error = (value.grad - expected[parameter]).norm() / max(expected[parameter].norm().item(), 1e-3 * scale)
-        assert error <= TOLERANCE, f"{name}: the gradient of {parameter} differs by {error:.1e} from one process"
 
 
 def _trim() -> None:

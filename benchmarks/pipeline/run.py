@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.common.circumstances import circumstances
 from benchmarks.pipeline.contenders import CONTENDERS, OURS, PEERS, TORCH
 from benchmarks.pipeline.model import SHAPES
 from benchmarks.pipeline.ranks import missing_peers, peak_bytes, timed_steps
 from shardwise.errors import LaunchError
 from shardwise.launch import RankPool, RankStarter
 
-__all__ = ["main"]
+__all__ = ["main", "missed_peers"]
 
 FULL = {"tiny": 200, "large-64": 25, "large-256": 9}  # shape -> rounds
 QUICK = {"tiny": 40, "quick": 5}
@@ -43,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes = [shape for shape in chosen if options.shapes is None or shape in options.shapes]
     rounds = {shape: max(3, round(chosen[shape] * options.share)) for shape in shapes}
     with RankStarter(preload=PRELOAD) as starter:
-        missed = {} if options.quick else _missed()
+        missed = {} if options.quick else missed_peers()
         for name, reason in missed.items():
             print(f"missed: {name}: {reason}")
         names = [name for name in CONTENDERS if name in ALWAYS or not (options.quick or name in missed)]
@@ -52,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory = {name: _memory(starter, name, memory_shape) for name in (OURS, *TORCH)}
     figures = _figures(timings, memory)
     record: dict[str, Any] = {
-        **_circumstances(),
+        **circumstances("benchmarks.pipeline"),
         "rounds": rounds,
         "missed": missed,
         "figures": figures,
@@ -69,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(figures))
 
 
-def _missed() -> dict[str, str]:
+def missed_peers() -> dict[str, str]:
     """Peers that cannot be made, each tried in ranks of its own: what it breaks breaks nobody else."""
     missed: dict[str, str] = {}
     for name in PEERS:
@@ -125,18 +120,6 @@ def _figures(
 def _medians(timings: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
     return {
         shape: {name: statistics.median(steps) for name, steps in seconds.items()} for shape, seconds in timings.items()
-    }
-
-
-def _circumstances() -> dict[str, Any]:
-    cores = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", "-m", "benchmarks.pipeline", *sys.argv[1:]]),
-        "machine": f"{len(cores)} x {cores[0].partition(': ')[2] if cores else platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": found.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -55,21 +55,21 @@ def test_help_of_train_shows_the_tables_of_a_run_file_on_narrow_terminals(monkey
 
 
 def test_a_schedule_is_drawn(capsys) -> None:
-    assert run_command(["draw", "1f1b", "--stages", "2", "--micro-batches", "3"]) == 0
+    assert run_command(["draw", "1f1b", "--ranks", "2", "--micro-batches", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["rank 0  0>1>....0<<<2>1<<<..2<<<", "rank 1  ..0>0<<<1>1<<<2>2<<<...."]
 
 
 def test_a_wrong_command_line_has_status_2(capsys) -> None:
     assert run_command(["train"]) == 2
-    assert run_command(["draw", "1f1b", "--stages", "none"]) == 2
+    assert run_command(["draw", "1f1b", "--ranks", "none"]) == 2
     assert run_command(["trian"]) == 2
 
 
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["draw", "2f2b"], 'a schedule is one of naive, gpipe, 1f1b, but got "2f2b"'),
+        (["draw", "2f2b"], 'pipedream-2bw, but got "2f2b"'),
         (["plan"], "a run file or of --model-config FILE.json, but neither of them is given"),
         (["plan", "x.toml", "--flops", "fast"], "--flops: 'fast' is not a number of flops"),
         (["plan", "--model-config", "x.json", "--set", "layout=tp=2"], "--set sets values of a run file"),

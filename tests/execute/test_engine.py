@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -88,6 +89,11 @@ class Pipeline:
         )
         self.works = [self.work(index, half) for index, half in enumerate(HALVES)]
 
+    def install_sums(self) -> None:
+        """Weight gradients may be put off. (Behind the switch of the units here, which are no linear layers.)"""
+        units = [f"layers.{index}" for index in range(4)]
+        self.engine._sums.install(self.model, units, dict(self.model.named_parameters()))
+
     def work(self, index: int, half: torch.Tensor) -> Work:
         scope = Scope(seed=0, step=0, micro_batch=index, samples=tuple(range(4)), place="glue", call=0)
         micro_batch = MicroBatch(index=index, samples=tuple(range(4)), inputs=(half,), weight=4.0)
@@ -128,7 +134,7 @@ def test_two_stages_of_one_rank_hand_over_without_a_send(on_one_rank: Pipeline) 
     assert [float(losses[m]) for m in (0, 1)] == pytest.approx(wanted()[0])
     assert_gradients(on_one_rank.model)
     assert print_row(tuple(moment.action for moment in moments)) == "0F0 1F0 1B0 0B0 0F1 1F1 1B1 0B1"
-    assert all(moment.end_s >= moment.start_s for moment in moments)
+    assert all(moment.start_s < moment.ready_s <= moment.end_s for moment in moments)  # inputs first, then computing
 
 
 def test_two_ranks_exchange_what_the_row_says() -> None:
@@ -151,26 +157,115 @@ def test_two_ranks_exchange_what_the_row_says() -> None:
     assert_gradients(pipelines[1].model, {name for name in names if name.startswith(("layers.2", "layers.3"))})
 
 
+class Told:
+    """Who waits for gradients, and notes what it is told."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.notes: list[str] = []
+
+    def begin(self, order: Sequence[int]) -> None:
+        self.notes.append(f"stages end {list(order)}")
+
+    @contextlib.contextmanager
+    def during(self, stage: int) -> Iterator[None]:
+        self.notes.append(f"last backward of {stage}")
+        yield
+
+    def end(self, stage: int, *, but: Collection[int] = ()) -> None:
+        self.notes.append(f"{stage} ends" + (f" but {len(but)}" if but else ""))
+
+    def final(self, parameter: nn.Parameter) -> None:
+        self.notes.append(self.names[id(parameter)])
+
+
 def test_whoever_waits_is_told_of_the_last_forward_and_of_the_last_backward_of_each_stage(
     on_one_rank: Pipeline,
 ) -> None:
-    told: list[object] = []
+    told = Told(on_one_rank.model)
 
     def after(losses: Mapping[int, torch.Tensor]) -> None:
-        told.append(sorted(losses))
+        told.notes.append(f"losses of {sorted(losses)}")
 
     on_one_rank.engine.run(
-        row("0F0 1F0 0F1 1F1 1B0 0B0 1B1 0B1"),
-        on_one_rank.works,
-        before_last_backward=lambda stage: told.append(f"stage {stage}"),
-        after_last_forward=after,
+        row("0F0 1F0 0F1 1F1 1B0 0B0 1B1 0B1"), on_one_rank.works, gradients=told, after_last_forward=after
     )
-    assert told == [[0, 1], "stage 1", "stage 0"]
+    assert told.notes == [
+        "stages end [1, 0]",
+        "losses of [0, 1]",
+        "last backward of 1",
+        "1 ends",
+        "last backward of 0",
+        "0 ends",
+    ]
 
 
-def test_halves_of_a_backward_are_refused(on_one_rank: Pipeline) -> None:
-    with pytest.raises(DataflowError, match="runs F and B; it was given 1I0"):
-        on_one_rank.engine.run(row("0F0 1F0 1I0"), on_one_rank.works)
+def test_gradients_are_final_behind_the_last_weight_gradients_or_where_the_row_reduces_them(
+    on_one_rank: Pipeline,
+) -> None:
+    on_one_rank.install_sums()
+    told = Told(on_one_rank.model)
+    on_one_rank.engine.run(row("0F0 1F0 1I0 0I0 0F1 1F1 1I1 0B1 1W1 1W0 0W0 0G"), on_one_rank.works, gradients=told)
+    assert told.notes == [
+        "stages end [1, 0]",
+        "1 ends but 4",  # weights and biases of two layers, in the order of the backward
+        "layers.3.linear.weight",
+        "layers.3.linear.bias",
+        "layers.2.linear.weight",
+        "layers.2.linear.bias",
+        "0 ends",
+    ]
+    assert_gradients(on_one_rank.model)
+
+
+SPLIT = [
+    "0F0 1F0 1I0 0I0 1W0 0W0 0F1 1F1 1I1 0I1 1W1 0W1",
+    "0F0 1F0 0F1 1F1 1I0 0I0 1I1 0I1 0W1 1W1 0W0 1W0",  # weights in another order than inputs
+    "0F0 1F0 0F1 1F1 1B0 0I0 1I1 0B1 1W1 0W0",  # whole and split ones
+    "0F0 1F0 1I0 1W0 0I0 0W0 0F1 1F1 1I1 1W1 0I1 0W1",  # halves with nothing between are one
+]
+
+
+@pytest.mark.parametrize("text", SPLIT)
+@pytest.mark.parametrize("installed_sums", [True, False])
+def test_halves_of_a_backward_are_the_whole(on_one_rank: Pipeline, text: str, installed_sums: bool) -> None:
+    if installed_sums:
+        on_one_rank.install_sums()
+    losses, moments = on_one_rank.engine.run(row(text), on_one_rank.works)
+    assert [float(losses[m]) for m in (0, 1)] == pytest.approx(wanted()[0])
+    assert_gradients(on_one_rank.model)
+    assert print_row(tuple(moment.action for moment in moments)) == text
+
+
+def test_weights_wait_for_their_action(on_one_rank: Pipeline) -> None:
+    on_one_rank.install_sums()
+    model = on_one_rank.model
+    on_one_rank.engine.run(row("0F0 1F0 1I0 0I0"), on_one_rank.works)
+    assert model.get_parameter("layers.0.linear.weight").grad is None
+    assert model.get_parameter("layers.0.norm.weight").grad is not None  # not put off: cheap
+
+
+@pytest.mark.parametrize(
+    "text", ["0F0 1F0 1C0 1B0 0C0 0B0 0F1 1F1 1B1 0C1 0B1", "0F0 1F0 0F1 1F1 1C0 1I0 0C0 0I0 1W0 1B1 0C1 0B1 0W0"]
+)
+def test_a_forward_that_is_run_again_keeps_only_its_inputs(on_one_rank: Pipeline, text: str) -> None:
+    on_one_rank.install_sums()
+    losses, _ = on_one_rank.engine.run(row(text), on_one_rank.works)
+    assert [float(losses[m]) for m in (0, 1)] == pytest.approx(wanted()[0])
+    assert_gradients(on_one_rank.model)
+
+
+@pytest.mark.parametrize("text, what", [("0F0 1F0 1O0", "1O0"), ("0F0 0U 1F0", "0U"), ("0F0 0H", "0H")])
+def test_actions_of_other_executors_are_refused_before_anything_runs(
+    on_one_rank: Pipeline, text: str, what: str
+) -> None:
+    with pytest.raises(DataflowError, match=f"runs F, B, I, W, C and G, but the row holds {what}"):
+        on_one_rank.engine.run(row(text), [])
+
+
+def test_gradients_that_are_reduced_too_early_are_refused(on_one_rank: Pipeline) -> None:
+    with pytest.raises(DataflowError, match="0G stands ahead of 0B0"):
+        on_one_rank.engine.run(row("0F0 1F0 1B0 0G 0B0"), [])
 
 
 def test_without_gradients_a_forward_keeps_nothing(on_one_rank: Pipeline) -> None:

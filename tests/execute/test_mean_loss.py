@@ -52,11 +52,11 @@ def test_shards_that_know_the_same_losses_are_counted_once(rank: RankContext) ->
 
 
 @on_ranks(2)
-def test_a_pipeline_of_one_host_is_told_by_the_stages_that_know(rank: RankContext) -> None:
+def test_a_pipeline_of_one_host_is_told_by_the_ranks_that_know(rank: RankContext) -> None:
     with same_host_transport(range(2)) as transport:
         group = SameHostGroup(transport, range(2), rank.rank)
-        for stages in ({0}, {1}, {0, 1}):
-            mean = MeanLoss([0.75, 0.25], device=CPU, alone=False, shards=1, group=group, stages=stages)
-            losses = {m: torch.tensor(m + 1.0) for m in (0, 1) if len(stages) == 1 or m == rank.rank}
-            mean.start(losses if rank.rank in stages else {})
+        for positions in ({0}, {1}, {0, 1}):
+            mean = MeanLoss([0.75, 0.25], device=CPU, alone=False, shards=1, group=group, positions=positions)
+            losses = {m: torch.tensor(m + 1.0) for m in (0, 1) if len(positions) == 1 or m == rank.rank}
+            mean.start(losses if rank.rank in positions else {})
             assert mean.wait() == 0.75 + 0.5

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.execute.place import Place
+from shardwise.execute.place import Place, owners_of
 
-#             replica 0   replica 1   replica 2   replica 3
-#   stage 0    0   1       2   3       4   5       6   7
-#   stage 1    8   9      10  11      12  13      14  15
+#                replica 0   replica 1   replica 2   replica 3
+#   position 0    0   1       2   3       4   5       6   7
+#   position 1    8   9      10  11      12  13      14  15
 PLACES = [Place(rank=rank, dp=4, pp=2, tp=2, ep=2) for rank in range(16)]
 
 
 def test_a_rank_stands_where_the_picture_says() -> None:
     eleven = PLACES[11]
-    assert (eleven.stage, eleven.replica, eleven.shard, eleven.expert) == (1, 1, 1, 1)
+    assert (eleven.position, eleven.replica, eleven.shard, eleven.expert) == (1, 1, 1, 1)
     assert eleven.world_size == 16
-    assert [eleven.rank_of(stage) for stage in range(2)] == [3, 11]
+    assert [eleven.rank_of(stage) for stage in range(2)] == [3, 11] == eleven.pipeline()
+    assert eleven.stages == (1,)
 
 
-def test_shards_of_a_stage_and_replica_share_units() -> None:
+def test_in_a_v_the_first_and_the_last_stage_are_on_the_first_rank() -> None:
+    first, second = (Place(rank=rank, dp=1, pp=2, owner_of=owners_of(((0, 3), (1, 2)))) for rank in range(2))
+    assert (first.num_stages, first.stages, second.stages) == (4, (0, 3), (1, 2))
+    assert [second.rank_of(stage) for stage in range(4)] == [0, 1, 1, 0]
+    assert first.owns_any((2, 3))
+    assert not first.owns_any((1, 2))
+
+
+def test_two_stages_of_a_rank_are_one_holder() -> None:
+    place = Place(rank=0, dp=2, pp=2, owner_of=(0, 1, 1, 0))
+    assert place.positions_of((0, 3)) == (0,)
+    assert place.positions_of((0, 1, 2)) == (0, 1)
+    assert place.ranks_holding(place.positions_of((0, 3)), (0,)) == [0, 1]
+
+
+def test_shards_of_a_position_and_replica_share_units() -> None:
     assert PLACES[0].ranks_sharing() == [[rank, rank + 1] for rank in range(0, 16, 2)]
 
 

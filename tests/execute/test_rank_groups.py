@@ -15,8 +15,8 @@ from shardwise.launch import RankContext
 from shardwise.testing import on_ranks
 
 
-def kind(*stages: int, partial: bool = False, divides_experts: bool = False) -> Kind:
-    return Kind(stages=stages, partial=partial, divides_experts=divides_experts)
+def kind(*positions: int, partial: bool = False, divides_experts: bool = False) -> Kind:
+    return Kind(positions=positions, partial=partial, divides_experts=divides_experts)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_gradient_is_summed_over_all_that_have_a_share_of_it_and_nobody_else(r
     held = {name: nn.Parameter(torch.zeros(3)) for name in kinds}
     traffic = Traffic()
     with contextlib.ExitStack() as stack:
-        gradients = gradient_sum(place, held, kinds, traffic, stack)
+        gradients = gradient_sum(place, held, kinds, dict.fromkeys(kinds, (0,)), traffic, stack)
         assert gradients is not None
         for parameter in held.values():
             parameter.grad = torch.full((3,), 10.0**rank.rank)
@@ -62,4 +62,5 @@ def test_what_has_one_holder_is_summed_by_nobody(rank: RankContext) -> None:
     held = {f"of stage {rank.rank}": nn.Parameter(torch.zeros(3))}
     kinds = {f"of stage {stage}": kind(stage) for stage in range(2)}
     with contextlib.ExitStack() as stack:
-        assert gradient_sum(place, held, kinds, Traffic(), stack) is None
+        holders = {name: of.positions for name, of in kinds.items()}
+        assert gradient_sum(place, held, kinds, holders, Traffic(), stack) is None

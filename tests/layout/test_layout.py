@@ -14,6 +14,8 @@ LAYOUTS = [
     Layout(dp=3, pp=4, schedule="gpipe", stages=StageRule.PARAMETERS, seed=7),
     Layout(pp=3, stages=(("embed", "layers.0"), ("layers.1-2",), ("layers.3", "head"))),
     Layout(stages=(("whole",),)),
+    Layout(pp=2, schedule="searched", chunks=2),
+    Layout(pp=2, schedule="schedules/mine.json", chunks=2, stages=(("a",), ("b",), ("c",), ("d",))),
 ]
 
 
@@ -31,6 +33,15 @@ def test_text_holds_only_what_was_chosen() -> None:
 
 def test_the_world_is_the_product_of_the_axes() -> None:
     assert Layout(dp=2, pp=3).world_size == 6
+
+
+@pytest.mark.parametrize(
+    "layout, num",
+    [(Layout(pp=3), 3), (Layout(pp=3, schedule="searched", chunks=2), 6), (Layout(pp=3, schedule="mine.csv"), 3)],
+    ids=str,
+)
+def test_stages_are_the_ranks_of_a_pipeline_times_those_of_a_rank(layout, num) -> None:
+    assert layout.num_stages == num
 
 
 @pytest.mark.parametrize(
@@ -55,12 +66,16 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
         ({"tp": -1}, "tp=-1; use tp=1"),
         ({"micro_batches": 0}, "micro_batches=0"),
         ({"schedule": "2f2b"}, "one of naive, gpipe, 1f1b"),
+        ({"schedule": "mine.yaml"}, r"or a file that ends with .json or .csv"),
+        ({"chunks": 0}, "a rank owns 1 stage or more, but chunks=0"),
+        ({"pp": 2, "schedule": "1f1b", "chunks": 2}, "made for 1 stages a rank, but chunks=2; write chunks=1"),
+        ({"pp": 2, "schedule": "mine.json", "chunks": 2, "stages": [["a"], ["b"]]}, "× chunks=2 = 4; list 4 stages"),
         ({"stages": "weight"}, "balanced by cost, parameters, depth"),
         ({"stages": [["a"], ["b"]]}, "there are 2 and pp=1; write pp=2"),
         ({"pp": 2, "stages": [["a"], []]}, r"stages \[1\] of 2 have none"),
         ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
         ({"stages": [[1]]}, "lists of unit names"),
-        ({"xp": 2}, "has dp, pp, tp, ep, sequence_parallel, micro_batches, schedule, stages, seed, but got xp"),
+        ({"xp": 2}, "has dp, pp, tp, ep, sequence_parallel, micro_batches, schedule, chunks, stages, seed, but got xp"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:

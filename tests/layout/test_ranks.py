@@ -5,33 +5,33 @@ from __future__ import annotations
 import pytest
 
 from shardwise.errors import LayoutError
-from shardwise.layout import Coordinates, Layout, coordinates, pipelines, rank_of, replicas, shards, stage_ranks
+from shardwise.layout import Coordinates, Layout, coordinates, pipelines, position_ranks, rank_of, replicas, shards
 from shardwise.layout.rules import check_world_size
 
 LAYOUT = Layout(dp=2, pp=3)
 
 
-def test_the_ranks_of_a_stage_are_neighbours() -> None:
+def test_the_ranks_of_a_position_are_neighbours() -> None:
     assert replicas(LAYOUT) == ((0, 1), (2, 3), (4, 5))
     assert pipelines(LAYOUT) == ((0, 2, 4), (1, 3, 5))
-    assert stage_ranks(LAYOUT, 1) == (2, 3)
-    assert coordinates(LAYOUT, 3) == Coordinates(stage=1, replica=1)
+    assert position_ranks(LAYOUT, 1) == (2, 3)
+    assert coordinates(LAYOUT, 3) == Coordinates(position=1, replica=1)
 
 
-def test_the_shards_of_a_stage_are_closer_than_its_replicas() -> None:
+def test_the_shards_of_a_position_are_closer_than_its_replicas() -> None:
     layout = Layout(dp=2, pp=2, tp=2)
     assert shards(layout) == ((0, 1), (2, 3), (4, 5), (6, 7))
     assert replicas(layout) == ((0, 2), (1, 3), (4, 6), (5, 7))
     assert pipelines(layout) == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert stage_ranks(layout, 1) == (4, 5, 6, 7)
-    assert coordinates(layout, 6) == Coordinates(stage=1, replica=1, shard=0)
-    assert rank_of(layout, stage=1, replica=0, shard=1) == 5
+    assert position_ranks(layout, 1) == (4, 5, 6, 7)
+    assert coordinates(layout, 6) == Coordinates(position=1, replica=1, shard=0)
+    assert rank_of(layout, position=1, replica=0, shard=1) == 5
 
 
 def test_rank_and_coordinates_are_inverse() -> None:
     for rank in range(LAYOUT.world_size):
         here = coordinates(LAYOUT, rank)
-        assert rank_of(LAYOUT, stage=here.stage, replica=here.replica) == rank
+        assert rank_of(LAYOUT, position=here.position, replica=here.replica) == rank
 
 
 @pytest.mark.parametrize("axes", [replicas, pipelines])
@@ -42,8 +42,8 @@ def test_the_groups_of_an_axis_hold_every_rank_once(axes) -> None:
 def test_a_rank_outside_the_layout_is_refused() -> None:
     with pytest.raises(LayoutError, match="ranks 0 to 5, but got rank 6"):
         coordinates(LAYOUT, 6)
-    with pytest.raises(LayoutError, match="stages 0 to 2"):
-        rank_of(LAYOUT, stage=3, replica=0)
+    with pytest.raises(LayoutError, match="positions 0 to 2"):
+        rank_of(LAYOUT, position=3, replica=0)
 
 
 def test_a_world_of_another_size_is_refused_with_the_layouts_that_fit() -> None:

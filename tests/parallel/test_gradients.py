@@ -26,8 +26,11 @@ def test_gradients_are_summed_in_buckets_during_the_backward(rank: RankContext) 
     parameters = three()
     sums = GradientSum(parameters, dict.fromkeys(parameters, group), bucket_bytes=20)
 
-    sums.arm()
-    loss_of(parameters, rank.rank).backward()
+    sums.begin([0])
+    with sums.during(0):
+        loss_of(parameters, rank.rank).backward()
+    assert sums.reduced_bytes(group) > 0  # while the backward ran
+    sums.end(0)
     sums.finish()
 
     assert [parameter.grad.tolist() for parameter in parameters.values()] == [[3.0] * 4, [4.0] * 4, [2.0] * 4]
@@ -41,9 +44,12 @@ def test_earlier_micro_batches_accumulate_and_are_summed_once(rank: RankContext)
     parameters = three()
     sums = GradientSum(parameters, dict.fromkeys(parameters, group))
 
+    sums.begin([0])
     loss_of(parameters, rank.rank).backward()
-    sums.arm()
-    loss_of(parameters, rank.rank).backward()
+    assert sums.reduced_bytes(group) == 0
+    with sums.during(0):
+        loss_of(parameters, rank.rank).backward()
+    sums.end(0)
     sums.finish()
 
     assert parameters["a"].grad.tolist() == [6.0] * 4
@@ -57,7 +63,7 @@ def test_a_gradient_that_one_rank_lacks_counts_as_zero_and_one_that_all_lack_sta
     parameters = three()
     sums = GradientSum(parameters, dict.fromkeys(parameters, group))
 
-    sums.arm()
+    sums.begin([0])
     (parameters["a"].sum() if rank.rank == 0 else parameters["b"].sum()).backward()
     sums.finish()
 
@@ -80,7 +86,7 @@ def test_members_of_a_group_agree_on_its_buckets_whatever_else_they_hold(rank: R
     groups = {name: own if name == "own" else tied for name in held}
     sums = GradientSum(parameters, groups)  # type: ignore[arg-type]
 
-    sums.arm()
+    sums.begin([0])
     torch.stack([parameter.sum() for parameter in parameters.values()]).sum().backward()
     sums.finish()
 

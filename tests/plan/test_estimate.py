@@ -8,14 +8,16 @@ from hand_profiles import chain
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.cut import cut_stages
-from shardwise.plan.estimate import estimate
+from shardwise.plan.estimate import costs_of, estimate
 from shardwise.plan.partition import place
+from shardwise.plan.sources import breadth_first
+from shardwise.schedule import Kind
 
 RATE = 1e6  # flops a second, and so many flops a call: forward 1 s, backward 2 s
 
 
 def estimated(profile, layout, *, num_micro_batches=1, flops_per_s=RATE, **options):
-    cut = cut_stages(profile.flow, place(profile, layout), layout.pp)
+    cut = cut_stages(profile.flow, place(profile, layout), layout.num_stages)
     return estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=flops_per_s, **options)
 
 
@@ -84,3 +86,25 @@ def test_replicas_send_their_gradients_around_a_ring() -> None:
 def test_a_rate_of_zero_is_refused() -> None:
     with pytest.raises(LayoutError, match="flops_per_s is above 0"):
         estimated(chain([1]), Layout(), flops_per_s=0.0)
+
+
+def test_a_rank_with_two_stages_holds_both_and_what_they_keep_at_once(tmp_path) -> None:
+    path = tmp_path / "v.json"
+    path.write_text(breadth_first(((0, 3), (1, 2)), 4).to_json())
+    found = estimated(
+        chain([10**6] * 4, elements=[4, 5, 6, 7]), Layout(pp=2, chunks=2, schedule=str(path)), num_micro_batches=4
+    )
+    assert [rank.stages for rank in found.ranks] == [(0, 3), (1, 2)]
+    assert [rank.parameter_bytes for rank in found.ranks] == [44, 44]
+    kept = [stage.micro_batch_bytes for stage in found.stages]
+    assert [rank.activation_bytes for rank in found.ranks] == [4 * (kept[0] + kept[3]), 4 * (kept[1] + kept[2])]
+    assert found.peak_bytes == max(rank.memory_bytes for rank in found.ranks)
+    assert found.imbalance == pytest.approx(1, rel=1e-3)
+
+
+def test_the_two_halves_of_a_backward_are_its_whole() -> None:
+    stages = estimated(chain([10**6] * 4), Layout(pp=2)).stages
+    costs = costs_of(stages, ())
+    for stage in range(2):
+        halves = costs.compute_seconds[Kind.I][stage] + costs.compute_seconds[Kind.W][stage]
+        assert halves == pytest.approx(costs.compute_seconds[Kind.B][stage])

@@ -14,7 +14,7 @@ from shardwise.plan.partition import place
 
 
 def explained(profile, layout, *, num_micro_batches=4, assumes=""):
-    cut = cut_stages(profile.flow, place(profile, layout), layout.pp)
+    cut = cut_stages(profile.flow, place(profile, layout), layout.num_stages)
     found = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=1e6)
     return explain(profile, layout, cut, found, assumes=assumes)
 

@@ -6,17 +6,17 @@ import inspect
 from collections.abc import Sequence
 from types import ModuleType
 
-from shardwise.schedule import Action, Costs, Row, Schedule, draw, parse_row, print_row, simulate
+from shardwise.schedule import Action, Costs, Row, Schedule, Transfer, draw, parse_row, print_row, simulate
 
 
 def schedule_of(*rows: str, ranks: Sequence[Sequence[int]] | None = None) -> Schedule:
     """The schedule with these rows of text, one stage a rank if `ranks` is not given."""
-    actions = tuple(tuple(a for a in parse_row(row) if isinstance(a, Action)) for row in rows)
+    actions = tuple(tuple(a for a in parse_row(row) if not isinstance(a, Transfer)) for row in rows)
     owned = tuple(map(tuple, ranks)) if ranks else tuple((s,) for s in range(len(rows)))
     return Schedule(
         name="by hand",
         num_stages=sum(map(len, owned)),
-        num_micro_batches=1 + max(a.micro_batch for row in actions for a in row),
+        num_micro_batches=1 + max(a.micro_batch for row in actions for a in row if isinstance(a, Action)),
         ranks=owned,
         actions=actions,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedule.helpers import picture_of, schedule_of
+from schedule.helpers import picture_in, picture_of, schedule_of
 from schedule.strategies import schedules
 from shardwise.errors import ScheduleError
 from shardwise.schedule import Costs, Edges, Schedule, Span, Timeline, draw, generate, parse, simulate
@@ -29,10 +31,25 @@ def test_split_backwards_have_marks_of_their_own() -> None:
     assert "3< input gradient of micro-batch 3   3= weight gradient of micro-batch 3" in drawing
 
 
-def test_a_rank_with_several_stages_has_a_row_for_each() -> None:
-    assert picture_of(schedule_of("0F0 2F0", "1F0", ranks=[(0, 2), (1,)])) == (
-        "rank 0 stage 0  0>....\nrank 0 stage 2  ....0>\nrank 1          ..0>.."
-    )
+def test_whole_and_split_backwards_share_a_mark_and_the_legend_says_so() -> None:
+    drawing = draw(simulate(schedule_of("0F0 0F1 0B0 0I1 0W1"), costs=Costs.uniform(1)))
+    assert drawing.splitlines()[0] == "rank 0  0>1>0<<<1<1="
+    assert "3< backward or input gradient of micro-batch 3   3= weight gradient" in drawing
+
+
+def test_a_rank_with_several_stages_has_one_row_and_other_marks_for_each() -> None:
+    rows = ("0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1")
+    schedule = schedule_of(*rows, ranks=[(0, 2), (1, 3)])
+    assert picture_of(schedule) == picture_in(sys.modules[draw.__module__]).partition("\n")[2].partition("\n")[2]
+    legend = draw(simulate(schedule, costs=Costs.uniform(4))).splitlines()[3:5]
+    assert legend == [
+        "3> forward of micro-batch 3   3< backward of micro-batch 3   . idle",
+        "> < on the first, ) ( on the second stage of a rank",
+    ]
+
+
+def test_the_stages_of_a_rank_are_told_apart_where_only_one_rank_has_several() -> None:
+    assert picture_of(schedule_of("0F0 2F0", "1F0", ranks=[(0, 2), (1,)])) == "rank 0  0>..0)\nrank 1  ..0>.."
 
 
 def test_long_numbers_get_the_room_they_need() -> None:

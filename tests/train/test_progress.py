@@ -56,5 +56,12 @@ def test_what_a_rank_sends_in_a_step_is_told_at_the_end_by_axis() -> None:
     assert "sends" not in shown(START, STEP, end)
 
 
+def test_the_recorded_timeline_is_told_at_the_end_where_there_is_a_pipeline() -> None:
+    end = event("end", first_loss=4.0, last_loss=2.0, train_s=61.0)
+    recorded = event("timeline", 8, text="step 9 took 2 s", num_ranks=2)
+    assert shown(START, STEP, recorded, end).splitlines()[-1] == "step 9 took 2 s"
+    assert "took" not in shown(START, STEP, event("timeline", 8, text="step 9 took 2 s", num_ranks=1), end)
+
+
 def test_on_a_terminal_there_is_a_bar_and_it_is_taken_off() -> None:
     assert "step 5/10" in shown(START, STEP, terminal=True)

@@ -13,6 +13,7 @@ from shardwise.checkpoint.source import open_checkpoint
 from shardwise.errors import CheckpointError, ConfigError
 from shardwise.events import read_events
 from shardwise.launch import RankContext
+from shardwise.schedule import Schedule
 from shardwise.tasks import RandomTokens
 from shardwise.testing import on_ranks
 from shardwise.train.build import Job
@@ -109,7 +110,10 @@ def evaluations(folder: Path) -> list[float]:
 
 
 @on_ranks(2, timeout_s=60)
-@pytest.mark.parametrize("layout", ["dp=2", "pp=2", "tp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp=2", "pp=2", "tp=2", "pp=2,schedule=zb-v", "pp=2,schedule=interleaved,chunks=3", "pp=2,schedule=searched"],
+)
 def test_two_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, layout) -> None:
     check_curve(rank, tmp_path, layout)
 
@@ -153,6 +157,26 @@ def test_a_run_of_four_ranks_is_resumed_bit_by_bit_and_on_one_device_too(rank, t
     on_one = alone(resumed_job, rank.rank)
     assert on_one.first_step == 6
     assert off(on_one.losses, resumed.losses) <= CURVE
+
+
+@on_ranks(2, timeout_s=60)
+def test_a_run_goes_on_with_another_schedule_and_other_stages_a_rank(rank, tmp_path) -> None:
+    layouts = ("pp=2,schedule=zb-v", "pp=2,schedule=interleaved,chunks=3", "pp=2,schedule=searched,chunks=2", "pp=2")
+    constant = {"global_batch": 8, "learning_rate": 3e-3, "schedule": "constant", "seed": 7}
+    losses: tuple[float, ...] = ()
+    for number, layout in enumerate(layouts, 1):
+        checkpoint = {"folder": str(tmp_path / "saved"), "every": 2, "keep": 2}
+        part = job(
+            tmp_path / layout.replace("=", ""), layout=layout, checkpoint={}, training=constant | {"steps": 2 * number}
+        )
+        part = dataclasses.replace(part, run=run_from({**written(part), "checkpoint": checkpoint}), resume=number > 1)
+        losses += train_on_rank(rank, part).losses
+        torch.distributed.barrier()
+    one = alone(job(tmp_path / "whole", training=constant | {"steps": 8}), rank.rank)
+    assert off(losses, one.losses) <= CURVE
+    if rank.rank == 0:
+        found = Schedule.from_json((tmp_path / "pp2,schedulesearched,chunks2" / "schedule.json").read_text())
+        assert found.num_stages == 4
 
 
 def written(job: Job) -> dict[str, object]:

@@ -1,37 +1,169 @@
-"""`shardwise draw`: a schedule as text, simulated with costs in units of a forward. Knows schedules only."""
+"""`shardwise draw`: a schedule that is planned, or a step that was measured, as text, picture and trace.
+
+Knows schedules and the files that a run leaves; starts nothing and reads no model.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shardwise.schedule import GENERATORS, Costs, draw, generate, simulate
+from shardwise.cli.draw_costs import costs_of
+from shardwise.cli.draw_run import panels_of, recording_of, words_of
+from shardwise.cli.draw_searched import SEARCHED, searched_for
+from shardwise.errors import ConfigError
+from shardwise.schedule import GENERATORS, Schedule, Timeline, check, draw, generate, simulate
+from shardwise.schedule.chrome_trace import to_chrome_trace
+from shardwise.schedule.svg import Unit, to_svg
 
 __all__ = ["command"]
 
+_US_PER_UNIT = 1e3  # of a trace of what has no seconds: a unit is shown as a millisecond
+
 
 def command(
-    schedule: Annotated[str, typer.Argument(metavar="SCHEDULE", help=f"One of {', '.join(GENERATORS)}.")],
-    stages: Annotated[int, typer.Option(metavar="N", min=1, help="Stages of the pipeline: one row each.")] = 4,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCHEDULE",
+            help=f"One of {', '.join(GENERATORS)}, {SEARCHED}; a file .json, or .csv of torch; the folder of a run.",
+            show_default=False,
+        ),
+    ],
+    ranks: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks of the pipeline: one row each.")] = 4,
     micro_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Micro-batches of a step.")] = 8,
-    forward: Annotated[float, typer.Option(metavar="TIME", min=0, help="Of one forward, in any unit.")] = 1.0,
-    backward: Annotated[float, typer.Option(metavar="TIME", min=0, help="Of one backward, in the same unit.")] = 2.0,
+    chunks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Stages a rank; as few as the schedule is made for.")
+    ] = None,
+    forward: Annotated[
+        str, typer.Option(metavar="TIME", help="Of a forward, in any unit: a number, or one a stage as in 1,1,2,1.")
+    ] = "1",
+    input_gradient: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of a backward's first half; that of a forward if not given.")
+    ] = None,
+    weight_gradient: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of its second half; that of a forward if not given.")
+    ] = None,
+    backward: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of a whole backward; the sum of both if not given.")
+    ] = None,
+    transfer: Annotated[str, typer.Option(metavar="TIME", help="From a stage to the next one, there and back.")] = "0",
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="N", min=1, help="Of searched: micro-batches that a rank has room for; any if not given."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a run: which recorded step; the last if not given.")
+    ] = None,
     width: Annotated[
         int | None, typer.Option(metavar="COLUMNS", min=1, help="Of the drawing; as many as needed if not given.")
     ] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture, too.")] = None,
+    chrome: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the schedule: edit it, and run it.")] = None,
+    stages: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Draw a pipeline schedule as text: one row a rank, time to the right.
+    """Draw a pipeline schedule: one row a rank, time to the right.
 
-    "3>" is the forward of micro-batch 3, "3<" its backward, "." waiting; the longer, the more of them.
+    "3>" is the forward of micro-batch 3, "3<" its backward or input gradient,
+    "3=" its weight gradient, "." waiting; the longer, the more of them. The
+    second stage of a rank has "3)", "3(" and "3-".
 
     shardwise draw 1f1b
-    shardwise draw gpipe --stages 2 --micro-batches 3
+    shardwise draw gpipe --ranks 2 --micro-batches 3 --transfer 0.5
+    shardwise draw 1f1b --forward 1,1,1,2 --svg picture.svg
+    shardwise draw searched --chunks 2 --forward 1,1,1,1,1,1,1,3 --memory 4
+    shardwise draw runs/mine --svg measured.svg --chrome trace.json
 
-    naive   one micro-batch after another through all stages: layer parallel
-    gpipe   all forwards, then all backwards: every micro-batch in memory
-    1f1b    one forward, one backward in turn: the same wait, less memory
+    naive        one micro-batch after another through all stages: layer parallel
+    gpipe        all forwards, then all backwards: every micro-batch in memory
+    1f1b         one forward, one backward in turn: the same wait, less memory
+    interleaved  1f1b over several stages a rank: less wait, more messages
+    looped-bfs   gpipe over several stages a rank: each gathered once a step
+    zb-h1        1f1b whose weight gradients fill the wait
+    zb-h2        no gaps in the work of a rank, for twice the memory
+    zb-v         no gaps in the memory of 1f1b: two stages a rank in a V
+    zb-v-half    the same in half the memory, zb-v-min in a third: more wait
+    dualpipe-v   a forward beside the backward of another micro-batch
+    searched     the fastest that is found for these times and this memory
+
+    Of a run, the recorded step is drawn above what the simulator makes of the
+    costs that were measured in it.
     """
-    made = generate(schedule, num_ranks=stages, num_micro_batches=micro_batches)
-    timeline = simulate(made, costs=Costs.uniform(stages, forward=forward, backward=backward))
-    print(draw(timeline, width=width))
+    if stages is not None:
+        raise ConfigError(
+            f"a schedule is drawn for ranks, each of which may have several stages, but got --stages {stages}; write "
+            f"--ranks {stages}, and --chunks N for N stages a rank"
+        )
+    path = Path(source)
+    if source not in GENERATORS and path.is_dir():
+        recording = recording_of(path, step)
+        print(words_of(recording, width))
+        _write(svg, to_svg(panels_of(recording)) if svg else "")
+        _write(chrome, to_chrome_trace(recording.slowest, edges=recording.edges) if chrome else "")
+        _write(json, recording.schedule.to_json() if json else "")
+        return
+    if step is not None:
+        raise ConfigError(f"steps are those of a run, but {source} is a schedule and --step {step} is given; drop it")
+    if memory is not None and source != SEARCHED:
+        raise ConfigError(
+            f"a schedule is searched for within a memory, but {source} is given; drop --memory {memory:g}"
+        )
+    priced = partial(
+        costs_of,
+        forward=forward,
+        input_gradient=input_gradient,
+        weight_gradient=weight_gradient,
+        backward=backward,
+        transfer=transfer,
+    )
+    found = ""
+    if source == SEARCHED:
+        costs = priced(ranks * (chunks or 1))
+        searched = searched_for(
+            costs, num_ranks=ranks, num_micro_batches=micro_batches, chunks=chunks or 1, room=memory
+        )
+        made, found = searched.schedule, f"\n{searched}"
+    else:
+        made = _schedule(source, num_ranks=ranks, num_micro_batches=micro_batches, chunks=chunks)
+        costs = priced(made.num_stages)
+    timeline = simulate(made, costs=costs)
+    print(f"{draw(timeline, width=width)}\n{_in_flight(made, timeline)}{found}")
+    _write(svg, to_svg(timeline, title=str(made), unit=Unit(name="")) if svg else "")
+    _write(chrome, to_chrome_trace(timeline, us_per_unit=_US_PER_UNIT) if chrome else "")
+    _write(json, made.to_json() if json else "")
+
+
+def _schedule(source: str, *, num_ranks: int, num_micro_batches: int, chunks: int | None) -> Schedule:
+    path = Path(source)
+    if source in GENERATORS or path.suffix not in (".json", ".csv"):
+        return generate(source, num_ranks=num_ranks, num_micro_batches=num_micro_batches, chunks=chunks)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"a schedule file can be read, but {path} cannot: {why}; correct the path") from error
+    return Schedule.from_json(text)
+
+
+def _in_flight(schedule: Schedule, timeline: Timeline) -> str:
+    """What the schedule needs, and what it could not go below."""
+    peaks = ", ".join(map(str, check(schedule).peak_per_rank))
+    busiest = max(timeline.busy_seconds)
+    return (
+        f"micro-batches in flight on rank 0, 1, ..., at most: {peaks}\n"
+        f"ideal: {busiest:.6g}, what the busiest rank computes"
+    )
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"a drawing is written to a file, but {path}: {error.strerror}; name another") from error

@@ -13,12 +13,13 @@ from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.plan.sources import check_source
 from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
 from shardwise.trace.model_config import empty_model, read_config, synthetic_batch
 from shardwise.trace.profile import trace
 from shardwise.train.balance import layout_for, profile_for, with_threads
 from shardwise.train.build import build_model, build_task, first_micro_batch
-from shardwise.train.plan import experts_note, plan_of_profile, statistics_note, threads_of_rank
+from shardwise.train.plan import experts_note, plan_of_profile, schedule_for, statistics_note, threads_of_rank
 from shardwise.train.run import prepare
 from shardwise.train.run_file import load_run
 
@@ -69,7 +70,10 @@ def command(
       ep              ranks that divide the experts of a model among them, each
                       with its own share of the batch, dp times over
       micro_batches   of a replica and step; 2 x pp if not given
-      schedule        1f1b, gpipe or naive
+      schedule        naive, gpipe, 1f1b, interleaved, looped-bfs, zb-h1,
+                      zb-h2, zb-v, zb-v-half, zb-v-min, dualpipe-v; searched:
+                      found for this model; or a file (.json, torch's .csv)
+      chunks          stages a rank, where the schedule can have several
       stages          cost, parameters, depth, or listed by hand as
                       \\[embed+layers.0|layers.1-3+head]
 
@@ -116,6 +120,9 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
         tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss, sequence=sequence, tp_plan=told)
     micro_batches = described.num_micro_batches
     experts = plan_experts(model, inputs, ep=layout.ep, loss=task.loss) if layout.ep > 1 else None
+    found = schedule_for(
+        profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor, experts=experts
+    )
     plan = plan_of_profile(
         profile,
         layout=layout,
@@ -123,6 +130,7 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
         flops_per_s=rate,
         tensor=tensor,
         experts=experts,
+        found=found,
     )
     print(plan + experts_note(experts) + statistics_note(model, layout))
 
@@ -141,7 +149,11 @@ def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: in
     tensor = plan_tensor(model, batch, tp=layout.tp, sequence=layout.sequence_parallel) if layout.tp > 1 else None
     proven_s = time.perf_counter() - start - traced_s
     micro_batches = layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
-    told = plan_of_profile(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
+    check_source(layout, micro_batches)
+    found = schedule_for(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
+    told = plan_of_profile(
+        profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor, found=found
+    )
     print(told)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     count = format_count(profile.num_parameters, "parameters")

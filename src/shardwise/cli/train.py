@@ -43,7 +43,8 @@ def command(
 
     The run file:
       folder  = "runs/mine"      gets events/, checkpoints/ and prepared data/
-      layout  = "dp=2,pp=2"      replicas x stages, one process for each
+      layout  = "dp=2,pp=2"      replicas x pipeline, one process for each;
+                                 schedule=zb-v, say: see shardwise plan
       balance = "flops"          or measured, parameters, depth: equal stages
       \\[model]                    config = {model_type = "llama", ...} or a
                                  JSON file; path = folder of safetensors;

@@ -85,6 +85,7 @@ class CallProfile:
     saved_bytes: unique storages made in the call that somebody keeps for backward; parameters are not among
     them. A storage belongs to the call that makes it, also where a later one saves it: summed over calls
     nothing counts twice.
+    weight_flops: what of the backward makes gradients of parameters; None: nobody counted.
     """
 
     node: int
@@ -97,11 +98,12 @@ class CallProfile:
     dtype: str
     forward_s: float | None = None  # seconds by the clock, where measured
     backward_s: float | None = None
+    weight_flops: int | None = None
 
     def __post_init__(self) -> None:
         _not_negative(
             f"{self.unit}#{self.call}",
-            (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes),
+            (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes, self.weight_flops or 0),
             (self.forward_s or 0.0, self.backward_s or 0.0),
         )
 

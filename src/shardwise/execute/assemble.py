@@ -17,24 +17,28 @@ from shardwise.comm.point_to_point import Transport
 from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
-from shardwise.errors import LayoutError
+from shardwise.errors import LayoutError, ShardwiseError
 from shardwise.execute.build import Fill, Part, build
 from shardwise.execute.large_blocks import give_back_large_blocks, passing
-from shardwise.execute.place import Place
+from shardwise.execute.place import Place, owners_of
 from shardwise.execute.program import Program
-from shardwise.layout import Layout
+from shardwise.layout import SEARCHED, Layout
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.calls import kinds_of
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.start_up import StartUp, calls_at_start_up
+from shardwise.plan.divide import profile_of_shard
 from shardwise.plan.partition import place as place_calls
+from shardwise.plan.searched import find_schedule
+from shardwise.plan.sources import AnySource, GivenSource, source_of
+from shardwise.schedule import Action, Kind, Schedule
 from shardwise.trace.capture import capture
 from shardwise.trace.count import Counter
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.profile import profile_of
 
-__all__ = ["Fill", "agreed_experts", "agreed_plan", "assemble", "fill_from"]
+__all__ = ["Fill", "agreed_experts", "agreed_plan", "agreed_schedule", "assemble", "fill_from"]
 
 
 def assemble(
@@ -52,13 +56,16 @@ def assemble(
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
     tp_plan: GivenPlan | None = None,
+    schedule: AnySource | None = None,
+    num_micro_batches: int | None = None,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
     layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it
-    is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). Collective. Raises
+    is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). `schedule` is the
+    layout's; without it rank 0 reads it, or searches for one for `num_micro_batches` of a replica. Collective. Raises
     `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
@@ -74,7 +81,8 @@ def assemble(
 
     captured = _whole_path(model, inputs, loss, units, watch)
     profile = profile_of(model, captured, counters[-1])
-    stages = place_calls(_with_seconds(profile, measured), layout)
+    profile = _with_seconds(profile, measured)
+    stages = place_calls(profile, layout)
     placement = {(node.name, node.call): stages[node.index] for node in captured.tape.flow.calls}
     if layout.tp > 1 and tensor is None:
         tensor = agreed_plan(model, inputs, layout=layout, rank=rank, loss=loss, units=units, tp_plan=tp_plan)
@@ -83,15 +91,30 @@ def assemble(
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
+    if schedule is None:
+        wanted = num_micro_batches or layout.micro_batches or 2 * layout.pp
+        known = profile if tensor is None else profile_of_shard(profile, tensor)
+        schedule = agreed_schedule(
+            layout, rank=rank, find=lambda: find_schedule(known, layout, stages, num_micro_batches=wanted).schedule
+        )
+    place = Place(
+        rank=rank,
+        dp=layout.num_replicas,
+        pp=layout.pp,
+        tp=layout.tp,
+        ep=layout.ep,
+        owner_of=owners_of(schedule.ranks),
+    )
     start_up: StartUp = {}
     if tensor is not None and any(proof.start_up for proof in tensor.proofs):
         start_up = calls_at_start_up(kinds_of(model, inputs, loss=loss, units=units), tensor)
+    splits = _splits(schedule, num_micro_batches or 2 * layout.pp)
     return build(
         model,
-        place=Place(rank=rank, dp=layout.num_replicas, pp=layout.pp, tp=layout.tp, ep=layout.ep),
+        place=place,
         tape=captured.tape,
         placement=placement,
-        schedule=layout.schedule,
+        schedule=schedule,
         loss=loss,
         seed=layout.seed,
         device=device,
@@ -101,7 +124,42 @@ def assemble(
         tensor=tensor,
         experts=experts,
         start_up=start_up,
+        split=kinds_of(model, inputs, loss=loss, units=units) if splits else (),
     )
+
+
+def _splits(schedule: AnySource, num_micro_batches: int) -> bool:
+    """Whether a backward is split somewhere; perhaps, where the schedule is not for so many micro-batches."""
+    try:
+        made = schedule(num_micro_batches)
+    except ShardwiseError:
+        return True
+    return any(isinstance(each, Action) and each.kind is Kind.I for row in made.actions for each in row)
+
+
+def agreed_schedule(layout: Layout, *, rank: int, find: Callable[[], Schedule]) -> AnySource:
+    """Where the layout's schedule comes from, the same on every rank: rank 0 reads the file, or asks `find` for one.
+
+    Collective where a schedule is read or searched for. Raises what reading or searching raised, on every rank.
+    """
+    if not layout.reads_schedule and layout.schedule != SEARCHED:
+        made = source_of(layout)
+        assert made is not None
+        return made
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            made = source_of(layout) or GivenSource(schedule=find())
+            assert isinstance(made, GivenSource)
+            told = [made.schedule]
+        except ShardwiseError as error:
+            told = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], ShardwiseError):
+        raise told[0]
+    assert isinstance(told[0], Schedule)
+    return GivenSource(schedule=told[0])
 
 
 def agreed_experts(

@@ -24,12 +24,15 @@ from shardwise.execute.expert_ranks import cut_by, divide_experts, whole_for_tra
 from shardwise.execute.flows import Flows
 from shardwise.execute.place import Place
 from shardwise.execute.program import Program
+from shardwise.execute.split_proof import SplitProof, prove_splits
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.hold import hold, holders_of, take_own
+from shardwise.parallel.tensor.calls import Kind
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.start_up import StartUp, prove_on_ranks
 from shardwise.plan.cut import cut_stages
+from shardwise.plan.sources import ScheduleSource
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.tape import Tape
@@ -51,7 +54,7 @@ def build(
     place: Place,
     tape: Tape,
     placement: Mapping[tuple[str, int], int],
-    schedule: str = "1f1b",
+    schedule: ScheduleSource,
     loss: LossFunction | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -61,20 +64,23 @@ def build(
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
     start_up: StartUp | None = None,
+    split: Sequence[Kind] = (),
 ) -> Program:
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
-    `tape` is a tape of the whole model, `placement` (unit, call) -> stage. `fill` gives the held parameters their
+    `tape` is a tape of the whole model, `placement` (unit, call) -> stage, `schedule` the one that `place` knows the
+    stages of. `fill` gives the held parameters their
     values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
     units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
     the replicas that divide them. Units in `start_up` are proven once more by their ranks.
+    `split` are kinds of units of which a split backward is proven equal to the whole one; those that fail keep it whole.
     Collective: every rank calls it with the same arguments.
     """
     where = torch.device(device)
     stages = {node.index: placement[(node.name, node.call)] for node in tape.flow.calls}
-    cut = cut_stages(tape.flow, stages, place.pp)
+    cut = cut_stages(tape.flow, stages, place.num_stages)
     holders = holders_of(model, tape.flow, cut, tape.units, placement)
-    mine = [name for name, stages_of in holders.items() if place.stage in stages_of]
+    mine = [name for name, stages_of in holders.items() if place.owns_any(stages_of)]
     if fill is None and place.world_size > 1:
         take_own(model, mine, device=where)
     if fill is not None or place.world_size > 1:
@@ -102,13 +108,18 @@ def build(
         if fill is not None:
             fill(model, mine, cut_by(divided, divided_experts))
         if divided is not None and start_up and place.ep == 1:
-            here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) == place.stage}
+            here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) in place.stages}
             divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
+        proofs: tuple[SplitProof, ...] = ()
+        if split:
+            units = {unit for (unit, _), stage in placement.items() if stage in place.stages}
+            proofs = prove_splits(sums, {name: model.get_submodule(name) for name in sorted(units)}, split, seed=seed)
         stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
         gradients = rank_groups.gradient_sum(
             place,
             {name: p for name, p in model.named_parameters() if name in set(mine)},
-            _kinds(holders, tensor, divided_experts),
+            _kinds(place, holders, tensor, divided_experts),
+            holders,
             traffic,
             stack,
         )
@@ -125,16 +136,17 @@ def build(
         switch=switch,
         loss=loss,
         rank=place.rank,
-        rank_of_stage=[place.rank_of(stage) for stage in range(place.pp)],
+        rank_of_stage=[place.rank_of(stage) for stage in range(place.num_stages)],
         transport=between_stages,
         device=where,
         sums=sums,
+        repeating=contextlib.nullcontext if divided_experts is None else divided_experts.loads.paused,
     )
     flows = Flows(
         model,
         switch=switch,
         placement=placement,
-        num_stages=place.pp,
+        num_stages=place.num_stages,
         loss=loss,
         units=units,
         whole=whole_for_traces(divided, divided_experts),
@@ -157,6 +169,7 @@ def build(
         experts=divided_experts,
         everyone=everyone,
         traffic=traffic,
+        split_proofs=proofs,
     )
 
 
@@ -196,12 +209,12 @@ def _divided(
 
 
 def _kinds(
-    holders: Mapping[str, tuple[int, ...]], tensor: TensorPlan | None, experts: DividedExperts | None
+    place: Place, holders: Mapping[str, tuple[int, ...]], tensor: TensorPlan | None, experts: DividedExperts | None
 ) -> dict[str, rank_groups.Kind]:
     """Who sums the gradient of each parameter of the model."""
     return {
         name: rank_groups.Kind(
-            stages=stages,
+            positions=place.positions_of(stages),
             partial=tensor is not None and tensor.is_partial(name),
             divides_experts=experts is not None and experts.divides(name),
         )

@@ -1,43 +1,50 @@
 """The executor: interprets one rank's actions for one step. Knows neither layouts nor optimizers.
 
-It is given rows of actions and transfers, and for every micro-batch a flow; it runs forwards and backwards, posts
-receives where the row says, and hands values between two stages of one rank without a send.
+It is given rows of actions and transfers, and for every micro-batch a flow; it runs forwards and backwards (whole, or
+inputs first and weights later), posts receives where the row says, and hands values between two stages of one rank
+without a send. Whoever waits for gradients is told by it when those of a stage are final.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import Expected, Incoming, Outgoing, Transport, receive, send
-from shardwise.errors import DataflowError
 from shardwise.execute.backward import run_backward
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.buffers import Buffer
+from shardwise.execute.deferred import Deferred
 from shardwise.execute.flows import Flow
+from shardwise.execute.moments import Moment, Moments, clock_of
+from shardwise.execute.repetition import Repetition
+from shardwise.execute.row_plan import Item, Op, RowPlan, Step, plan_of
 from shardwise.execute.stage import StageRun, Surroundings
 from shardwise.execute.weight_sums import WeightSums
-from shardwise.schedule.actions import Action, Kind, Transfer, TransferKind
+from shardwise.schedule.actions import Action, StageAction, Transfer, TransferKind
 from shardwise.trace.capture import own
 from shardwise.trace.install import Switch
 from shardwise.trace.objective import LossFunction, objective
 from shardwise.trace.randomness import Scope
 
-__all__ = ["Engine", "Moment", "Work"]
+__all__ = ["Engine", "Moment", "UnderWay", "Waiting", "Work"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Moment:
-    """When an action ran on this rank; seconds of the monotonic clock."""
+class Waiting(Protocol):
+    """Who reduces gradients once they are final (`parallel.gradients.GradientSum`)."""
 
-    action: Action
-    start_s: float
-    end_s: float
+    def begin(self, order: Sequence[int]) -> None: ...
+
+    def during(self, stage: int) -> contextlib.AbstractContextManager[None]: ...
+
+    def end(self, stage: int, *, but: Collection[int] = ()) -> None: ...
+
+    def final(self, parameter: nn.Parameter) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +77,18 @@ class _Alive:
     leaves: dict[int, torch.Tensor]
     loss: torch.Tensor | None
     outgoing: dict[tuple[int, int], Outgoing] = dataclasses.field(default_factory=dict)  # (value, target)
+    written: Sequence[Buffer] = ()  # by a forward that is run again, as they were before it
+
+
+@dataclasses.dataclass(slots=True)
+class UnderWay:
+    """What one row leaves to the next: forwards whose backward has not run, messages on their way, losses."""
+
+    alive: dict[tuple[int, int], _Alive] = dataclasses.field(default_factory=dict)
+    incoming: dict[tuple[int, int, int, int, bool], Incoming] = dataclasses.field(default_factory=dict)
+    local: dict[tuple[int, int, int, int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
+    losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)  # sends of the last row
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,10 +99,12 @@ class _State:
     alive: dict[tuple[int, int], _Alive] = dataclasses.field(default_factory=dict)
     incoming: dict[tuple[int, int, int, int, bool], Incoming] = dataclasses.field(default_factory=dict)
     local: dict[tuple[int, int, int, int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
-    gradients: dict[tuple[int, int], dict[tuple[int, int], torch.Tensor]] = dataclasses.field(default_factory=dict)
+    deferred: dict[tuple[int, int], Deferred] = dataclasses.field(default_factory=dict)
     outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
     losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    moments: list[Moment] = dataclasses.field(default_factory=list)
+    actions: list[Action] = dataclasses.field(default_factory=list)
+    marks: list[Any] = dataclasses.field(default_factory=list)  # start, inputs ready, end of every action
+    ready: Any = None  # when the inputs of the action under way were there
 
 
 class Engine:
@@ -100,6 +121,7 @@ class Engine:
         transport: Transport,
         device: torch.device,
         sums: WeightSums | None = None,
+        repeating: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.model = model
         self.rank = rank
@@ -110,55 +132,95 @@ class Engine:
         self._sums = sums or WeightSums()
         self._surroundings = Surroundings()
         self.device = device
+        self._clock = clock_of(device)
         self._modules = dict(model.named_modules())
         self._messages: dict[tuple[int, TransferKind, int, int, int, bool], list[_Message]] = {}
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._plans: dict[int, tuple[Sequence[Item], RowPlan]] = {}
+        self._repetition = Repetition(model)
+        self._repeating = repeating  # around a forward that is run again: it counts once
 
     def run(
         self,
-        row: Sequence[Action | Transfer],
+        row: Sequence[Item],
         works: Sequence[Work],
         *,
-        before_last_backward: Callable[[int], None] | None = None,
+        gradients: Waiting | None = None,
         after_last_forward: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
-    ) -> tuple[dict[int, torch.Tensor], list[Moment]]:
+        before_action: Callable[[Action], None] | None = None,
+        under_way: UnderWay | None = None,
+    ) -> tuple[dict[int, torch.Tensor], Sequence[Moment]]:
         """Interpret `row`. Returns the losses of the micro-batches whose loss stage is here (unweighted, detached),
         and when every action ran. Gradients accumulate in the parameters. `after_last_forward` is given the losses once
-        they are all known, `before_last_backward` the stage.
+        they are all known; `gradients` is told of every stage whose gradients are final. A row that goes on where the
+        one before ended is given what is `under_way`, with equal numbers of micro-batches for equal things.
 
         Raises `TransferError` and `DataflowError`.
         """
+        plan = self.plan_of(row)
         state = _State(works)
-        last = {action.stage: i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.B}
-        last_forward = max(
-            (i for i, action in enumerate(row) if isinstance(action, Action) and action.kind is Kind.F), default=-1
-        )
-        summing = self._sums.running() if len(works) > 1 else contextlib.nullcontext()  # one gradient is no sum
-        with summing, self._surroundings.open():
-            for position, action in enumerate(row):
-                if isinstance(action, Transfer):
-                    self._transfer(state, action)
-                    continue
-                start = time.perf_counter()
-                if action.kind is Kind.F:
-                    self._forward(state, action)
-                    if after_last_forward is not None and position == last_forward:
-                        after_last_forward(state.losses)
-                elif action.kind is Kind.B:
-                    final = before_last_backward is not None and last[action.stage] == position
-                    if final and before_last_backward is not None:
-                        before_last_backward(action.stage)
-                    self._sums.adds = not final  # who waits for gradients is told of them by autograd
-                    try:
-                        self._backward(state, action)
-                    finally:
-                        self._sums.adds = False
+        if under_way is not None:
+            state.alive, state.incoming, state.local = under_way.alive, under_way.incoming, under_way.local
+            state.losses = under_way.losses
+        if gradients is not None:
+            gradients.begin(plan.order)
+        # one gradient is no sum
+        with self._sums.running(sums=len(works) > 1, splits=plan.splits), self._surroundings.open():
+            for step in plan.steps:
+                item = step.item
+                if isinstance(item, Transfer):
+                    self._transfer(state, item)
+                elif isinstance(item, StageAction):
+                    if gradients is not None:
+                        gradients.end(item.stage)
                 else:
-                    raise DataflowError(f"this executor runs F and B; it was given {action}")
-                state.moments.append(Moment(action, start, time.perf_counter()))
-        for outgoing in state.outgoing:
+                    if before_action is not None:
+                        before_action(item)
+                    start = self._clock.now()
+                    state.ready = None
+                    self._act(state, step, item, gradients)
+                    if step.last_forward and after_last_forward is not None:
+                        after_last_forward(state.losses)
+                    state.actions.append(item)
+                    state.marks += start, start if state.ready is None else state.ready, self._clock.now()
+        sent = state.outgoing
+        if under_way is not None:  # waited for behind the next row: who receives it may be behind in this one
+            sent, under_way.outgoing = under_way.outgoing, sent
+        for outgoing in sent:
             outgoing.wait()
-        return state.losses, state.moments
+        return state.losses, Moments(self._clock, state.actions, state.marks)
+
+    def plan_of(self, row: Sequence[Item]) -> RowPlan:
+        """What the items of a row ask for; rows are kept, so that it is found once. Raises `DataflowError`."""
+        known = self._plans.get(id(row))
+        if known is None:
+            known = self._plans[id(row)] = row, plan_of(row)
+        return known[1]
+
+    def _act(self, state: _State, step: Step, action: Action, gradients: Waiting | None) -> None:
+        op, key = step.op, (action.stage, action.micro_batch)
+        if op is Op.FORWARD or op is Op.FORWARD_TWICE:
+            self._forward(state, action, twice=op is Op.FORWARD_TWICE)
+        elif op is Op.AGAIN:
+            self._again(state, action)
+        elif op is Op.BACKWARD and step.ends and gradients is not None:
+            with gradients.during(action.stage):  # gradients that autograd accumulates are told of by its hooks
+                self._backward(state, action)
+            gradients.end(action.stage)
+        elif op is Op.BACKWARD:
+            with self._sums.adding(True):
+                self._backward(state, action)
+        elif op is Op.INPUTS:
+            state.deferred[key] = Deferred()
+            with self._sums.deferring(state.deferred[key]):
+                self._backward(state, action)
+        elif op is Op.WEIGHTS:
+            queue = state.deferred.pop(key)
+            if step.ends and gradients is not None:
+                gradients.end(action.stage, but=queue.parameters)
+                queue.run(gradients.final)
+            else:
+                queue.run()
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -208,7 +270,7 @@ class Engine:
 
     # -- forward and backward -------------------------------------------------------------------
 
-    def _forward(self, state: _State, action: Action) -> None:
+    def _forward(self, state: _State, action: Action, *, twice: bool) -> None:
         work = state.works[action.micro_batch]
         plan = work.flow.cut.stages[action.stage]
         values = work.flow.tape.flow.values
@@ -216,38 +278,55 @@ class Engine:
         for value, source in plan.receives:
             leaf = self._arrived(state, source, action, value)
             leaves[value] = leaf.requires_grad_() if values[value].requires_grad and torch.is_grad_enabled() else leaf
+        state.ready = self._clock.now()
         if not plan.computes and action.stage != work.flow.cut.loss_stage:  # a stage whose layers are all dropped
             state.alive[(action.stage, action.micro_batch)] = _Alive({}, leaves, None)
             return
-        inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
-        if len(work.flow.cut.stages) == 1 and not work.flow.random and not work.headers:
-            loss: torch.Tensor | None = objective(self.model, inputs, self._loss)
-            sent: dict[int, torch.Tensor] = {}
+        if twice and torch.is_grad_enabled():
+            # with a graph, which is freed at once: so both runs take the same path
+            given = _copies(leaves) if work.flow.tables[action.stage].writes else leaves
+            with self._repetition.first((work.flow.digest, action.stage)) as written:
+                sent, loss = self._compute(work, action.stage, given)
+            alive = _Alive(_detached(sent), leaves, None, written=written)
         else:
-            run = StageRun(
-                tape=work.flow.tape,
-                cut=plan,
-                table=work.flow.tables[action.stage],
-                modules=self._modules,
-                received=leaves,
-                dealt=work.flow.dealt,
-                scope=work.scope,
-                checked=work.headers,
-            )
-            loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
-            sent = run.sent
-        if action.stage == work.flow.cut.loss_stage:
-            assert loss is not None
+            sent, loss = self._compute(work, action.stage, leaves)
+            alive = _Alive(sent, leaves, loss) if torch.is_grad_enabled() else _Alive(_detached(sent), {}, None)
+        state.alive[(action.stage, action.micro_batch)] = alive
+        if loss is not None:
             state.losses[action.micro_batch] = loss.detach()
-        else:
-            loss = None
-        if torch.is_grad_enabled():
-            state.alive[(action.stage, action.micro_batch)] = _Alive(sent, leaves, loss)
-        else:
-            state.alive[(action.stage, action.micro_batch)] = _Alive({v: t.detach() for v, t in sent.items()}, {}, None)
         for value, target in plan.sends:
             if self.rank_of_stage[target] == self.rank:
                 state.local[(action.stage, target, action.micro_batch, value, False)] = sent[value].detach()
+
+    def _again(self, state: _State, action: Action) -> None:
+        """The forward once more, of which all is kept; it sends nothing."""
+        work = state.works[action.micro_batch]
+        alive = state.alive[(action.stage, action.micro_batch)]
+        if not work.flow.cut.stages[action.stage].computes and action.stage != work.flow.cut.loss_stage:
+            return
+        with self._repetition.again(alive.written), self._repeating():
+            alive.sent, alive.loss = self._compute(work, action.stage, alive.leaves)
+        alive.written = ()
+
+    def _compute(
+        self, work: Work, stage: int, leaves: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """What a stage sends, and the loss on the loss stage, of what it has received."""
+        inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
+        if len(work.flow.cut.stages) == 1 and not work.flow.random and not work.headers:
+            return {}, objective(self.model, inputs, self._loss)
+        run = StageRun(
+            tape=work.flow.tape,
+            cut=work.flow.cut.stages[stage],
+            table=work.flow.tables[stage],
+            modules=self._modules,
+            received=leaves,
+            dealt=work.flow.dealt,
+            scope=work.scope,
+            checked=work.headers,
+        )
+        loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
+        return run.sent, loss if stage == work.flow.cut.loss_stage else None
 
     def _arrived(self, state: _State, source: int, action: Action, value: int) -> torch.Tensor:
         key = (source, action.stage, action.micro_batch, value, False)
@@ -268,6 +347,7 @@ class Engine:
         for outgoing in alive.outgoing.values():
             outgoing.wait()
         alive.outgoing.clear()
+        state.ready = self._clock.now()
         for value, gradient in arrived.items():
             if alive.sent[value].requires_grad:
                 roots.append(alive.sent[value])
@@ -300,6 +380,15 @@ class Engine:
             if gradient is not None:
                 sums[value] = sums[value] + gradient if value in sums else gradient
         return sums
+
+
+def _detached(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {value: tensor.detach() for value, tensor in tensors.items()}
+
+
+def _copies(leaves: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """For a forward that may write into what it is given."""
+    return {value: leaf.detach().clone().requires_grad_(leaf.requires_grad) for value, leaf in leaves.items()}
 
 
 def _expected(flow: Flow, value: int, gradient: bool, where: str) -> Expected:

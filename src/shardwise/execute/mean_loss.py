@@ -30,10 +30,10 @@ class MeanLoss:
         alone: bool,
         shards: int,
         group: SameHostGroup | None = None,
-        stages: Collection[int] = (),
+        positions: Collection[int] = (),
     ) -> None:
-        self._group = group  # one replica: places in the group are stages
-        self._stages = sorted(stages)  # that know losses
+        self._group = group  # one replica: places in the group are positions in the pipeline
+        self._positions = sorted(positions)  # that know losses
         self._factors = [factor / shards for factor in factors]  # every shard of a stage knows the same losses
         self._alone = alone
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -58,8 +58,8 @@ class MeanLoss:
     def wait(self) -> float:
         """The sum. Behind everything that the step sends: messages of a pair of ranks keep their order."""
         self._add(self._losses)
-        if self._group is not None and len(self._stages) == 1:
-            self._group.broadcast(self._sum, self._stages[0])
+        if self._group is not None and len(self._positions) == 1:
+            self._group.broadcast(self._sum, self._positions[0])
         elif self._group is not None:
             self._group.all_reduce(self._sum)
         if self._pending is not None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,23 @@ import torch.nn as nn
 from shardwise.comm.same_host_group import SameHostGroup
 from shardwise.comm.traffic import Traffic
 from shardwise.describe.tensor import Slice
+from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
-from shardwise.execute.engine import Engine, Moment, Work
+from shardwise.execute.continuous import Stream, Update
+from shardwise.execute.engine import Engine, Work
 from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
 from shardwise.execute.mean_loss import MeanLoss
+from shardwise.execute.moments import Moment
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.place import Place
+from shardwise.execute.split_proof import SplitProof
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
-from shardwise.schedule import generate
+from shardwise.plan.sources import ScheduleSource
+from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.check import check
 from shardwise.schedule.schedule import Schedule, forward_only
 from shardwise.schedule.transfers import Row, with_transfers
@@ -47,6 +53,8 @@ class StepResult:
     moments: Sequence[Moment]
     experts: ExpertStep | None = None  # what the experts did, where they are divided
     sent_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by this rank; see `comm.traffic`
+    edges: frozenset[tuple[int, int]] = frozenset()  # between which stages something crossed
+    sums_s: float = 0.0  # for which this rank waited for sums of gradients, behind its last action
 
 
 class Program:
@@ -59,7 +67,7 @@ class Program:
         place: Place,
         flows: Flows,
         engine: Engine,
-        schedule: str,
+        schedule: ScheduleSource,
         holders: Mapping[str, tuple[int, ...]],
         gradients: GradientSum | None,
         edges: frozenset[tuple[int, int]],
@@ -71,8 +79,10 @@ class Program:
         experts: DividedExperts | None = None,
         everyone: SameHostGroup | None = None,
         traffic: Traffic | None = None,
+        split_proofs: Sequence[SplitProof] = (),
     ) -> None:
         self.model = model
+        self.split_proofs = tuple(split_proofs)  # which units split their backward, where the schedule does
         self._traffic = traffic or Traffic()
         self._everyone = everyone
         self.divided = divided
@@ -107,7 +117,7 @@ class Program:
         return {
             name: p
             for name, p in self.model.named_parameters()
-            if self.place.stage in self.holders[name] and (self.experts is None or self.experts.holds(name))
+            if self.place.owns_any(self.holders[name]) and (self.experts is None or self.experts.holds(name))
         }
 
     def owns(self, name: str) -> bool:
@@ -126,7 +136,8 @@ class Program:
 
     def counts(self, name: str) -> bool:
         """Whether this rank counts the parameter, or its part of it, in its replica's norm."""
-        return self.holders[name][0] == self.place.stage and (self.place.shard == 0 or self.part_of(name) is not None)
+        first = self.place.owner_of[self.holders[name][0]]
+        return first == self.place.position and (self.place.shard == 0 or self.part_of(name) is not None)
 
     def part_of(self, name: str) -> Slice | None:
         """How a parameter is divided among the shards; None where each has it whole."""
@@ -168,8 +179,6 @@ class Program:
         ]
         edges = self._edges.union(*(flow.cut.edges for flow in flows))
         row = self._row(len(micro_batches), edges, backward)
-        gradients = self._gradients
-        arm = (lambda _: gradients.arm()) if gradients is not None and backward else None
         factors = [work.factor for work in works]
         mean = MeanLoss(
             factors,
@@ -177,25 +186,29 @@ class Program:
             alone=self._world == 1,
             shards=self.place.tp,
             group=self._everyone,
-            stages={flow.cut.loss_stage for flow in flows},
+            positions={self.place.owner_of[flow.cut.loss_stage] for flow in flows},
         )
         with contextlib.nullcontext() if self.divided is None else self.divided.step():
-            _, moments = self._engine.run(row, works, before_last_backward=arm, after_last_forward=mean.start)
+            _, moments = self._engine.run(
+                row, works, gradients=self._gradients if backward else None, after_last_forward=mean.start
+            )
+        computed_s = time.perf_counter()
         if self._gradients is not None and backward:
             self._gradients.finish()
         if self.divided is not None and self.divided.shares and backward:
             self.divided.sum_shared(self.parameters)
+        sums_s = time.perf_counter() - computed_s
         for flow in flows:
             flow.met += 1
         loss = mean.wait()  # behind everything that the step sends
         experts = None if self._expert_counts is None else self._expert_counts.read()
-        return StepResult(loss, weight, moments, experts, self._traffic.read())
+        return StepResult(loss, weight, moments, experts, self._traffic.read(), edges, sums_s)
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
         if self.place.dp == 1:  # every rank has the same micro-batches
             return total, None
-        # Every stage and shard of a replica counts the same micro-batches: the sum over the world is too large.
+        # Every rank of a replica counts the same micro-batches: the sum over the world is too large.
         total /= self.place.pp * self.place.tp
         return total, dist.all_reduce(total, async_op=True)
 
@@ -206,28 +219,73 @@ class Program:
     def _row(self, num_micro_batches: int, edges: frozenset[tuple[int, int]], backward: bool) -> Row:
         key = (num_micro_batches, edges, backward)
         if key not in self._rows:
-            schedule = generate(self._schedule, num_ranks=self.place.pp, num_micro_batches=num_micro_batches)
+            schedule = self._schedule(num_micro_batches)
             if not backward:
                 schedule = forward_only(schedule)
             check(schedule, edges)
-            self._rows[key] = _own_row(schedule, edges, self.place.stage)
+            self._rows[key] = with_transfers(schedule, edges)[self.place.position]
         return self._rows[key]
+
+    def schedule_of(self, num_micro_batches: int) -> Schedule:
+        """The schedule of a step of so many micro-batches a replica."""
+        return self._schedule(num_micro_batches)
+
+    def row(self, num_micro_batches: int) -> Row:
+        """What this rank does in a step, in order, with its transfers."""
+        return self._row(num_micro_batches, self._edges, True)
+
+    def stream(self, *, first_step: int, update: Update, tell: Callable[[], float] = lambda: 0.0) -> Stream:
+        """The steps from `first_step` on without a flush between them, instead of `step`. Collective.
+
+        `update(step, norm)` applies `.grad` to the parameters, `tell()` is a number that every rank is told. Raises
+        LayoutError where experts are divided.
+        """
+        if self.experts is not None:
+            raise LayoutError(
+                f"steps without a flush do not count what experts do, but ep={self.place.ep}; use another schedule, or "
+                "ep=1"
+            )
+        group = None
+        if self._world > 1:  # of its own: nothing else stands between two of its sums
+            group = dist.new_group()
+            assert isinstance(group, dist.ProcessGroup)
+            self._stack.callback(dist.destroy_process_group, group)
+        return Stream(
+            place=self.place,
+            engine=self._engine,
+            flows=self._flows,
+            parameters=self.parameters,
+            gradients=self._gradients,
+            divided=self.divided,
+            edges=self._edges,
+            seed=self.seed,
+            squares=self._own_squares,
+            sent_bytes=self._traffic.read,
+            group=group,
+            first_step=first_step,
+            update=update,
+            tell=tell,
+        )
 
     # -- the norm -------------------------------------------------------------------------------
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients, every parameter counted once on any layout."""
+        squares = self._own_squares()
+        if self._world > 1:
+            dist.all_reduce(squares)
+            squares /= self.place.dp
+        return float(squares.sqrt().item())
+
+    def _own_squares(self) -> torch.Tensor:
+        """Of this rank's gradients, () in float64; their sum over all ranks is that of every replica."""
         own = [
             p.grad if self.divided is None else self.divided.counted(name, p.grad)
             for name, p in self.parameters.items()
             if p.grad is not None and self.counts(name) and not self.divides_experts(name)
         ]
         squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
-        squares += self._squares_of_experts()
-        if self._world > 1:
-            dist.all_reduce(squares)
-            squares /= self.place.dp
-        return float(squares.sqrt().item())
+        return squares + self._squares_of_experts()
 
     def _squares_of_experts(self) -> torch.Tensor:
         """Of experts that are divided, weighed so that the mean over all replicas counts each once."""
@@ -250,7 +308,3 @@ class Program:
         if self._gradients is not None:
             self._gradients.close()
         self._stack.close()
-
-
-def _own_row(schedule: Schedule, edges: frozenset[tuple[int, int]], stage: int) -> Row:
-    return with_transfers(schedule, edges)[schedule.owners[stage]]

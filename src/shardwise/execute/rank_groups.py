@@ -26,30 +26,30 @@ __all__ = ["Kind", "everyone", "gradient_sum", "same_host", "tensor_group"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Kind:
-    """Who sums the gradient of a parameter: the stages that hold it; whether it is partial on every shard; whether it
-    is that of experts which other replicas do not have."""
+    """Who sums the gradient of a parameter: the places of the pipeline that hold it, on one stage of theirs or several;
+    whether it is partial on every shard; whether it is that of experts which other replicas do not have."""
 
-    stages: tuple[int, ...]
+    positions: tuple[int, ...]
     partial: bool
     divides_experts: bool
 
     @property
     def axis(self) -> str:
         """What `comm.traffic` calls it."""
-        return "tp.gradients" if self.partial else "pp.all_reduce" if len(self.stages) > 1 else "dp.all_reduce"
+        return "tp.gradients" if self.partial else "pp.all_reduce" if len(self.positions) > 1 else "dp.all_reduce"
 
 
 def same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -> SameHostTransport | None:
-    """Shared memory between the stages of this rank's pipeline, between the shards of its stage, and between the ranks
-    that divide its experts; None on every rank where there is none."""
-    stages = {place.rank_of(stage) for stage in range(place.pp)}
+    """Shared memory between the ranks of this rank's pipeline, between its shards, and between the ranks that divide
+    its experts; None on every rank where there is none."""
+    pipeline = set(place.pipeline())
     shards = {place.rank - place.shard + shard for shard in range(place.tp)}
     experts = next(set(ranks) for ranks in place.ranks_dividing_experts() if place.rank in ranks)
     if place.pp * place.tp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
         return None
     if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
         return None
-    return stack.enter_context(same_host_transport(stages | shards | experts))
+    return stack.enter_context(same_host_transport(pipeline | shards | experts))
 
 
 def everyone(place: Place, shared: SameHostTransport | None) -> SameHostGroup | None:
@@ -64,7 +64,7 @@ def everyone(place: Place, shared: SameHostTransport | None) -> SameHostGroup | 
 def tensor_group(
     place: Place, shared: SameHostTransport | None, stack: contextlib.ExitStack
 ) -> ProcessTensorGroup | SameHostGroup:
-    """What sums over the shards of this rank's stage: shared memory where it reaches them all."""
+    """What sums over this rank's shards: shared memory where it reaches them all."""
     group, ranks = _own_group(place, stack)
     if shared is None:  # on every rank
         return ProcessTensorGroup(group)
@@ -89,12 +89,13 @@ def gradient_sum(
     place: Place,
     held: Mapping[str, nn.Parameter],
     kinds: Mapping[str, Kind],
+    holders: Mapping[str, tuple[int, ...]],
     traffic: Traffic,
     stack: contextlib.ExitStack,
 ) -> GradientSum | None:
     """Sums the gradients of `held`, this rank's parameters; None where each of them has one holder.
 
-    `kinds` are those of all parameters of the model, by name.
+    `kinds` are those of all parameters of the model, by name, and `holders` the stages that hold them.
     """
     groups = _groups(place, set(kinds.values()))
     for group in groups.values():
@@ -102,7 +103,7 @@ def gradient_sum(
     shared = {name: groups[kinds[name]] for name in held if kinds[name] in groups}
     if not shared:
         return None
-    gradients = GradientSum(held, shared)
+    gradients = GradientSum(held, shared, stages=holders, own=place.stages)
     for kind, group in groups.items():
         traffic.add(kind.axis, functools.partial(gradients.reduced_bytes, group))
     return gradients
@@ -115,7 +116,7 @@ def _groups(place: Place, kinds: Collection[Kind]) -> dict[Kind, dist.ProcessGro
     for kind in sorted(kinds):
         for shards in [tuple(everyone)] if kind.partial else [(shard,) for shard in everyone]:
             for expert in range(place.ep) if kind.divides_experts else [None]:
-                ranks = place.ranks_holding(kind.stages, shards, expert)
+                ranks = place.ranks_holding(kind.positions, shards, expert)
                 if len(ranks) > 1:
                     group = dist.new_group(ranks)
                     if place.rank in ranks:

@@ -1,9 +1,10 @@
-"""Weight gradients summed where they live: `grad += dy^T x` as one matrix product, without a gradient to add.
+"""Weight gradients summed where they live, or put off: `grad += dy^T x` as one matrix product.
 
 Autograd computes the weight gradient of every micro-batch into a tensor of its own and adds it to `.grad`: it writes
 the weight's size once and reads and writes it twice more. Here the product accumulates (BLAS: beta = 1), as
 Megatron-LM's gradient accumulation fusion does on GPUs (arXiv:2104.04473 describes the system); an embedding adds
-the rows that it looked up. Only inside units, for `nn.Linear` and `nn.Embedding` themselves and large weights.
+the rows that it looked up. Where a backward is split, the same products wait in a queue (`deferred`).
+Only inside units, for layers that torch, transformers and shardwise define (`layer_forwards`).
 Whatever else asks for a gradient (hooks, double backward, `autograd.grad` in a forward) gets it as from plain torch.
 Layers that are divided among ranks, whose sums have another order anyway, also multiply by `products`.
 """
@@ -11,69 +12,109 @@ Layers that are divided among ranks, whose sums have another order anyway, also 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from shardwise.execute import products
+from shardwise.execute.deferred import Deferred, is_summed
+from shardwise.execute.layer_forwards import forward_of
+from shardwise.execute.layer_products import LayerProducts, Linear
 
 __all__ = ["SMALLEST", "WeightSums"]
 
 SMALLEST = 2**17  # elements; below, a Python function costs more than the addition (measured: docs/log.md)
+_INPUTS = (torch.Tensor, nn.Parameter)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Layer:
+    """A layer whose weight gradient may be taken over."""
+
+    module: nn.Module
+    units: set[str]
+    large: bool
+    splits: bool = True
 
 
 class WeightSums:
-    """The switch of all modules that sum in place. Off, they are what they were.
+    """The switch of all layers that sum in place or put off their weight gradients. Off, they are what they were.
 
     `running()` is around the forwards and backwards of a step, `adding()` around a backward whose weight gradients
-    nobody waits for; outside of it gradients take autograd's way, with its hooks.
+    nobody waits for, `deferring()` around one that leaves them in a queue; outside of both, gradients take autograd's
+    way, with its hooks.
     """
 
     def __init__(self) -> None:
         self.on = False
+        self.splits = False
         self.adds = False
+        self.deferred: Deferred | None = None
         self._divided: set[int] = set()
-        self._undo: list[tuple[nn.Module, Any]] = []
+        self._layers: dict[int, _Layer] = {}
+        self._undo: list[tuple[nn.Module, str, Any]] = []
 
     def install(self, model: nn.Module, units: Sequence[str], held: Mapping[str, nn.Parameter]) -> None:
-        """Give the modules inside `units` whose weight is one of `held` a forward that can sum in place."""
+        """Give the layers inside `units` whose weight is one of `held` a product that can be summed in place."""
         own = {id(parameter) for parameter in held.values()}
-        seen: set[int] = set()
         for unit in units:
             for module in model.get_submodule(unit).modules():
-                if id(module) in seen or not _fits(module) or id(module.weight) not in own:
-                    continue
-                seen.add(id(module))
-                self._undo.append((module, module.__dict__.get("forward")))
-                if isinstance(module, nn.Linear):
-                    module.__dict__["forward"] = _linear(self, module, module.forward)
-                elif isinstance(module, nn.Embedding):
-                    module.__dict__["forward"] = _embedding(self, module, module.forward)
+                weight = module._parameters.get("weight")
+                if id(module) in self._layers:
+                    self._layers[id(module)].units.add(unit)
+                elif weight is not None and id(weight) in own and not _hooked(weight):
+                    self._take(_Layer(module, {unit}, weight.numel() >= SMALLEST))
+
+    def _take(self, layer: _Layer) -> None:
+        module = layer.module
+
+        def product(of: LayerProducts, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+            if not self._takes(layer, x):
+                return None
+            weight = module._parameters["weight"]
+            if self._divided and id(weight) in self._divided:
+                of = dataclasses.replace(of, divided=True) if isinstance(of, Linear) else of
+            out: torch.Tensor = _Product.apply(x, weight, bias, of, self, layer)  # type: ignore[no-untyped-call]
+            return out
+
+        found = forward_of(module, product)
+        if found is None:
+            return
+        self._layers[id(module)] = layer
+        for name, function in found.items():
+            self._undo.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = function
 
     def divide(self, weights: Iterable[nn.Parameter]) -> None:
         """Of linear layers with one of these weights the large ones use `products`, in every step."""
         self._divided.update(id(weight) for weight in weights if weight.numel() >= products.SMALLEST)
 
+    def keep_whole(self, units: Collection[str]) -> None:
+        """The backward of these units is not split."""
+        for layer in self._layers.values():
+            layer.splits = layer.splits and not layer.units & set(units)
+
     def close(self) -> None:
-        """Give the modules their own forward back."""
-        for module, before in reversed(self._undo):
+        """Give the layers their own forward back."""
+        for module, name, before in reversed(self._undo):
             if before is None:
-                module.__dict__.pop("forward", None)
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__["forward"] = before
+                module.__dict__[name] = before
         self._undo.clear()
+        self._layers.clear()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Forwards in the block may sum in place in their backward."""
-        self.on = True
+    def running(self, *, sums: bool = True, splits: bool = False) -> Iterator[None]:
+        """Forwards in the block may sum in place in their backward (`sums`), or leave it to a queue (`splits`)."""
+        self.on, self.splits = sums, splits
         try:
             yield
         finally:
-            self.on = False
+            self.on = self.splits = False
 
     @contextlib.contextmanager
     def adding(self, adds: bool) -> Iterator[None]:
@@ -84,118 +125,85 @@ class WeightSums:
         finally:
             self.adds = False
 
-    def may(self, module: nn.Module, x: torch.Tensor) -> bool:
-        """Whether a forward of `module` on `x`, now, is one whose gradient may be summed in place."""
-        weight = module.weight
+    @contextlib.contextmanager
+    def deferring(self, queue: Deferred) -> Iterator[None]:
+        """Backwards in the block leave weight gradients in `queue`; those that cannot wait are summed in place."""
+        self.deferred, self.adds = queue, True
+        try:
+            yield
+        finally:
+            self.deferred, self.adds = None, False
+
+    def _takes(self, layer: _Layer, x: torch.Tensor) -> bool:
+        """Whether a forward on `x`, now, is one whose weight gradient may be taken over."""
+        if not (self.on and layer.large) and not (self.splits and layer.splits) and not self._divided:
+            return False
+        weight = layer.module._parameters.get("weight")
         return (
-            (self.on or id(weight) in self._divided)
+            isinstance(weight, nn.Parameter)
+            and ((self.on and layer.large) or (self.splits and layer.splits) or id(weight) in self._divided)
             and torch.is_grad_enabled()
-            and isinstance(weight, nn.Parameter)
             and weight.requires_grad
+            and weight.is_floating_point()
+            and type(x) in _INPUTS
+            and (x.dtype == weight.dtype or not x.is_floating_point())
             and not weight._backward_hooks
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
 
-    def into(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The gradient to add to, or None where autograd is to be given one."""
-        gradient = weight.grad
-        if not self.adds or gradient is None or torch.is_grad_enabled() or type(gradient) is not torch.Tensor:
-            return None
-        return gradient if gradient.is_contiguous() and gradient.dtype == weight.dtype else None
-
-
-def _fits(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
-        plain = True
-    elif type(module) is nn.Embedding:
-        # on CUDA index_add is not deterministic, autograd's own gradient of an embedding is
-        plain = not (module.sparse or module.scale_grad_by_freq or module.max_norm is not None)
-        plain = plain and module.weight.device.type == "cpu"
-    else:
-        return False
-    weight = module._parameters.get("weight")
-    return plain and weight is not None and weight.numel() >= SMALLEST and not _hooked(weight)
-
 
 def _hooked(weight: nn.Parameter) -> bool:
     return bool(weight._backward_hooks) or bool(getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
-def _linear(sums: WeightSums, module: nn.Linear, body: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(input: torch.Tensor) -> Any:
-        if not sums.may(module, input) or input.dtype != module.weight.dtype or type(input) is not torch.Tensor:
-            return body(input)
-        divided = id(module.weight) in sums._divided
-        return _Linear.apply(input, module.weight, module.bias, sums, divided)  # type: ignore[no-untyped-call]
-
-    return forward
-
-
-def _embedding(sums: WeightSums, module: nn.Embedding, body: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(input: torch.Tensor) -> Any:
-        if not sums.may(module, input) or type(input) is not torch.Tensor:
-            return body(input)
-        padding = -1 if module.padding_idx is None else module.padding_idx
-        return _Embedding.apply(input, module.weight, padding, sums)  # type: ignore[no-untyped-call]
-
-    return forward
-
-
-class _Linear(torch.autograd.Function):
-    """y = x W^T + b; x (..., in), W (out, in), b (out) or None."""
+class _Product(torch.autograd.Function):
+    """The product of a layer; its backward computes the weight gradient, adds it, or leaves it in the queue."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: WeightSums, divided: bool
-    ) -> Any:
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        bias: torch.Tensor | None,
+        of: LayerProducts,
+        sums: WeightSums,
+        layer: _Layer,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sums, ctx.divided = sums, divided
-        return products.linear(x, weight, bias) if divided else F.linear(x, weight, bias)
+        ctx.weight = weight  # what is saved comes back without its gradient from a checkpoint
+        ctx.bias = bias if isinstance(bias, nn.Parameter) and not bias._backward_hooks else None
+        ctx.of, ctx.sums, ctx.layer = of, sums, layer
+        return of.output(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (dy,), (x, weight) = gradients, ctx.saved_tensors
+        of: LayerProducts = ctx.of
+        sums: WeightSums = ctx.sums
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        if not wants_x:
-            dx = None
-        elif ctx.divided and not torch.is_grad_enabled():  # a double backward is autograd's own
-            dx = products.times(dy, weight)
-        else:
-            dx = dy @ weight
-        rows = dy.reshape(-1, dy.shape[-1])
-        db = rows.sum(0) if wants_bias else None
+        dx = of.input_gradient(dy, x, weight) if wants_x else None
         dw = None
-        if wants_weight:
-            into = ctx.sums.into(weight)
-            if into is None:
-                dw = rows.t() @ x.reshape(-1, x.shape[-1])
+        if wants_weight and (sums.deferred is not None or sums.adds) and _accumulates(ctx):
+            if sums.deferred is not None and ctx.layer.splits:
+                own_bias = ctx.bias if wants_bias else None
+                sums.deferred.add(of, x, dy, ctx.weight, own_bias)
+                wants_bias = wants_bias and own_bias is None
+            elif is_summed(ctx.weight):
+                of.add_weight_gradient(ctx.weight.grad, dy, x, weight)
             else:
-                into.addmm_(rows.t(), x.reshape(-1, x.shape[-1]))
-        return dx, dw, db, None, None
+                dw = of.weight_gradient(dy, x, weight)
+        elif wants_weight:
+            dw = of.weight_gradient(dy, x, weight)
+        return dx, dw, of.bias_gradient(dy) if wants_bias else None, None, None, None
 
 
-class _Embedding(torch.autograd.Function):
-    """Rows of a table (n, d) at indices of any shape; the row `padding` has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, indices: torch.Tensor, weight: torch.Tensor, padding: int, sums: WeightSums) -> Any:
-        ctx.save_for_backward(indices, weight)
-        ctx.padding = padding
-        ctx.sums = sums
-        return F.embedding(indices, weight, None if padding < 0 else padding)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        indices, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return None, None, None, None
-        into = ctx.sums.into(weight)
-        if into is None:
-            dw = torch.ops.aten.embedding_backward(dy, indices, weight.shape[0], ctx.padding, False, False)
-            return None, dw, None, None
-        if ctx.padding >= 0:
-            dy = dy.masked_fill((indices == ctx.padding).unsqueeze(-1), 0.0)
-        into.index_add_(0, indices.reshape(-1), dy.reshape(-1, dy.shape[-1]))
-        return None, None, None, None
+def _accumulates(ctx: Any) -> bool:
+    """Whether this backward adds to the `.grad` of all parameters it meets, and is not itself differentiated."""
+    if torch.is_grad_enabled():
+        return False
+    try:
+        return all(node is None or torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:])
+    except RuntimeError:  # a gradient is handed to who asked for it
+        return False

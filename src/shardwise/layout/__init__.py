@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from shardwise.layout.layout import Layout, StageRule, Stages
-from shardwise.layout.ranks import Coordinates, coordinates, experts, pipelines, rank_of, replicas, shards, stage_ranks
+from shardwise.layout.layout import SCHEDULE_FILES, SEARCHED, Layout, StageRule, Stages
+from shardwise.layout.ranks import (
+    Coordinates,
+    coordinates,
+    experts,
+    pipelines,
+    position_ranks,
+    rank_of,
+    replicas,
+    shards,
+)
 from shardwise.layout.unit_names import compress, expand
 
 __all__ = [
+    "SCHEDULE_FILES",
+    "SEARCHED",
     "Coordinates",
     "Layout",
     "StageRule",
@@ -16,8 +27,8 @@ __all__ = [
     "expand",
     "experts",
     "pipelines",
+    "position_ranks",
     "rank_of",
     "replicas",
     "shards",
-    "stage_ranks",
 ]

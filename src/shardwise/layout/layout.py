@@ -3,6 +3,7 @@
 A value: parsed, printed, compared and saved. Refuses to know models, devices and process groups.
 
     dp=2,pp=2,tp=2,micro_batches=4,schedule=gpipe,stages=[embed+layers.0|layers.1-3+head],seed=1
+    pp=2,schedule=zb-v,chunks=2          4 stages, two on each rank of the pipeline
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from enum import StrEnum
 from typing import Any
 
 from shardwise.describe.tensor import SequenceParallel
-from shardwise.errors import LayoutError
+from shardwise.errors import LayoutError, ScheduleError
 from shardwise.layout import rules
-from shardwise.schedule import GENERATORS
+from shardwise.schedule import GENERATORS, chunks_of
 
-__all__ = ["Layout", "StageRule", "Stages"]
+__all__ = ["SCHEDULE_FILES", "SEARCHED", "Layout", "StageRule", "Stages"]
+
+SEARCHED = "searched"  # the schedule that is found for the model, not one of GENERATORS
+SCHEDULE_FILES = (".json", ".csv")  # a schedule whose name ends so is the path of a file
 
 
 class StageRule(StrEnum):
@@ -34,13 +38,15 @@ Stages = StageRule | tuple[tuple[str, ...], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`dp` times `ep` replicas of `pp` stages of `tp` shards. Raises `LayoutError` where a rule is broken.
+    """`dp` times `ep` replicas of pipelines of `pp` times `tp` ranks. Raises `LayoutError` where a rule is broken.
 
     ep: replicas that divide the experts among them; each has its own share of the batch, and the rest of the model.
 
     sequence_parallel: "on" where, between the layers that shards divide, each shard is to work on its tokens (needs
         tp > 1); "regather" for less memory and more traffic.
-    micro_batches: of one replica and step; None: 1 without a pipeline, else 2 a stage, at most one a sample.
+    micro_batches: of one replica and step; None: 1 without a pipeline, else 2 * pp, at most one a sample.
+    schedule: a name of `schedule.GENERATORS`, "searched", or the path of a schedule file (.json, or torch's .csv).
+    chunks: stages a rank; None: as few as the schedule is made for.
     stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
     """
 
@@ -51,6 +57,7 @@ class Layout:
     sequence_parallel: SequenceParallel = SequenceParallel.OFF
     micro_batches: int | None = None
     schedule: str = "1f1b"
+    chunks: int | None = None
     stages: Stages = StageRule.COST
     seed: int = 0
 
@@ -60,14 +67,26 @@ class Layout:
         object.__setattr__(self, "sequence_parallel", _sequence_parallel(self.sequence_parallel))
         rules.check_sequence_parallel(bool(self.sequence_parallel), tp=self.tp, ep=self.ep)
         rules.check_micro_batches(self.micro_batches)
-        rules.check_schedule(self.schedule, GENERATORS)
+        rules.check_schedule(self.schedule, (*GENERATORS, SEARCHED), files=SCHEDULE_FILES)
+        rules.check_chunks(self.chunks)
+        chunks = self._chunks()
         if not isinstance(self.stages, StageRule):
-            rules.check_explicit_stages(self.stages, pp=self.pp)
+            rules.check_explicit_stages(self.stages, pp=self.pp, chunks=chunks)
 
     @property
     def world_size(self) -> int:
         """Ranks."""
         return self.num_replicas * self.pp * self.tp
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: ranks of it, times the stages that each one owns."""
+        return self.pp * self._chunks()
+
+    @property
+    def reads_schedule(self) -> bool:
+        """Whether the schedule is the path of a file."""
+        return self.schedule.endswith(SCHEDULE_FILES)
 
     @property
     def num_replicas(self) -> int:
@@ -134,10 +153,18 @@ class Layout:
             raise LayoutError(f"a layout in JSON is an object of its fields, but got {text!r}; fix it")
         return cls.from_dict(fields)
 
+    def _chunks(self) -> int:
+        if self.schedule not in GENERATORS:
+            return self.chunks or 1
+        try:
+            return chunks_of(self.schedule, self.chunks)
+        except ScheduleError as error:
+            raise LayoutError(str(error)) from error
+
     def _differences(self, default: Layout | None) -> dict[str, Any]:
         """The fields after dp and pp that differ from `default` (all, if it is None), as plain values."""
         fields: dict[str, Any] = {}
-        for name in ("tp", "ep", "sequence_parallel", "micro_batches", "schedule", "stages", "seed"):
+        for name in ("tp", "ep", "sequence_parallel", "micro_batches", "schedule", "chunks", "stages", "seed"):
             value = getattr(self, name)
             if value is None or (default is not None and value == getattr(default, name)):
                 continue

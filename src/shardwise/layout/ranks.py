@@ -1,11 +1,13 @@
-"""Ranks and their coordinates: which stage, replica and shard a rank is. Pure arithmetic.
+"""Ranks and their coordinates: which place of the pipeline, replica and shard a rank is. Pure arithmetic.
 
-The shards of a stage, which exchange the most, are neighbours; then its replicas; the pipeline is the outermost axis:
+Shards, which exchange the most, are neighbours; then replicas; the pipeline is the outermost axis:
 
-    rank = (stage · dp + replica) · tp + shard          dp=2, pp=3, tp=2    stage 0   0 1   2 3
-                                                                            stage 1   4 5   6 7
-                                                                            stage 2   8 9  10 11
-                                                                          replica      0     1
+    rank = (position · dp + replica) · tp + shard       dp=2, pp=3, tp=2    position 0   0 1   2 3
+                                                                            position 1   4 5   6 7
+                                                                            position 2   8 9  10 11
+                                                                             replica      0     1
+
+Which stages stand at a position is said by the schedule: stage s at position s where each rank owns one.
 
 With an ep axis there are dp · ep replicas, which hold different experts in turn: replica % ep says which.
 """
@@ -17,75 +19,80 @@ import dataclasses
 from shardwise.errors import LayoutError
 from shardwise.layout.layout import Layout
 
-__all__ = ["Coordinates", "coordinates", "experts", "pipelines", "rank_of", "replicas", "shards", "stage_ranks"]
+__all__ = ["Coordinates", "coordinates", "experts", "pipelines", "position_ranks", "rank_of", "replicas", "shards"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Coordinates:
     """Where a rank stands."""
 
-    stage: int
+    position: int  # in the pipeline
     replica: int
     shard: int = 0
 
 
 def coordinates(layout: Layout, rank: int) -> Coordinates:
-    """Rank -> stage, replica and shard. Raises `LayoutError` for a rank that the layout does not have."""
+    """Rank -> position, replica and shard. Raises `LayoutError` for a rank that the layout does not have."""
     _within("rank", rank, layout.world_size, layout)
     rest, shard = divmod(rank, layout.tp)
-    stage, replica = divmod(rest, layout.num_replicas)
-    return Coordinates(stage=stage, replica=replica, shard=shard)
+    position, replica = divmod(rest, layout.num_replicas)
+    return Coordinates(position=position, replica=replica, shard=shard)
 
 
-def rank_of(layout: Layout, *, stage: int, replica: int, shard: int = 0) -> int:
-    """Stage, replica and shard -> rank, the inverse of `coordinates`. Raises `LayoutError` out of range."""
-    _within("stage", stage, layout.pp, layout)
+def rank_of(layout: Layout, *, position: int, replica: int, shard: int = 0) -> int:
+    """Position, replica and shard -> rank, the inverse of `coordinates`. Raises `LayoutError` out of range."""
+    _within("position", position, layout.pp, layout)
     _within("replica", replica, layout.num_replicas, layout)
     _within("shard", shard, layout.tp, layout)
-    return (stage * layout.num_replicas + replica) * layout.tp + shard
+    return (position * layout.num_replicas + replica) * layout.tp + shard
 
 
-def stage_ranks(layout: Layout, stage: int) -> tuple[int, ...]:
-    """The ranks that hold one stage, by replica and shard."""
+def position_ranks(layout: Layout, position: int) -> tuple[int, ...]:
+    """The ranks at one place of the pipeline, which hold the same stages, by replica and shard."""
     return tuple(
-        rank_of(layout, stage=stage, replica=replica, shard=shard)
+        rank_of(layout, position=position, replica=replica, shard=shard)
         for replica in range(layout.num_replicas)
         for shard in range(layout.tp)
     )
 
 
 def replicas(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the dp and ep axes: for every stage and shard, the ranks that average its gradients."""
+    """The groups of the dp and ep axes: for every position and shard, the ranks that average its gradients."""
     return tuple(
-        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for replica in range(layout.num_replicas))
-        for stage in range(layout.pp)
+        tuple(
+            rank_of(layout, position=position, replica=replica, shard=shard) for replica in range(layout.num_replicas)
+        )
+        for position in range(layout.pp)
         for shard in range(layout.tp)
     )
 
 
 def pipelines(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the pp axis: for every replica and shard, its ranks by stage."""
+    """The groups of the pp axis: for every replica and shard, its ranks by position."""
     return tuple(
-        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for stage in range(layout.pp))
+        tuple(rank_of(layout, position=position, replica=replica, shard=shard) for position in range(layout.pp))
         for replica in range(layout.num_replicas)
         for shard in range(layout.tp)
     )
 
 
 def shards(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the tp axis: for every stage and replica, the ranks that divide its units."""
+    """The groups of the tp axis: for every position and replica, the ranks that divide its units."""
     return tuple(
-        tuple(rank_of(layout, stage=stage, replica=replica, shard=shard) for shard in range(layout.tp))
-        for stage in range(layout.pp)
+        tuple(rank_of(layout, position=position, replica=replica, shard=shard) for shard in range(layout.tp))
+        for position in range(layout.pp)
         for replica in range(layout.num_replicas)
     )
 
 
 def experts(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """The groups of the ep axis: for every stage, replica of all experts and shard, the ranks that divide them."""
+    """The groups of the ep axis: for every position, replica of all experts and shard, the ranks that divide them."""
     return tuple(
-        tuple(rank_of(layout, stage=stage, replica=outer * layout.ep + each, shard=shard) for each in range(layout.ep))
-        for stage in range(layout.pp)
+        tuple(
+            rank_of(layout, position=position, replica=outer * layout.ep + each, shard=shard)
+            for each in range(layout.ep)
+        )
+        for position in range(layout.pp)
         for outer in range(layout.dp)
         for shard in range(layout.tp)
     )

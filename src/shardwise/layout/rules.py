@@ -13,6 +13,7 @@ from shardwise.errors import LayoutError
 __all__ = [
     "check_axes",
     "check_batch",
+    "check_chunks",
     "check_explicit_stages",
     "check_micro_batches",
     "check_schedule",
@@ -49,22 +50,39 @@ def check_micro_batches(micro_batches: int | None) -> None:
         )
 
 
-def check_schedule(schedule: str, known: Collection[str]) -> None:
-    """The schedule is one that there is."""
-    if schedule not in known:
-        raise LayoutError(f'a schedule is one of {", ".join(known)}, but got "{schedule}"; use one of these')
+def check_schedule(schedule: str, known: Collection[str], *, files: tuple[str, ...]) -> None:
+    """The schedule is one that there is, or, by its ending, a file."""
+    if schedule not in known and not (isinstance(schedule, str) and schedule.endswith(files)):
+        raise LayoutError(
+            f"a schedule is one of {', '.join(known)}, or a file that ends with {' or '.join(files)}, but got "
+            f'"{schedule}"; use one of these'
+        )
 
 
-def check_explicit_stages(stages: Sequence[Sequence[str]], *, pp: int) -> None:
-    """As many stages as pp says, none empty, no entry twice."""
-    if len(stages) != pp:
+def check_chunks(chunks: int | None) -> None:
+    """A rank owns at least one stage."""
+    if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
+        raise LayoutError(
+            f"a rank owns 1 stage or more, but chunks={chunks!r}; leave it out for what the schedule needs"
+        )
+
+
+def check_explicit_stages(stages: Sequence[Sequence[str]], *, pp: int, chunks: int = 1) -> None:
+    """As many stages as pp and chunks say, none empty, no entry twice."""
+    num_stages = pp * chunks
+    if len(stages) != num_stages and chunks > 1:
+        raise LayoutError(
+            f"stages given by hand are pp × chunks, but there are {len(stages)} and pp={pp} × chunks={chunks} = "
+            f"{num_stages}; list {num_stages} stages, or change pp or chunks"
+        )
+    if len(stages) != num_stages:
         raise LayoutError(
             f"stages given by hand are as many as pp, but there are {len(stages)} and pp={pp}; "
             f"write pp={max(1, len(stages))} or list {pp} stages"
         )
     empty = [s for s, units in enumerate(stages) if not units]
     if empty:
-        raise LayoutError(f"a stage has a unit, but stages {empty} of {pp} have none; name one, or lower pp")
+        raise LayoutError(f"a stage has a unit, but stages {empty} of {num_stages} have none; name one, or lower pp")
     times = Counter(unit for units in stages for unit in units)
     twice = [unit for unit in times if times[unit] > 1]
     if twice:

@@ -1,16 +1,18 @@
 """Sums of gradients over everyone who holds a parameter: data-parallel replicas and stages that share a weight.
 
-Buckets are reduced as soon as they are full, during the last backward, in one fixed order on all ranks. Gradients
-arrive already weighted, so a sum is a mean. A parameter that has a gradient nowhere keeps none.
+A gradient is final when the last backward of every stage of this rank that holds the parameter is done; the executor
+says so. Buckets are reduced as soon as they are final, in one fixed order on all ranks. Gradients arrive already
+weighted, so a sum is a mean. A parameter that has a gradient nowhere keeps none.
 
-    backward ──► … w3 w2 │ w1 w0          bucket 0 = {w3, w2} travels while w1 and w0 are computed
-                         └ all-reduce
+    last backward of stage 2 ──► … w3 w2 │ w1 w0     bucket 0 = {w3, w2} travels while w1 and w0 are computed
+                                         └ all-reduce
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,12 @@ __all__ = ["DEFAULT_BUCKET_BYTES", "GradientSum"]
 DEFAULT_BUCKET_BYTES = 4 * 2**20
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Bucket:
     group: dist.ProcessGroup
+    stages: tuple[int, ...]  # that hold its parameters, on any rank
     parameters: list[nn.Parameter]
-    ready: int = 0
+    waits_for: int = 0  # parameters whose gradient is not final
     flat: torch.Tensor | None = None
     work: dist.Work | None = None
 
@@ -34,7 +37,9 @@ class GradientSum:
     """Reduces the gradients of one rank's parameters.
 
     `groups` maps a parameter's name to the process group of everyone who holds it; parameters without an entry have
-    one holder. Call `arm()` right before the last backward of a step and `finish()` behind it.
+    one holder. `stages` are the stages that hold it, here or elsewhere, and `own` those of this rank. In a step:
+    `begin()`, then for each own stage `end()` behind its last backward (or `during()` around that, and `end()`), and
+    `finish()` at last. Every rank that is in a group ends its stages in the same order, if it has the same stages.
     """
 
     def __init__(
@@ -42,55 +47,112 @@ class GradientSum:
         parameters: Mapping[str, nn.Parameter],
         groups: Mapping[str, dist.ProcessGroup],
         *,
+        stages: Mapping[str, Sequence[int]] | None = None,
+        own: Collection[int] = (0,),
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        shared = [(name, parameters[name]) for name in groups if parameters[name].requires_grad]
-        self._buckets = _fill([(p, groups[name]) for name, p in reversed(shared)], bucket_bytes)
+        shared = {name: parameters[name] for name in groups if parameters[name].requires_grad}
+        held_by = {name: (0,) if stages is None else tuple(stages[name]) for name in shared}
+        self._own = frozenset(own)
+        self._buckets = _fill([(p, groups[name], held_by[name]) for name, p in reversed(shared.items())], bucket_bytes)
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
-        self._armed = False
+        self._orders: dict[tuple[int, ...], list[_Bucket]] = {}
+        self._queue = self._buckets  # in the order in which they are reduced
         self._next = 0
+        self._open: set[int] = set()  # own stages that have not ended
+        self._pending: set[int] = set()  # ids of parameters whose gradient is not final
+        self._during: frozenset[int] | None = None  # the stages that are open while hooks report, without their own
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for bucket in self._buckets
             for parameter in bucket.parameters
         ]
         self._reduced_bytes: dict[int, int] = {}
 
-    def arm(self) -> None:
-        """From here on an accumulated gradient is final."""
-        self._armed = True
+    def begin(self, order: Sequence[int]) -> None:
+        """A step begins, in which own stages end in this order."""
+        key = tuple(order)
+        if key not in self._orders:
+            self._orders[key] = sorted(self._buckets, key=lambda bucket: self._place(bucket, key))
+        self._queue, self._next = self._orders[key], 0
+        self._open = set(order)
+        self._pending = set(self._bucket_of)
+        for bucket in self._buckets:
+            bucket.waits_for = len(bucket.parameters)
 
-    def reduced_bytes(self, group: dist.ProcessGroup) -> int:
-        """Bytes that this rank has handed over to be summed over a group, so far."""
-        return self._reduced_bytes.get(id(group), 0)
+    @contextlib.contextmanager
+    def during(self, stage: int) -> Iterator[None]:
+        """Around the last backward of a stage: a gradient that autograd has accumulated in it is final."""
+        self._during = frozenset(self._open - {stage})
+        try:
+            yield
+        finally:
+            self._during = None
+
+    def end(self, stage: int, *, but: Collection[int] = ()) -> None:
+        """The gradients of a stage are final, those of the parameters with ids `but` only when `final` says so."""
+        self._open.discard(stage)
+        for bucket in self._buckets:
+            if stage in bucket.stages and not self._open.intersection(bucket.stages):
+                for parameter in bucket.parameters:
+                    if id(parameter) not in but:
+                        self._settle(parameter, bucket)
+        self._advance()
+
+    def final(self, parameter: nn.Parameter) -> None:
+        """The gradient of a parameter is final, as far as the stages go that have ended."""
+        bucket = self._bucket_of.get(id(parameter))
+        if bucket is not None and not self._open.intersection(bucket.stages):
+            self._settle(parameter, bucket)
+            self._advance()
 
     def finish(self) -> None:
         """Reduce what has not been reduced, wait for all, and put the sums into the parameters' `.grad`."""
-        for bucket in self._buckets[self._next :]:
+        for bucket in self._queue[self._next :]:
             self._launch(bucket)
-        for bucket in self._buckets:
+        for bucket in self._queue:
             assert bucket.flat is not None
             if bucket.work is not None:
                 bucket.work.wait()
             _scatter(bucket)
-            bucket.ready, bucket.flat, bucket.work = 0, None, None
-        self._next = 0
-        self._armed = False
+            bucket.flat, bucket.work = None, None
+        self._queue, self._next = self._buckets, 0
+        self._open.clear()
+        self._pending.clear()
 
     def close(self) -> None:
         """Take the hooks out of the parameters."""
         for hook in self._hooks:
             hook.remove()
 
-    def _ready(self, parameter: torch.Tensor) -> None:
-        if not self._armed:
+    def reduced_bytes(self, group: dist.ProcessGroup) -> int:
+        """Bytes that this rank has handed over to be summed over a group, so far."""
+        return self._reduced_bytes.get(id(group), 0)
+
+    def _place(self, bucket: _Bucket, order: tuple[int, ...]) -> tuple[bool, int, int, tuple[int, ...]]:
+        """Where a bucket stands among those of a step. What ranks with other stages share comes last, in an order that
+        does not depend on the rank; the rest as stages end."""
+        if not self._own.issuperset(bucket.stages):
+            return True, 0, 0, bucket.stages
+        end = max((order.index(stage) for stage in bucket.stages if stage in order), default=-1)
+        return False, bucket.group.size(), end, bucket.stages
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        if self._during is None:
             return
-        self._bucket_of[id(parameter)].ready += 1
-        while self._next < len(self._buckets):
-            bucket = self._buckets[self._next]
-            if bucket.ready < len(bucket.parameters):
-                return
-            self._launch(bucket)
+        bucket = self._bucket_of[id(parameter)]
+        if not self._during.intersection(bucket.stages):
+            self._settle(parameter, bucket)
+            self._advance()
+
+    def _settle(self, parameter: torch.Tensor, bucket: _Bucket) -> None:
+        if id(parameter) in self._pending:
+            self._pending.discard(id(parameter))
+            bucket.waits_for -= 1
+
+    def _advance(self) -> None:
+        while self._next < len(self._queue) and not self._queue[self._next].waits_for:
+            self._launch(self._queue[self._next])
             self._next += 1
 
     def _launch(self, bucket: _Bucket) -> None:
@@ -113,19 +175,21 @@ class GradientSum:
         self._reduced_bytes[id(bucket.group)] = self.reduced_bytes(bucket.group) + flat.nbytes
 
 
-def _fill(parameters: Sequence[tuple[nn.Parameter, dist.ProcessGroup]], bucket_bytes: int) -> list[_Bucket]:
-    """Buckets of one group and dtype. Each group is filled by itself: its members hold other parameters besides, and
-    must still agree on the group's buckets. The largest groups come last: they wait for other stages."""
-    by_group: dict[tuple[int, int, torch.dtype], list[nn.Parameter]] = {}
-    groups = {id(group): group for _, group in parameters}
-    for parameter, group in parameters:
-        by_group.setdefault((group.size(), id(group), parameter.dtype), []).append(parameter)
+def _fill(
+    parameters: Sequence[tuple[nn.Parameter, dist.ProcessGroup, tuple[int, ...]]], bucket_bytes: int
+) -> list[_Bucket]:
+    """Buckets of one group, one set of stages and one dtype. Each of these is filled by itself: the members of a group
+    hold other parameters besides, and must still agree on the group's buckets."""
+    alike: dict[tuple[int, tuple[int, ...], torch.dtype], list[nn.Parameter]] = {}
+    groups = {id(group): group for _, group, _ in parameters}
+    for parameter, group, stages in parameters:
+        alike.setdefault((id(group), stages, parameter.dtype), []).append(parameter)
     buckets: list[_Bucket] = []
-    for key in sorted(by_group, key=lambda key: key[0]):
+    for (group_id, stages, _), own in alike.items():
         filled = bucket_bytes
-        for parameter in by_group[key]:
+        for parameter in own:
             if filled >= bucket_bytes:
-                buckets.append(_Bucket(groups[key[1]], []))
+                buckets.append(_Bucket(groups[group_id], stages, []))
                 filled = 0
             buckets[-1].parameters.append(parameter)
             filled += parameter.numel() * parameter.element_size()

@@ -28,6 +28,7 @@ def profile_of_shard(profile: ModelProfile, tensor: TensorPlan, *, shard: int = 
             call,
             forward_flops=round(call.forward_flops * left[call.unit]),
             backward_flops=round(call.backward_flops * left[call.unit]),
+            weight_flops=None if call.weight_flops is None else round(call.weight_flops * left[call.unit]),
             forward_s=None if call.forward_s is None else call.forward_s * left[call.unit],
             backward_s=None if call.backward_s is None else call.backward_s * left[call.unit],
         )

@@ -1,4 +1,4 @@
-"""What a step on a layout will take: memory of every stage, bytes on every edge, seconds, the timeline.
+"""What a step on a layout will take: memory of every stage and rank, bytes on every edge, seconds, the timeline.
 
 Arithmetic on a profile and a cut. Rates (flops a second, bytes a second) are given by the caller. Left out:
 buffers of the allocator and of the transport, and what the all-reduce of gradients takes beside the backward.
@@ -7,17 +7,30 @@ buffers of the allocator and of the transport, and what the all-reduce of gradie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from shardwise.describe.profile import ModelProfile, ParameterProfile
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.cut import Cut, StageCut
+from shardwise.plan.sources import source_of
 from shardwise.plan.work import Work, work_of
-from shardwise.schedule import Costs, Kind, Schedule, Timeline, check, generate, simulate
+from shardwise.schedule import Costs, Kind, Schedule, Timeline, check, simulate
+from shardwise.schedule.memory import Memory, peak_bytes
 
-__all__ = ["OPTIMIZER_STATES", "EdgeEstimate", "Estimate", "StageEstimate", "estimate"]
+__all__ = [
+    "OPTIMIZER_STATES",
+    "EdgeEstimate",
+    "Estimate",
+    "RankEstimate",
+    "StageEstimate",
+    "costs_of",
+    "edge_estimates",
+    "estimate",
+    "memory_of",
+    "stage_estimates",
+]
 
 # Tensors as large as the parameter that an optimizer of torch.optim keeps for each one, in its dtype.
 OPTIMIZER_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 0, "sgd-momentum": 1})
@@ -37,11 +50,30 @@ class StageEstimate:
     flops: int  # forward and backward
     forward_s: float
     backward_s: float
+    weight_s: float  # of the backward: gradients of weights, which a schedule may put off
     all_reduce_bytes: int  # sent by each replica in one step to average the gradients
 
     @property
     def activation_bytes(self) -> int:
         return self.micro_batch_bytes * self.in_flight
+
+    @property
+    def memory_bytes(self) -> int:
+        """Parameters, gradients, optimizer state and activations."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankEstimate:
+    """One place of the pipeline, with the stages it owns. Bytes at the peak of a step; what two stages share is held
+    once."""
+
+    position: int
+    stages: tuple[int, ...]
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
 
     @property
     def memory_bytes(self) -> int:
@@ -62,9 +94,10 @@ class EdgeEstimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A step, predicted. The timeline is of one replica: its ranks are the stages."""
+    """A step, predicted. The timeline is of one replica: its ranks are the places of the pipeline."""
 
     stages: tuple[StageEstimate, ...]
+    ranks: tuple[RankEstimate, ...]
     edges: tuple[EdgeEstimate, ...]
     schedule: Schedule
     timeline: Timeline
@@ -82,12 +115,13 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         """Of the fullest rank."""
-        return max(stage.memory_bytes for stage in self.stages)
+        return max(rank.memory_bytes for rank in self.ranks)
 
     @property
     def imbalance(self) -> float:
-        """The seconds of the busiest stage over the mean; 1 is perfect."""
-        seconds = [stage.forward_s + stage.backward_s for stage in self.stages]
+        """The seconds of the busiest rank over the mean; 1 is perfect."""
+        of_stages = [stage.forward_s + stage.backward_s for stage in self.stages]
+        seconds = [sum(of_stages[stage] for stage in rank.stages) for rank in self.ranks]
         mean = sum(seconds) / len(seconds)
         return max(seconds) / mean if mean else 1.0
 
@@ -102,8 +136,10 @@ def estimate(
     bytes_per_s: float | None = None,
     optimizer: str = "adamw",
     scale: float = 1.0,
+    schedule: Schedule | None = None,
 ) -> Estimate:
-    """The estimate of one step of `num_micro_batches` a replica.
+    """The estimate of one step of `num_micro_batches` a replica, by the layout's schedule or the one that is given
+    (that of a layout which searches for one).
 
     flops_per_s: of one rank, reached and not promised; unused where the profile was measured.
     bytes_per_s: of a link in one direction; None: transfers are free.
@@ -112,39 +148,78 @@ def estimate(
     stages are not numbered in the order of the dataflow.
     """
     _check(optimizer, flops_per_s, bytes_per_s, scale)
-    edges = tuple(_edge(profile, cut, source, target, scale) for source, target in cut.edges)
-    schedule = generate(layout.schedule, num_ranks=layout.pp, num_micro_batches=num_micro_batches)
+    if schedule is None:
+        source = source_of(layout)
+        if source is None:
+            raise LayoutError(f"schedule={layout.schedule} is found for a model; search, and give what was found")
+        schedule = source(num_micro_batches)
     in_flight = check(schedule, frozenset(cut.edges)).peak_per_stage
+    stages = stage_estimates(
+        profile,
+        cut,
+        flops_per_s=flops_per_s,
+        optimizer=optimizer,
+        scale=scale,
+        replicas=layout.num_replicas,
+        in_flight=in_flight,
+    )
+    edges = edge_estimates(profile, cut, scale=scale)
+    timeline = simulate(schedule, frozenset(cut.edges), costs=costs_of(stages, edges, bytes_per_s=bytes_per_s))
+    ranks = _ranks(profile, cut, stages, schedule, OPTIMIZER_STATES[optimizer])
+    return Estimate(stages=stages, ranks=ranks, edges=edges, schedule=schedule, timeline=timeline)
+
+
+def stage_estimates(
+    profile: ModelProfile,
+    cut: Cut,
+    *,
+    flops_per_s: float,
+    optimizer: str = "adamw",
+    scale: float = 1.0,
+    replicas: int = 1,
+    in_flight: Sequence[int] | None = None,
+) -> tuple[StageEstimate, ...]:
+    """Every stage; without a schedule no micro-batch is in flight."""
     work = work_of(profile)
-    rate = scale if work.in_seconds else scale / flops_per_s
-    stages = tuple(
+    return tuple(
         _stage(
             profile,
             stage,
             work,
-            rate=rate,
-            in_flight=in_flight[stage.stage],
+            rate=scale if work.in_seconds else scale / flops_per_s,
+            in_flight=0 if in_flight is None else in_flight[stage.stage],
             states=OPTIMIZER_STATES[optimizer],
             scale=scale,
-            dp=layout.num_replicas,
+            dp=replicas,
         )
         for stage in cut.stages
     )
-    timeline = simulate(schedule, frozenset(cut.edges), costs=_costs(stages, edges, bytes_per_s))
-    return Estimate(stages=stages, edges=edges, schedule=schedule, timeline=timeline)
 
 
-def _costs(stages: tuple[StageEstimate, ...], edges: tuple[EdgeEstimate, ...], bytes_per_s: float | None) -> Costs:
-    """What the simulator pays; I and W are each half of a backward."""
+def edge_estimates(profile: ModelProfile, cut: Cut, *, scale: float = 1.0) -> tuple[EdgeEstimate, ...]:
+    """Every edge of the stage graph."""
+    return tuple(_edge(profile, cut, source, target, scale) for source, target in cut.edges)
+
+
+def memory_of(stages: Sequence[StageEstimate], limit_bytes: tuple[float | None, ...] | None = None) -> Memory:
+    """What a micro-batch keeps on each stage. All of it stays until W: how much a split backward lets go of after I is
+    not counted, so this is an upper bound."""
+    kept = tuple(float(stage.micro_batch_bytes) for stage in stages)
+    return Memory(activation_bytes=kept, weight_bytes=kept, limit_bytes=limit_bytes)
+
+
+def costs_of(
+    stages: Sequence[StageEstimate], edges: Sequence[EdgeEstimate], *, bytes_per_s: float | None = None
+) -> Costs:
+    """What the simulator pays; a backward is its two halves, of inputs and of weights (see `plan.work`)."""
     backward = tuple(stage.backward_s for stage in stages)
-    half = tuple(seconds / 2 for seconds in backward)
     priced = [((edge.source, edge.target), edge) for edge in edges] if bytes_per_s else []
     return Costs(
         compute_seconds={
             Kind.F: tuple(stage.forward_s for stage in stages),
             Kind.B: backward,
-            Kind.I: half,
-            Kind.W: half,
+            Kind.I: tuple(stage.backward_s - stage.weight_s for stage in stages),
+            Kind.W: tuple(stage.weight_s for stage in stages),
         },
         activation_seconds={pair: edge.forward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
         gradient_seconds={pair: edge.backward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
@@ -160,6 +235,28 @@ def _check(optimizer: str, flops_per_s: float, bytes_per_s: float | None, scale:
     for name, number in given.items():
         if not number > 0:
             raise LayoutError(f"{name} is above 0, but got {number}; measure it, or give a guess")
+
+
+def _ranks(
+    profile: ModelProfile, cut: Cut, stages: Sequence[StageEstimate], schedule: Schedule, states: int
+) -> tuple[RankEstimate, ...]:
+    activations = peak_bytes(schedule, memory_of(stages))
+    found: list[RankEstimate] = []
+    for position, own in enumerate(schedule.ranks):
+        names = sorted({name for stage in own for name in cut.stages[stage].parameters})
+        held = [profile.parameters[name] for name in names]
+        trained = _bytes([parameter for parameter in held if parameter.trainable])
+        found.append(
+            RankEstimate(
+                position=position,
+                stages=own,
+                parameter_bytes=_bytes(held),
+                gradient_bytes=trained,
+                optimizer_bytes=states * trained,
+                activation_bytes=round(activations[position]),
+            )
+        )
+    return tuple(found)
 
 
 def _stage(
@@ -189,6 +286,7 @@ def _stage(
         flops=round(scale * sum(part.forward_flops + part.backward_flops for part in here)),
         forward_s=rate * sum(work.forward.get(part.node, 0.0) for part in here),
         backward_s=rate * sum(work.backward.get(part.node, 0.0) for part in here),
+        weight_s=rate * sum(work.weight.get(part.node, 0.0) for part in here),
         all_reduce_bytes=2 * (dp - 1) * trained // dp,  # a ring (Patarasuk and Yuan 2009)
     )
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from shardwise.describe.flow import NodeKind
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
-from shardwise.layout import Layout, compress, stage_ranks
+from shardwise.layout import Layout, compress, position_ranks
 from shardwise.plan.cut import Cut
-from shardwise.plan.estimate import EdgeEstimate, Estimate, StageEstimate
+from shardwise.plan.estimate import EdgeEstimate, Estimate, RankEstimate, StageEstimate
 from shardwise.quantities import format_bytes, format_count, format_flops, format_seconds
 from shardwise.schedule import draw
 
@@ -33,16 +33,19 @@ def explain(
     *,
     assumes: str = "",
     tensor: TensorPlan | None = None,
+    found: str = "",
 ) -> str:
     """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule.
 
-    `assumes` says where the seconds of the estimate come from, `tensor` how units are divided among shards: profile and
-    estimate are then those of one shard.
+    `assumes` says where the seconds of the estimate come from, `found` what a search for its schedule gained, `tensor`
+    how units are divided among shards: profile and estimate are then those of one shard.
     """
     lines = [*_model(profile, tensor), *_layout(layout, estimate), *_tensor(tensor)]
     for stage in estimate.stages:
         lines += ["", *_stage(profile, layout, cut, estimate, stage)]
-    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate, assumes)]
+    if layout.num_stages > layout.pp:
+        lines += ["", *(line for rank in estimate.ranks for line in _rank(layout, rank))]
+    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate, assumes, found)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -84,7 +87,9 @@ def _model(profile: ModelProfile, tensor: TensorPlan | None) -> list[str]:
 
 def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     schedule = estimate.schedule
-    text = f"{layout}: {_plural(layout.num_replicas, 'replica')} of {_plural(layout.pp, 'stage')}"
+    text = f"{layout}: {_plural(layout.num_replicas, 'replica')} of {_plural(layout.num_stages, 'stage')}"
+    if layout.num_stages > layout.pp:
+        text += f", {layout.num_stages // layout.pp} a rank,"
     if layout.tp > 1:
         text += f" of {layout.tp} shards"
     ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
@@ -93,8 +98,7 @@ def _layout(layout: Layout, estimate: Estimate) -> list[str]:
 
 
 def _stage(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, stage: StageEstimate) -> list[str]:
-    ranks = stage_ranks(layout, stage.stage)
-    on = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    on = _named(position_ranks(layout, estimate.schedule.owners[stage.stage]))
     total = sum(other.forward_s + other.backward_s for other in estimate.stages)
     share = (stage.forward_s + stage.backward_s) / total if total else 1 / len(estimate.stages)
     count = format_count(stage.num_parameters, "parameters")
@@ -106,6 +110,24 @@ def _stage(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, 
         *_labelled("memory", _memory(stage), indent=2),
         *(line for edge in sent for line in _labelled("sends", _edge(profile, edge), indent=2)),
     ]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+
+
+def _rank(layout: Layout, rank: RankEstimate) -> list[str]:
+    """What the stages of a rank take together."""
+    parts = {
+        "parameters": rank.parameter_bytes,
+        "gradients": rank.gradient_bytes,
+        "optimizer": rank.optimizer_bytes,
+        "activations": rank.activation_bytes,
+    }
+    text = " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    stages = " and ".join(map(str, rank.stages))
+    on = _named(position_ranks(layout, rank.position))
+    return _labelled(on, f"stages {stages}: {format_bytes(rank.memory_bytes)}: {text}")
 
 
 def _units(profile: ModelProfile, calls: Sequence[int]) -> tuple[str, ...]:
@@ -180,19 +202,21 @@ def _unread(profile: ModelProfile) -> Iterator[str]:
         yield from _labelled("unused", text)
 
 
-def _step(layout: Layout, estimate: Estimate, assumes: str) -> list[str]:
+def _step(layout: Layout, estimate: Estimate, assumes: str, found: str) -> list[str]:
     summary = (
         f"{format_seconds(estimate.step_s)} predicted for forwards and backwards, {estimate.bubble_fraction:.0%} of it "
-        f"waiting; busiest stage {estimate.imbalance:.2f} × the mean"
+        f"waiting; busiest {'stage' if layout.num_stages == layout.pp else 'rank'} {estimate.imbalance:.2f} × the mean"
     )
     lines = [
         *_labelled("step", summary),
+        *(_labelled("schedule", found) if found else []),
         *(_labelled("assumes", assumes, indent=2) if assumes else []),
         *_labelled("left out", _left_out(layout, estimate), indent=2),
     ]
     if layout.pp == 1:
         return lines
-    one = "one replica, rank r of it is stage r:" if layout.num_replicas > 1 else ""
+    one = "one replica:" if layout.num_stages > layout.pp else "one replica, rank r of it is stage r:"
+    one = one if layout.num_replicas > 1 else ""
     drawing = draw(estimate.timeline, width=_DRAWN).splitlines()[:-1]
     return [*lines, *filter(None, [one]), *drawing]
 

@@ -33,19 +33,30 @@ def place(model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, 
     if weights is None:
         weights = _weights(model, layout.stages)
     has_parameters = [bool(node.parameters) for node in flow.calls]
-    if sum(has_parameters) < layout.pp:
-        raise LayoutError(
-            f"every stage has a unit call with parameters, but pp={layout.pp} and the model has "
-            f"{sum(has_parameters)}; use pp={max(1, sum(has_parameters))} or less, or name smaller units"
-        )
+    if sum(has_parameters) < layout.num_stages:
+        raise LayoutError(_too_few(sum(has_parameters), layout))
     row = [float(weights[node.index]) for node in flow.calls]
-    ends = balanced_ends(row, _traffic(flow), has_parameters, layout.pp)
+    ends = balanced_ends(row, _traffic(flow), has_parameters, layout.num_stages)
     starts = [0, *ends[:-1]]
     return {
         node.index: stage
         for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
         for node in flow.calls[start:end]
     }
+
+
+def _too_few(calls: int, layout: Layout) -> str:
+    pp, num_stages = layout.pp, layout.num_stages
+    if num_stages == pp:
+        return (
+            f"every stage has a unit call with parameters, but pp={pp} and the model has {calls}; use "
+            f"pp={max(1, calls)} or less, or name smaller units"
+        )
+    return (
+        f"every stage has a unit call with parameters, but the schedule {layout.schedule} makes {num_stages // pp} "
+        f"stages of each of pp={pp} ranks, {num_stages} in all, and the model has {calls} calls; use fewer stages (a "
+        "smaller pp, fewer chunks, or a schedule of one stage a rank such as 1f1b), or name smaller units"
+    )
 
 
 def _weights(model: ModelProfile | Dataflow, rule: StageRule) -> Mapping[int, float]:

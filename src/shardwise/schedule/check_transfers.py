@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from shardwise.errors import ScheduleError
-from shardwise.schedule.actions import Action, Kind, Transfer, TransferKind, print_row
+from shardwise.schedule.actions import Action, Kind, StageAction, Transfer, TransferKind, print_row
 from shardwise.schedule.graph import Edges
 from shardwise.schedule.schedule import Schedule
 from shardwise.schedule.transfers import Link, Row, readers
@@ -49,7 +49,7 @@ def _check_actions(schedule: Schedule, rows: tuple[Row, ...]) -> None:
             f"every one of {schedule.num_ranks} ranks has a row, but there are {len(rows)} rows; give one a rank"
         )
     for r, row in enumerate(rows):
-        actions = tuple(item for item in row if isinstance(item, Action))
+        actions = tuple(item for item in row if not isinstance(item, Transfer))
         if actions != schedule.actions[r]:
             raise ScheduleError(
                 f"rows with transfers hold the schedule's actions in its order, but rank {r} runs "
@@ -63,8 +63,10 @@ def _check_places(schedule: Schedule, rank: int, row: Row, traffic: dict[Link, _
     owners = schedule.owners
     done: set[tuple[int, int, bool]] = set()  # (stage, micro-batch, backward)
     for item in row:
+        if isinstance(item, StageAction):
+            continue
         if isinstance(item, Action):
-            if item.kind is not Kind.W:
+            if item.kind in (Kind.F, Kind.B, Kind.I):
                 done.add((item.stage, item.micro_batch, item.kind is not Kind.F))
             continue
         sending = item.kind is TransferKind.SEND
@@ -96,6 +98,8 @@ def _add_needed(schedule: Schedule, edges: Edges, traffic: dict[Link, _Traffic])
     readers_of, owners = readers(schedule, edges), schedule.owners
     for r, row in enumerate(schedule.actions):
         for action in row:
+            if not isinstance(action, Action):
+                continue
             for target in readers_of[action.kind][action.stage]:
                 on_link = traffic.setdefault((r, owners[target]), _Traffic())
                 on_link.needed.add((action.stage, target, action.micro_batch))

@@ -13,10 +13,19 @@ overlap.
 
 from __future__ import annotations
 
+from shardwise.schedule.about import About
 from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.schedule import Schedule
 
-__all__ = ["generate"]
+__all__ = ["ABOUT", "generate"]
+
+ABOUT = About(
+    title="Naive",
+    source="layer parallelism; the schedule before pipelining in arXiv:1811.06965, section 2.3",
+    bubble="(p-1) m (t_F + t_B)",
+    memory="1",
+    traffic="2 m (p - 1) messages",
+)
 
 
 def generate(*, num_ranks: int, num_micro_batches: int, chunks: int = 1) -> Schedule:

@@ -13,10 +13,19 @@ Right for any stage graph, not only for the chain: what a chain orders, a graph 
 
 from __future__ import annotations
 
+from shardwise.schedule.about import About
 from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.schedule import Schedule
 
-__all__ = ["generate"]
+__all__ = ["ABOUT", "generate"]
+
+ABOUT = About(
+    title="1F1B",
+    source="arXiv:2006.09503 (PipeDream-flush), section 3.2; arXiv:2104.04473, section 2.2.1",
+    bubble="(p-1)(t_F + t_B)",
+    memory="p - r on rank r",
+    traffic="2 m (p - 1) messages",
+)
 
 
 def generate(*, num_ranks: int, num_micro_batches: int, chunks: int = 1) -> Schedule:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardwise.errors import ScheduleError
-from shardwise.schedule.actions import Action, Kind, parse_row, print_row
+from shardwise.schedule.actions import Action, Kind, StageAction, Transfer, parse_row, print_row
 
 __all__ = ["Schedule", "forward_only"]
+
+_BACKWARD = (Kind.B, Kind.I, Kind.W)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Schedule:
     num_stages: int
     num_micro_batches: int
     ranks: tuple[tuple[int, ...], ...]
-    actions: tuple[tuple[Action, ...], ...]
+    actions: tuple[tuple[Action | StageAction, ...], ...]
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -47,7 +49,7 @@ class Schedule:
 
     @property
     def forward_only(self) -> bool:
-        return all(action.kind is Kind.F for row in self.actions for action in row)
+        return not any(action.kind in _BACKWARD for row in self.actions for action in row)
 
     def __str__(self) -> str:
         return (
@@ -95,11 +97,11 @@ def forward_only(schedule: Schedule) -> Schedule:
     return replace(schedule, actions=rows)
 
 
-def _parse_actions(text: str) -> tuple[Action, ...]:
+def _parse_actions(text: str) -> tuple[Action | StageAction, ...]:
     row = parse_row(text)
-    actions = tuple(item for item in row if isinstance(item, Action))
+    actions = tuple(item for item in row if not isinstance(item, Transfer))
     if len(actions) != len(row):
-        transfer = next(item for item in row if not isinstance(item, Action))
+        transfer = next(item for item in row if isinstance(item, Transfer))
         raise ScheduleError(
             f"a schedule holds no transfers, they are added later, but a row holds {transfer}; leave it out"
         )
@@ -133,7 +135,8 @@ def _check_ownership(schedule: Schedule) -> None:
 def _check_ranges(schedule: Schedule) -> None:
     for r, row in enumerate(schedule.actions):
         for action in row:
-            if action.stage >= schedule.num_stages or action.micro_batch >= schedule.num_micro_batches:
+            last = isinstance(action, Action) and action.micro_batch >= schedule.num_micro_batches
+            if action.stage >= schedule.num_stages or last:
                 raise ScheduleError(
                     f"actions stay within {schedule.num_stages} stages and {schedule.num_micro_batches} "
                     f"micro-batches, but rank {r} holds {action}; drop it or raise the count"

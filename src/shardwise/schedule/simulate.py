@@ -7,9 +7,9 @@ from shardwise.schedule.graph import Edges, checked
 from shardwise.schedule.progress import run
 from shardwise.schedule.schedule import Schedule
 from shardwise.schedule.timeline import Timeline
-from shardwise.schedule.transfers import DEFAULT_PREFETCH, with_transfers
+from shardwise.schedule.transfers import DEFAULT_PREFETCH
 
-__all__ = ["simulate"]
+__all__ = ["seconds_of", "simulate"]
 
 
 def simulate(
@@ -24,5 +24,14 @@ def simulate(
     """
     edges = checked(edges, schedule.num_stages)
     check_costs(costs, schedule, edges)
-    rows = with_transfers(schedule, edges, prefetch=prefetch)
-    return Timeline(num_ranks=schedule.num_ranks, spans=run(schedule, edges, rows, costs))
+    progress = run(schedule, edges, costs, prefetch=prefetch)
+    return Timeline(num_ranks=schedule.num_ranks, spans=progress.spans())
+
+
+def seconds_of(
+    schedule: Schedule, costs: Costs, edges: Edges | None = None, *, prefetch: int = DEFAULT_PREFETCH
+) -> float:
+    """Only how long the step takes: `simulate(...).seconds` without making a span. Raises ScheduleError as it does."""
+    edges = checked(edges, schedule.num_stages)
+    check_costs(costs, schedule, edges)
+    return run(schedule, edges, costs, prefetch=prefetch).seconds

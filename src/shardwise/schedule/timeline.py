@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from shardwise.errors import ScheduleError
-from shardwise.schedule.actions import Action, Transfer, parse
+from shardwise.schedule.actions import Action, StageAction, Transfer, parse
 
 __all__ = ["Span", "Timeline"]
 
@@ -25,7 +25,7 @@ class Span:
     """
 
     rank: int
-    action: Action | Transfer
+    action: Action | StageAction | Transfer
     start_s: float
     end_s: float
 
@@ -65,7 +65,7 @@ class Timeline:
         """What each rank spent computing; transfers run beside it and do not count."""
         busy = [0.0] * self.num_ranks
         for span in self.spans:
-            if isinstance(span.action, Action):
+            if isinstance(span.action, Action) and span.action.kind.computes:
                 busy[span.rank] += span.end_s - span.start_s
         return tuple(busy)
 

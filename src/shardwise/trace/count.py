@@ -17,6 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -69,7 +70,9 @@ class Counter:
     def __init__(self) -> None:
         self.forward_flops: dict[int, int] = {}
         self.backward_flops: dict[int, int] = {}
+        self.weight_flops: dict[int, int] = {}  # of forward products with trained parameters
         self.reached: set[int] = set()  # nodes of which some backward ran
+        self._trained: set[int] = set()  # storages of parameters that have gradients
         self._makers: dict[int, int | None] = {}  # storage -> the node that made it
         self._saved: dict[int, int] = {}  # storage -> bytes
         self._alive: list[object] = []  # storages stay, so that their addresses stay unique
@@ -113,6 +116,8 @@ class Counter:
     def _forward(self, place: int | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         for tensor in _strided((args, kwargs)):  # seen before it was made: a parameter, a buffer, the batch
             self._made(tensor, None)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                self._trained.add(tensor.untyped_storage()._cdata)
         for tensor in _strided(out):
             self._made(tensor, place)
         if place is None:
@@ -121,6 +126,8 @@ class Counter:
         flops = flops_of(func, args, kwargs, out)
         if flops:
             self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
+            if any(tensor.untyped_storage()._cdata in self._trained for tensor in _strided((args, kwargs))):
+                self.weight_flops[place] = self.weight_flops.get(place, 0) + flops
 
     def _made(self, tensor: torch.Tensor, node: int | None) -> None:
         storage = tensor.untyped_storage()

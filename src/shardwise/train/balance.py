@@ -60,7 +60,7 @@ def listed_stages(profile: ModelProfile, layout: Layout) -> Layout:
     """
     stages = place(profile, dataclasses.replace(layout, stages=StageRule.COST))
     times = Counter(call.unit for call in profile.calls)
-    names: list[list[str]] = [[] for _ in range(layout.pp)]
+    names: list[list[str]] = [[] for _ in range(layout.num_stages)]
     for node in profile.flow.calls:
         names[stages[node.index]].append(node.name if times[node.name] == 1 else node.label)
     return dataclasses.replace(layout, stages=tuple(compress(stage) for stage in names))

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -17,21 +18,27 @@ import torch.nn as nn
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
 from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.tensor import TensorPlan
-from shardwise.execute.assemble import agreed_experts, agreed_plan, assemble, fill_from
+from shardwise.execute.assemble import agreed_experts, agreed_plan, agreed_schedule, assemble, fill_from
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.continuous import Stream
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
+from shardwise.layout import SEARCHED
+from shardwise.plan.searched import Found
 from shardwise.quantities import format_bytes, format_count
+from shardwise.schedule import GENERATORS, Schedule, Timeline
 from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
 from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
 from shardwise.train.balance import layout_for, of_rank_0, profile_for
+from shardwise.train.memory import own_memory
 from shardwise.train.model import Values, model_factory, names_in, values_of
 from shardwise.train.optimizer import optimizer_over
-from shardwise.train.plan import experts_note, plan_of_profile, statistics_note
+from shardwise.train.plan import experts_note, plan_and_timeline, schedule_for, statistics_note
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
 from shardwise.train.state import check_model, check_state, restore
+from shardwise.train.update import update
 
 __all__ = ["Job", "World", "about", "build", "build_model", "build_task", "first_micro_batch"]
 
@@ -63,6 +70,8 @@ class World:
     device: torch.device
     state: Mapping[str, object]
     first_step: int = 0
+    planned: Timeline | None = None  # of a step, as the plan has it; on rank 0
+    stream: Stream | None = None  # of a schedule that is not drained between steps
 
     def micro_batches(self, step: int) -> tuple[MicroBatch, ...]:
         """This replica's share of a step's samples."""
@@ -125,16 +134,33 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
     experts = job.experts
     if layout.ep > 1 and experts is None:
         experts = agreed_experts(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
-    if context.rank == 0 and (on_plan is not None or run.balance == "measured"):
+    searches = layout.schedule == SEARCHED
+    found: Found | None = None
+    planned: Timeline | None = None
+    if context.rank == 0 and (on_plan is not None or run.balance == "measured" or searches):
         profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
         layout = layout_for(run, profile)
+        micro_batches = run.num_micro_batches
+        found = schedule_for(profile, layout=layout, num_micro_batches=micro_batches, tensor=tensor, experts=experts)
+        if found is not None:
+            _write_schedule(run, found)
         if on_plan is not None:
-            plan = plan_of_profile(
-                profile, layout=layout, num_micro_batches=run.num_micro_batches, tensor=tensor, experts=experts
+            plan, planned = plan_and_timeline(
+                profile,
+                layout=layout,
+                num_micro_batches=micro_batches,
+                tensor=tensor,
+                experts=experts,
+                found=found,
             )
             on_plan(plan + experts_note(experts) + statistics_note(model, layout))
     if run.balance == "measured":
         layout = of_rank_0(layout)
+
+    def on_rank_0() -> Schedule:
+        assert found is not None  # a layout that searches has been searched for
+        return found.schedule
+
     program = assemble(
         model,
         inputs,
@@ -145,6 +171,7 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         fill=fill_from(values, device) if values is not None else None,
         tensor=tensor,
         experts=experts,
+        schedule=agreed_schedule(layout, rank=context.rank, find=on_rank_0),
     )
     training = run.training
     optimizer = optimizer_over(
@@ -154,12 +181,34 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         epsilon=training.epsilon,
         weight_decay=training.weight_decay,
     )
-    if source is not None:
-        restore(source, program=program, optimizer=optimizer)
     first_step = source.manifest.step if source is not None else 0
+    stream = None
+    if layout.schedule in GENERATORS and not GENERATORS[layout.schedule].flushes:
+        stream = program.stream(
+            first_step=first_step,
+            update=lambda step, norm: update(program, optimizer, training, step=step, norm=norm),
+            tell=lambda: own_memory(device),
+        )
+    if source is not None:
+        restore(source, program=program, optimizer=optimizer, older=None if stream is None else stream.older)
     return World(
-        run=run, task=task, program=program, optimizer=optimizer, device=device, state=state, first_step=first_step
+        run=run,
+        task=task,
+        program=program,
+        optimizer=optimizer,
+        device=device,
+        state=state,
+        first_step=first_step,
+        planned=planned,
+        stream=stream,
     )
+
+
+def _write_schedule(run: Run, found: Found) -> None:
+    """The schedule that was found, for whoever wants to run it again: `schedule = "FOLDER/schedule.json"`."""
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "schedule.json").write_text(found.schedule.to_json() + "\n", encoding="utf-8")
 
 
 def build_task(job: Job) -> Task:

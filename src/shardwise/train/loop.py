@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import psutil
-import torch
-import torch.distributed as dist
-
+from shardwise.execute.program import StepResult
 from shardwise.train.build import World
-from shardwise.train.optimizer import set_rate
-from shardwise.train.rate import learning_rate
 from shardwise.train.state import save
+from shardwise.train.steps import steps_of
+from shardwise.train.timeline import record
+from shardwise.train.update import rate_of
 
 __all__ = ["Emit", "evaluate", "run_steps"]
 
@@ -21,31 +19,27 @@ Emit = Callable[..., None]  # emit(kind, step=..., **data)
 
 def run_steps(world: World, emit: Emit) -> list[float]:
     """All steps from `world.first_step`; returns their losses, the same on every rank and every layout."""
-    program, optimizer, options = world.program, world.optimizer, world.run.training
+    options = world.run.training
     losses: list[float] = []
-    for step in range(world.first_step, options.steps):
-        start = time.perf_counter()
-        result = program.step(world.micro_batches(step), step=step)
-        norm = program.gradient_norm()
-        if options.clip and norm > options.clip:
-            program.scale_gradients(options.clip / norm)
-        rate = _rate(world, step)
-        if optimizer is not None:
-            set_rate(optimizer, rate)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+
+    def pauses(step: int) -> bool:
+        every = (options.evaluate_every, world.run.checkpoint.every)
+        return any(_due(each, step, options.steps) for each in every)
+
+    for done in steps_of(world, pauses=pauses):
+        step, result = done.step, done.result
         losses.append(result.loss)
         emit(
             "step",
             step=step,
             loss=result.loss,
-            gradient_norm=norm,
-            learning_rate=rate,
+            gradient_norm=done.norm,
+            learning_rate=rate_of(options, step),
             weight=result.weight,
-            step_s=time.perf_counter() - start,
-            busy_s=sum(moment.end_s - moment.start_s for moment in result.moments),
+            step_s=done.seconds,
+            busy_s=sum(moment.compute_s for moment in result.moments),
             sent_bytes=dict(result.sent_bytes),
-            memory_bytes=memory_of_ranks(world),
+            memory_bytes=list(done.memory_bytes),
         )
         if result.experts is not None:
             emit(
@@ -56,11 +50,48 @@ def run_steps(world: World, emit: Emit) -> list[float]:
                 imbalance=result.experts.imbalance,
                 dropped=sum(result.experts.dropped.values()),
             )
+        if world.run.timeline.wants(step, options.steps) and world.stream is None:
+            record_step(world, result, emit, step)
         if _due(options.evaluate_every, step, options.steps):
             evaluate(world, emit, step)
         if _due(world.run.checkpoint.every, step, options.steps):
             save_world(world, emit, step + 1)
     return losses
+
+
+def record_step(world: World, result: StepResult, emit: Emit, step: int) -> None:
+    """What all ranks did in the step, into a file of the run's folder; told by rank 0."""
+    start = time.perf_counter()
+    recording = record(
+        result,
+        step=step,
+        place=world.program.place,
+        layout=str(world.run.layout),
+        schedule=world.program.schedule_of(world.run.num_micro_batches),
+        planned=world.planned,
+        device=world.device,
+    )
+    if recording is None:
+        return
+    path = recording.write(world.run.timelines_folder)
+    planned = recording.planned
+    emit(
+        "timeline",
+        step=step,
+        file=str(path),
+        text=str(recording),
+        num_ranks=recording.schedule.num_ranks,
+        measured_s=recording.slowest.seconds,
+        bubble=recording.bubble,
+        exposed=recording.exposed,
+        simulated_s=recording.simulated.seconds,
+        simulated_bubble=recording.simulated.bubble_fraction,
+        planned_s=None if planned is None else planned.seconds,
+        planned_bubble=None if planned is None else planned.bubble_fraction,
+        sums_s=recording.sums_s,
+        clock_error_s=recording.clock_error_s,
+        recording_s=time.perf_counter() - start,
+    )
 
 
 def evaluate(world: World, emit: Emit, step: int) -> None:
@@ -87,34 +118,9 @@ def save_world(world: World, emit: Emit, steps: int) -> None:
     start = time.perf_counter()
     folder = world.run.checkpoint_folder
     state = {**world.state, "layout": str(world.run.layout)}
-    save(folder, steps, program=world.program, optimizer=world.optimizer, state=state, keep=world.run.checkpoint.keep)
+    older, keep = None if world.stream is None else world.stream.older, world.run.checkpoint.keep
+    save(folder, steps, program=world.program, optimizer=world.optimizer, state=state, keep=keep, older=older)
     emit("checkpoint", step=steps - 1, folder=str(folder), step_s=time.perf_counter() - start)
-
-
-def memory_of_ranks(world: World) -> list[int]:
-    """Bytes that every rank holds now, by rank: resident memory, or on a GPU what torch has allocated at most."""
-    if world.device.type == "cuda":
-        mine = torch.cuda.max_memory_allocated(world.device)
-    else:
-        mine = psutil.Process().memory_info().rss
-    if world.run.layout.world_size == 1:
-        return [mine]
-    of_ranks = torch.zeros(world.run.layout.world_size, dtype=torch.int64, device=world.device)
-    of_ranks[world.program.place.rank] = mine
-    dist.all_reduce(of_ranks)
-    return [int(number) for number in of_ranks.tolist()]
-
-
-def _rate(world: World, step: int) -> float:
-    options = world.run.training
-    return learning_rate(
-        step,
-        peak=options.learning_rate,
-        steps=options.steps,
-        warm_up=options.warm_up,
-        schedule=options.schedule,
-        final_fraction=options.final_fraction,
-    )
 
 
 def _due(every: int, step: int, steps: int) -> bool:

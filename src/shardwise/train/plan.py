@@ -16,21 +16,33 @@ from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.errors import ConfigError
-from shardwise.layout import Layout
+from shardwise.layout import SEARCHED, Layout
 from shardwise.plan.cut import cut_stages
 from shardwise.plan.divide import profile_of_shard
 from shardwise.plan.divide_experts import profile_of_expert_rank
 from shardwise.plan.estimate import estimate
 from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
+from shardwise.plan.searched import Found, find_schedule
 from shardwise.plan.work import work_of
-from shardwise.quantities import format_flops
+from shardwise.quantities import format_bytes, format_flops
+from shardwise.schedule import Timeline
 from shardwise.train.balance import with_threads
 
-__all__ = ["experts_note", "machine_rate", "plan_of_profile", "statistics_note", "threads_of_rank"]
+__all__ = [
+    "experts_note",
+    "link_rate",
+    "machine_rate",
+    "plan_and_timeline",
+    "plan_of_profile",
+    "schedule_for",
+    "statistics_note",
+    "threads_of_rank",
+]
 
 _SIDE = 384  # of the matrices that are multiplied
 _PROBE_S = 0.1
+_LINK_BYTES, _LINK_COPIES = 8 * 2**20, 8
 
 
 def plan_of_profile(
@@ -41,28 +53,102 @@ def plan_of_profile(
     flops_per_s: float | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    found: Found | None = None,
 ) -> str:
-    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. `tensor` divides units.
+    """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. `tensor` divides units,
+    `found` is the schedule of a layout that searches for one.
 
     Says where its seconds come from. Raises LayoutError; ConfigError for a rate that is not above 0.
     """
+    text, _ = plan_and_timeline(
+        profile,
+        layout=layout,
+        num_micro_batches=num_micro_batches,
+        flops_per_s=flops_per_s,
+        tensor=tensor,
+        experts=experts,
+        found=found,
+    )
+    return text
+
+
+def plan_and_timeline(
+    profile: ModelProfile,
+    *,
+    layout: Layout,
+    num_micro_batches: int,
+    flops_per_s: float | None = None,
+    tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
+    found: Found | None = None,
+) -> tuple[str, Timeline]:
+    """What `plan_of_profile` says, and the step that it predicts."""
     if flops_per_s is not None and not flops_per_s > 0:
         raise ConfigError(f"a rank computes more than 0 flops a second, but got {flops_per_s:g}; give 10 Gflops, say")
     stages = place(profile, layout)
-    cut = cut_stages(profile.flow, stages, layout.pp)
+    cut = cut_stages(profile.flow, stages, layout.num_stages)
     timed = work_of(profile).in_seconds
     rate = flops_per_s or (1.0 if timed else machine_rate(layout.world_size))
+    profile = _of_one_rank(profile, tensor, experts)
+    predicted = estimate(
+        profile,
+        layout,
+        cut,
+        num_micro_batches=num_micro_batches,
+        flops_per_s=rate if found is None else found.flops_per_s,
+        bytes_per_s=None if found is None else found.bytes_per_s,
+        schedule=None if found is None else found.schedule,
+    )
+    free = "take no time" if found is None else f"at {format_bytes(round(found.bytes_per_s))} a second"
+    if timed:
+        assumes = f"the seconds that every unit call took here, alone; glue takes no time; transfers {free}"
+    else:
+        source = "as given" if flops_per_s else _source(layout.world_size)
+        assumes = f"{format_flops(rate)} a second on every rank, {source}; transfers {free}"
+    gain = "" if found is None else str(found)
+    return explain(profile, layout, cut, predicted, assumes=assumes, tensor=tensor, found=gain), predicted.timeline
+
+
+def schedule_for(
+    profile: ModelProfile,
+    *,
+    layout: Layout,
+    num_micro_batches: int,
+    flops_per_s: float | None = None,
+    tensor: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
+) -> Found | None:
+    """The schedule that is searched for a traced model; None where the layout names one. Rates are measured here if
+    not given. Raises LayoutError, ScheduleError."""
+    if layout.schedule != SEARCHED:
+        return None
+    timed = work_of(profile).in_seconds
+    return find_schedule(
+        _of_one_rank(profile, tensor, experts),
+        layout,
+        place(profile, layout),
+        num_micro_batches=num_micro_batches,
+        flops_per_s=flops_per_s or (1.0 if timed else machine_rate(layout.world_size)),
+        bytes_per_s=link_rate(),
+    )
+
+
+def _of_one_rank(profile: ModelProfile, tensor: TensorPlan | None, experts: ExpertPlan | None) -> ModelProfile:
     if tensor is not None:
         profile = profile_of_shard(profile, tensor)
     if experts is not None:
         profile = profile_of_expert_rank(profile, experts, rank=experts.ep - 1)  # the last has the most
-    predicted = estimate(profile, layout, cut, num_micro_batches=num_micro_batches, flops_per_s=rate)
-    if timed:
-        assumes = "the seconds that every unit call took here, alone; glue and transfers take no time"
-    else:
-        source = "as given" if flops_per_s else _source(layout.world_size)
-        assumes = f"{format_flops(rate)} a second on every rank, {source}; transfers take no time"
-    return explain(profile, layout, cut, predicted, assumes=assumes, tensor=tensor)
+    return profile
+
+
+def link_rate() -> float:
+    """Bytes a second between two ranks of this machine: into shared memory and out of it."""
+    source, target = torch.ones(_LINK_BYTES, dtype=torch.uint8), torch.empty(_LINK_BYTES, dtype=torch.uint8)
+    target.copy_(source)
+    start = time.perf_counter()
+    for _ in range(_LINK_COPIES):
+        target.copy_(source)
+    return _LINK_BYTES * _LINK_COPIES / 2 / (time.perf_counter() - start)
 
 
 def machine_rate(num_ranks: int = 1) -> float:

@@ -30,6 +30,7 @@ class ProgressSink:
         self._mean_s = 0.0
         self._printed_s = float("-inf")
         self._sent_bytes: Mapping[str, int] = {}  # of the last step, by axis and kind
+        self._timeline = ""  # of the last step that was recorded
 
     def emit(self, event: Event) -> None:
         """Show one event; kinds it does not know are left out."""
@@ -49,6 +50,8 @@ class ProgressSink:
                 self._print(
                     f"checkpoint of step {_number(event)} in {data['folder']} ({format_seconds(data['step_s'])})"
                 )
+            case "timeline":
+                self._timeline = str(data["text"]) if data["num_ranks"] > 1 else ""
             case "end":
                 self._end(data)
 
@@ -108,6 +111,8 @@ class ProgressSink:
             sent = [f"{kind} {format_bytes(nbytes)}" for kind, nbytes in self._sent_bytes.items() if nbytes]
             if sent:
                 self._print(f"rank 0 sends in a step: {', '.join(sent)}")
+            if self._timeline:
+                self._print(self._timeline)
 
 
 def _number(event: Event) -> int:

@@ -121,6 +121,8 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
         init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
     if not job.resume:
         JsonlSink.path_of(run.events_folder, rank=context.rank).unlink(missing_ok=True)
+        if context.rank == 0:
+            shutil.rmtree(run.timelines_folder, ignore_errors=True)
     with JsonlSink(run.events_folder, rank=context.rank) as file:
         told: list[Callable[[Event], None]] = [file.emit]
         if context.rank == 0:

@@ -16,9 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shardwise.errors import ConfigError, ShardwiseError
 from shardwise.layout import Layout, StageRule
+from shardwise.plan.sources import check_source
 from shardwise.tasks.faults import fault_text, unknown_text
 
-__all__ = ["CheckpointOptions", "ModelOptions", "Run", "TaskOptions", "TrainingOptions", "load_run", "run_from"]
+__all__ = [
+    "CheckpointOptions",
+    "ModelOptions",
+    "Run",
+    "TaskOptions",
+    "TimelineOptions",
+    "TrainingOptions",
+    "load_run",
+    "run_from",
+]
 
 
 class _Table(BaseModel):
@@ -126,6 +136,31 @@ class CheckpointOptions(_Table):
     keep: int = Field(default=2, ge=1)
 
 
+class TimelineOptions(_Table):
+    """[timeline]: steps that are recorded on all ranks, in RUN_FOLDER/timelines, for `shardwise draw RUN_FOLDER`.
+
+    steps   counted from 1; -1 is the last
+    every   every so many steps, too; 0: none
+    """
+
+    steps: tuple[int, ...] = (5, -1)
+    every: int = Field(default=0, ge=0)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        numbers = tuple(value) if isinstance(value, list) else value
+        if not isinstance(numbers, tuple) or not all(isinstance(n, int) and (n > 0 or n == -1) for n in numbers):
+            raise ValueError(f"they are a list of steps from 1, or -1 for the last, but got {value!r}; write [5, -1]")
+        return numbers
+
+    def wants(self, step: int, of: int) -> bool:
+        """Whether the step, counted from 0, is recorded, `of` so many."""
+        number = step + 1
+        wanted = number in self.steps or (number == of and -1 in self.steps)
+        return wanted or (self.every > 0 and number % self.every == 0)
+
+
 class Run(_Table):
     """A whole run. `folder` gets events, checkpoints and prepared data.
 
@@ -143,6 +178,7 @@ class Run(_Table):
     task: TaskOptions = TaskOptions()
     training: TrainingOptions
     checkpoint: CheckpointOptions = CheckpointOptions()
+    timeline: TimelineOptions = TimelineOptions()
     tp_plan: dict[str, str] | None = None
 
     @field_validator("layout", mode="before")
@@ -156,7 +192,7 @@ class Run(_Table):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        self.layout.num_micro_batches(self.training.global_batch)
+        check_source(self.layout, self.layout.num_micro_batches(self.training.global_batch))
         if self.balance != "flops" and self.layout.stages != StageRule.COST:
             raise ValueError(
                 f'stages are balanced in one way, but balance = "{self.balance}" and the layout is {self.layout}; '
@@ -185,6 +221,10 @@ class Run(_Table):
     @property
     def events_folder(self) -> Path:
         return Path(self.folder) / "events"
+
+    @property
+    def timelines_folder(self) -> Path:
+        return Path(self.folder) / "timelines"
 
     @property
     def task_options(self) -> dict[str, object]:
@@ -265,4 +305,5 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("task", TaskOptions),
     ("training", TrainingOptions),
     ("checkpoint", CheckpointOptions),
+    ("timeline", TimelineOptions),
 )

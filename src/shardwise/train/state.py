@@ -25,6 +25,7 @@ from shardwise.train.divided import shards_of, targets_of
 __all__ = ["check_model", "check_state", "restore", "save"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_OLDER = "older"  # the weights that the next step is computed with, where they are not the newest
 
 
 def save(
@@ -35,17 +36,19 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     state: Mapping[str, object],
     keep: int,
+    older: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of `step` finished steps. Every rank calls it, on a folder that all share.
 
-    It appears whole or not at all. Raises CheckpointError.
+    `older` are the weights that the next step is computed with, by name, where they are not the newest. It appears
+    whole or not at all. Raises CheckpointError.
     """
     rank, world_size = program.place.rank, program.place.world_size
     told = [str(begin(root, step)) if rank == 0 else ""]
     if world_size > 1:
         dist.broadcast_object_list(told, src=0)
     folder = Path(told[0])
-    entries = write_rank(folder, rank, _shards(program, optimizer))
+    entries = write_rank(folder, rank, _shards(program, optimizer, older or {}))
     gathered: list[Mapping[str, TensorEntry] | None] = [entries]
     if world_size > 1:
         gathered = [None] * world_size
@@ -95,15 +98,25 @@ def check_model(source: Source, model: nn.Module) -> None:
         )
 
 
-def restore(source: Source, *, program: Program, optimizer: torch.optim.Optimizer | None) -> None:
+def restore(
+    source: Source,
+    *,
+    program: Program,
+    optimizer: torch.optim.Optimizer | None,
+    older: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Put the saved optimizer state and buffers where this rank has them; parameters were filled when built.
 
+    `older` are weights of the next step that are not the newest, written where such were saved, else left alone.
     Raises CheckpointError where something is missing or of another shape.
     """
     saved = source.manifest.tensors
     for name, buffer in program.model.named_buffers():
         if name in saved:
             load_into(source, targets_of(program, name, name, buffer))
+    for name, value in (older or {}).items():
+        if _moment(name, _OLDER) in saved:
+            load_into(source, targets_of(program, name, _moment(name, _OLDER), value))
     if optimizer is None:
         return
     for name, parameter in program.parameters.items():
@@ -115,7 +128,9 @@ def restore(source: Source, *, program: Program, optimizer: torch.optim.Optimize
             optimizer.state[parameter] = state
 
 
-def _shards(program: Program, optimizer: torch.optim.Optimizer | None) -> Iterator[Shard]:
+def _shards(
+    program: Program, optimizer: torch.optim.Optimizer | None, older: Mapping[str, torch.Tensor]
+) -> Iterator[Shard]:
     """What this rank writes: of every tensor that several hold, the first holder writes it."""
     for name, parameter in program.parameters.items():
         if not program.owns(name):
@@ -125,6 +140,8 @@ def _shards(program: Program, optimizer: torch.optim.Optimizer | None) -> Iterat
         for each in _MOMENTS:
             if each in moments:
                 yield from shards_of(program, name, _moment(name, each), moments[each], kind="optimizer")
+        if name in older:
+            yield from shards_of(program, name, _moment(name, _OLDER), older[name], kind="optimizer")
     for name, buffer in _persistent_buffers(program.model).items():
         if _owns_buffer(program, name):
             yield from shards_of(program, name, name, buffer.detach(), kind="buffer")
@@ -150,4 +167,4 @@ def _owns_buffer(program: Program, name: str) -> bool:
         if near:
             stage = program.holders[near[0]][0]
             break
-    return place.stage == stage and place.replica == 0
+    return place.owner_of[stage] == place.position and place.replica == 0

@@ -17,6 +17,7 @@ from shardwise.execute.streamed import Watch
 from shardwise.parallel.tensor.divided_logits import DividedLogits
 from shardwise.parallel.tensor.sequence_shard import SequenceShard
 from shardwise.plan.cut import StageCut
+from shardwise.schedule import Action, Kind
 from shardwise.trace.absent import Absent
 from shardwise.trace.tape import Tape
 
@@ -29,17 +30,21 @@ _Place = Callable[[str], tuple[int, int] | None]  # unit that has run here -> (m
 
 @contextlib.contextmanager
 def probing(program: Program, mine: Sequence[MicroBatch]) -> Iterator[Outputs]:
-    """Note what every present unit returns in the first step; a forward is one micro-batch, in order."""
-    here = _calls_of(program.cut.stages[program.place.stage], program.tape)
-    counts = dict.fromkeys(here, 0)
+    """Note what every present unit returns in the first forward of each micro-batch through each stage."""
+    here = {stage: _calls_of(program.cut.stages[stage], program.tape) for stage in program.place.stages}
+    units = {unit: calls for each in here.values() for unit, calls in each.items()}
+    row = program.row(len(mine))
+    forwards = [each for each in row if isinstance(each, Action) and each.kind is Kind.F]
+    pending = {
+        unit: [(mine[f.micro_batch].index, call) for f in forwards for call in here[f.stage].get(unit, ())]
+        for unit in units
+    }
 
     def place(unit: str) -> tuple[int, int] | None:
-        number, position = divmod(counts[unit], len(here[unit]))
-        counts[unit] += 1
-        return (mine[number].index, here[unit][position]) if number < len(mine) else None
+        return pending[unit].pop(0) if pending[unit] else None
 
     outputs: Outputs = {}
-    with _hooked(program.model, here, place, outputs):
+    with _hooked(program.model, units, place, outputs):
         yield outputs
 
 

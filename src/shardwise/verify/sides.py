@@ -88,6 +88,7 @@ def run_side(
         fill=fill,
         experts=job.experts if layout.ep > 1 else None,
         tensor=job.tensor if layout.tp > 1 else None,
+        num_micro_batches=micro_batches,
     )
     mine = parts[program.place.replica]
     nothing: Outputs = {}

@@ -18,6 +18,7 @@ from shardwise.execute.batches import batch_size
 from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.parallel.tensor.given_plan import GivenPlan
+from shardwise.plan.sources import check_source
 from shardwise.trace.objective import LossFunction
 from shardwise.verify.comparison import Comparison, Rounding, errors_of, relative
 from shardwise.verify.difference import first_difference
@@ -102,6 +103,7 @@ def verify(
         weight=weight,
         checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()),
     )
+    check_source(laid_out, job.micro_batches)
     job = dataclasses.replace(job, experts=expert_plan_of(job), tensor=tensor_plan_of(job, tp_plan))  # or: an error
     on_a_rank = reference == "auto" and not isinstance(model, nn.Module)  # a factory may make what it builds
     early = None if on_a_rank else _chosen(job, reference, memory_bytes, lambda: whole_bytes(job))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 __all__ = ["Loads"]
@@ -12,6 +15,16 @@ class Loads:
 
     def __init__(self) -> None:
         self._rows: dict[str, torch.Tensor] = {}
+        self._counts = True
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around a forward that is run a second time: it counts once."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def declare(self, layer: str, num_experts: int) -> None:
         """A layer that will be counted."""
@@ -19,7 +32,7 @@ class Loads:
 
     def add(self, layer: str, rows: torch.Tensor) -> None:
         """`rows` (experts + 1) of one forward; a forward that is computed again in a backward counts once."""
-        if torch._C._current_graph_task_id() == -1:
+        if self._counts and torch._C._current_graph_task_id() == -1:
             self._rows[layer] += rows.to("cpu")
 
     def take(self) -> dict[str, torch.Tensor]:

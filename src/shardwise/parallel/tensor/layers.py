@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ["Layer", "bias_shape", "layer_of", "product", "sized_fields"]
+__all__ = ["Layer", "bias_shape", "is_transposed", "layer_of", "product", "sized_fields"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ _TRANSPOSED_FIELDS: Mapping[tuple[str, int], str] = MappingProxyType({("weight",
 
 def layer_of(module: nn.Module) -> Layer | None:
     """How `module` multiplies, or None where it is no plain matrix product."""
-    if _is_transposed(module):
+    if is_transposed(module):
         return _TRANSPOSED
     if isinstance(module, nn.Linear):
         return _LINEAR
@@ -70,7 +70,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def sized_fields(module: nn.Module) -> Mapping[tuple[str, int], str]:
     """The module's fields that repeat sizes of its tensors."""
-    if _is_transposed(module):
+    if is_transposed(module):
         return _TRANSPOSED_FIELDS
     return next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})
 
@@ -88,7 +88,8 @@ def product(module: nn.Module, body: Callable[..., Any], layer: Layer) -> Callab
             table["bias"] = bias
 
     def transposed(x: torch.Tensor) -> torch.Tensor:
-        return x @ _weight(module)
+        own = vars(module).get("product")  # of who takes its weight gradient over
+        return x @ _weight(module) if own is None else own(x)  # type: ignore[no-any-return]
 
     if not layer.bias_optional:
         return transposed
@@ -100,7 +101,8 @@ def bias_shape(layer: Layer) -> tuple[int, ...]:
     return (-1, *([1] * (-layer.features - 1)))
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer whose weight is (in, out)."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 

@@ -59,8 +59,12 @@ class ColumnParallelLinear(nn.Module):
         self.bias = None if whole[1] is None else nn.Parameter(cut(whole[1], self.part, group.rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(copy_to(x, self.group), self.weight, self.bias)
+        y = self.product(copy_to(x, self.group), self.bias)
         return gather_from(y, _last(self.part), self.group) if self.gather_output else y
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What this rank computes by itself."""
+        return F.linear(x, self.weight, bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, shard {self.group.rank} of {self.group.size}"
@@ -107,8 +111,12 @@ class RowParallelLinear(nn.Module):
             )
         if not self.input_is_divided:
             x = scatter_to(x, _last(self.part), self.group)
-        y = reduce_from(F.linear(x, self.weight), self.group)
+        y = reduce_from(self.product(x), self.group)
         return y if self.bias is None else y + self.bias
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What this rank computes by itself."""
+        return F.linear(x, self.weight, bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, shard {self.group.rank} of {self.group.size}"
@@ -140,7 +148,7 @@ class VocabParallelEmbedding(nn.Module):
         self.padding_idx = None if padding_idx is None else _id_of(padding_idx, num_embeddings)
         start, stop = range_of(self.part, group.rank)
         own = self.padding_idx is not None and start <= self.padding_idx < stop
-        self._local_padding = self.padding_idx - start if own and self.padding_idx is not None else None
+        self.local_padding = self.padding_idx - start if own and self.padding_idx is not None else None
         whole = torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype)
         nn.init.normal_(whole, generator=generator)
         if self.padding_idx is not None:
@@ -149,7 +157,11 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         local, elsewhere = local_ids(ids, self.part, self.group.rank)
-        return joined(F.embedding(local, self.weight, self._local_padding), elsewhere, self.group)
+        return joined(self.product(local), elsewhere, self.group)
+
+    def product(self, ids: torch.Tensor) -> torch.Tensor:
+        """This rank's rows at `ids` of its own."""
+        return F.embedding(ids, self.weight, self.local_padding)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, shard {self.group.rank} of {self.group.size}"

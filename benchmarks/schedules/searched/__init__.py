@@ -1,0 +1,1 @@
+"""Searched schedules beside the best textbook schedule, on uneven pipelines; by simulation."""

@@ -1,0 +1,210 @@
+"""Whether the backward of a unit may be split: the unit as it stands on this rank, once whole and once in two halves.
+
+    whole    F0 B0 F1 B1                two micro-batches of random numbers, real parameters, real collectives
+    split    F0 F1 I0 I1 W1 W0          gradients of inputs and of parameters must be the same
+
+What differs, or raises, keeps its whole backward, and is named. Once a kind of unit, and only where a schedule splits.
+Knows units and their calls; refuses to know stages and schedules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwise.execute.buffers import buffers_of
+from shardwise.execute.deferred import Deferred
+from shardwise.execute.weight_sums import WeightSums
+from shardwise.parallel.tensor.calls import Kind
+from shardwise.parallel.tensor.instance import Call, tensors_of
+from shardwise.parallel.tensor.sequence_shard import whole_tokens
+from shardwise.trace.absent import Absent
+from shardwise.trace.randomness import RandomMode, Scope, python_streams
+
+__all__ = ["SplitProof", "prove_splits"]
+
+# Relative; what sums in another order leave. A gradient that is lost, or counted twice, differs by 1e-2 and more.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
+_ROUGH = 5e-2
+_FLOOR = 1e-6  # of the root mean square of all gradients: smaller ones are compared with this
+_SIGNATURES = 2  # of a kind of unit
+_MICRO_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SplitProof:
+    """What was found of one kind of unit.
+
+    units: those of this rank. share: of its matrices, by elements, how much waits for W. why: the reason for which its
+    backward stays whole; "" where it is split.
+    """
+
+    units: tuple[str, ...]
+    share: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        more = f" and {len(self.units) - 1} more" if len(self.units) > 1 else ""
+        if self.why:
+            return f"{self.units[0]}{more}: whole backward: {self.why}"
+        return f"{self.units[0]}{more}: split backward, {self.share:.0%} of the weights wait for W"
+
+
+def prove_splits(
+    sums: WeightSums, modules: Mapping[str, nn.Module], kinds: Sequence[Kind], *, seed: int = 0
+) -> tuple[SplitProof, ...]:
+    """Compare, and tell `sums` which of the units `modules` keep their whole backward.
+
+    Collective among the shards of these units, and among ranks that divide their experts. Parameters, gradients and
+    buffers are left as they are.
+    """
+    proofs: list[SplitProof] = []
+    for kind in kinds:
+        units = tuple(unit for unit in kind.units if unit in modules)
+        if units and _trained(modules[units[0]]):
+            proofs.append(_prove(sums, modules[units[0]], units, kind.calls[:_SIGNATURES], seed))
+    known = {unit for proof in proofs for unit in proof.units}
+    unknown = tuple(unit for unit, module in modules.items() if unit not in known and _trained(module))
+    if unknown:
+        proofs.append(SplitProof(units=unknown, share=0.0, why="it was not called when the model was traced"))
+    sums.keep_whole([unit for proof in proofs if proof.why for unit in proof.units])
+    return tuple(proofs)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad and not isinstance(p, Absent)]
+
+
+def _prove(sums: WeightSums, module: nn.Module, units: tuple[str, ...], calls: Sequence[Call], seed: int) -> SplitProof:
+    waited: set[int] = set()
+    why = "" if calls else "it was not called when the model was traced"
+    for call in calls:
+        try:
+            with _as_it_was(module):
+                whole = _run(sums, module, call, seed, None)
+            with _as_it_was(module):
+                split = _run(sums, module, call, seed, waited)
+        except Exception as error:  # whatever a module raises when it is called by itself
+            why = why or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            continue
+        why = why or _difference(whole, split, _dtype(module))
+    matrices = [p for p in _trained(module) if p.dim() > 1]
+    held = sum(p.numel() for p in matrices if id(p) in waited)
+    share = held / max(sum(p.numel() for p in matrices), 1)
+    return SplitProof(units=units, share=0.0 if why else share, why=why)
+
+
+def _run(
+    sums: WeightSums, module: nn.Module, call: Call, seed: int, waited: set[int] | None
+) -> dict[str, torch.Tensor | None]:
+    """Gradients by name, of all micro-batches together; split where `waited` collects what is put off."""
+    split = waited is not None
+    given: list[dict[str, torch.Tensor]] = []
+    roots: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    queues = [Deferred() for _ in range(_MICRO_BATCHES)]
+
+    def backward(number: int) -> None:
+        with sums.deferring(queues[number]) if split else contextlib.nullcontext():
+            if roots[number][0]:
+                torch.autograd.backward(*roots[number])
+
+    with sums.running(sums=False, splits=split):
+        for number in range(_MICRO_BATCHES):
+            args, kwargs, leaves = _arguments(module, call, seed + number)
+            given.append(leaves)
+            scope = Scope(seed=seed, step=0, micro_batch=number, samples=_samples(args, kwargs), place="proof", call=0)
+            with python_streams(number), RandomMode(scope), torch.enable_grad():
+                roots.append(_roots(module(*args, **kwargs), call))
+            if not split:
+                backward(number)
+        for number in range(_MICRO_BATCHES if split else 0):
+            backward(number)
+        for queue in reversed(queues):
+            if waited is not None:
+                waited |= queue.parameters
+            queue.run()
+    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, Absent)}
+    of_inputs = {f"input {n} of micro-batch {m}": t.grad for m, own in enumerate(given) for n, t in own.items()}
+    return {**{name: None if g is None else g.clone() for name, g in found.items()}, **of_inputs}
+
+
+def _arguments(module: nn.Module, call: Call, seed: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Fresh arguments as the module takes them, and those among them that ask for a gradient."""
+    args, kwargs = call.fresh(seed=seed)
+    leaves, spec = tree_flatten((args, kwargs))
+    given: dict[str, torch.Tensor] = {}
+    dtype, device = _dtype(module), next(iter(module.parameters())).device
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            wanted = leaf.requires_grad
+            leaf = leaf.detach().to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+            leaves[place] = leaf.requires_grad_(wanted)
+            if wanted:
+                given[str(place)] = leaf
+    args, kwargs = tree_unflatten(leaves, spec)
+    return args, kwargs, given
+
+
+def _roots(out: object, call: Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    made = [whole_tokens(tensor) for tensor in tensors_of(out)]
+    read = [tensor for place, tensor in enumerate(made) if call.read is None or place in call.read]
+    roots = [tensor for tensor in read if tensor.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    return roots, [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in roots]
+
+
+def _samples(args: Any, kwargs: Any) -> tuple[int, ...]:
+    sizes = [tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim()]
+    return tuple(range(sizes[0] if sizes else 1))
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Gradients begin as none; they and the buffers are put back."""
+    gradients = [(parameter, parameter.grad) for parameter in _trained(module)]
+    buffers = buffers_of(module)
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for buffer in buffers:
+            if buffer.is_written():
+                buffer.restore()
+
+
+def _difference(
+    whole: Mapping[str, torch.Tensor | None], split: Mapping[str, torch.Tensor | None], dtype: torch.dtype
+) -> str:
+    """The first gradient that is not the same, in words; "" where all are."""
+    floor = _FLOOR * _root_mean_square([g for g in whole.values() if g is not None])
+    tolerance = _TOLERANCES.get(dtype, _ROUGH)
+    for name, wanted in whole.items():
+        got = split[name]
+        if got is None or wanted is None:
+            if got is not wanted:
+                return f"the gradient of {name} is {'missing' if got is None else 'there'} in halves alone"
+            continue
+        least = floor * math.sqrt(wanted.numel())
+        error = float((got - wanted).norm()) / max(float(wanted.norm()), least, 1e-300)
+        if not error <= tolerance:
+            return f"the gradient of {name} differs by {error:.1e} (relative; {tolerance:g} is allowed)"
+    return ""
+
+
+def _root_mean_square(gradients: Collection[torch.Tensor]) -> float:
+    squares = sum(float(gradient.norm()) ** 2 for gradient in gradients)
+    return math.sqrt(squares / max(sum(gradient.numel() for gradient in gradients), 1))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

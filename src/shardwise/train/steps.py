@@ -1,0 +1,68 @@
+"""Steps of a run one after another, with their updates: each drained before the next one begins, or not.
+
+The loop is given steps that are done; how many are under way meanwhile is known here alone. Refuses to know what the
+figures of a step are good for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from shardwise.execute.continuous import Stream
+from shardwise.execute.program import StepResult
+from shardwise.train.build import World
+from shardwise.train.memory import memory_of_ranks
+from shardwise.train.update import update
+
+__all__ = ["Done", "steps_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """A step whose update has been made."""
+
+    step: int
+    result: StepResult
+    norm: float  # of all gradients, before they were clipped
+    seconds: float
+    memory_bytes: Sequence[int]  # by rank
+
+
+def steps_of(world: World, *, pauses: Callable[[int], bool]) -> Iterator[Done]:
+    """All steps from `world.first_step`. Behind a step of which `pauses(step)` is true nothing is under way when it is
+    given, and the parameters have their newest values."""
+    if world.stream is None:
+        return _drained(world)
+    return _continuous(world, world.stream, pauses)
+
+
+def _drained(world: World) -> Iterator[Done]:
+    program, optimizer, options = world.program, world.optimizer, world.run.training
+    for step in range(world.first_step, options.steps):
+        start = time.perf_counter()
+        result = program.step(world.micro_batches(step), step=step)
+        norm = program.gradient_norm()
+        update(program, optimizer, options, step=step, norm=norm)
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
+        memory_bytes = memory_of_ranks(program.place, world.device)
+        yield Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes)
+
+
+def _continuous(world: World, stream: Stream, pauses: Callable[[int], bool]) -> Iterator[Done]:
+    steps = world.run.training.steps
+    following = world.micro_batches(world.first_step) if world.first_step < steps else None
+    for step in range(world.first_step, steps):
+        batch = following if following is not None else world.micro_batches(step)
+        following = None if step + 1 == steps or pauses(step) else world.micro_batches(step + 1)
+        for done in stream.step(step, batch, following):
+            yield Done(
+                step=done.step,
+                result=StepResult(done.loss, done.weight, done.moments, sent_bytes=done.sent_bytes),
+                norm=done.norm,
+                seconds=done.seconds,
+                memory_bytes=[int(number) for number in done.told],
+            )

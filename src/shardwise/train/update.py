@@ -1,0 +1,35 @@
+"""The update of a step: gradients clipped, the rate of the step, the optimizer. Knows a run's options, no loop."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwise.execute.program import Program
+from shardwise.train.optimizer import set_rate
+from shardwise.train.rate import learning_rate
+from shardwise.train.run_file import TrainingOptions
+
+__all__ = ["rate_of", "update"]
+
+
+def update(
+    program: Program, optimizer: torch.optim.Optimizer | None, options: TrainingOptions, *, step: int, norm: float
+) -> None:
+    """Apply the gradients of a step to this rank's parameters; `norm` is that of all gradients of the model."""
+    if options.clip and norm > options.clip:
+        program.scale_gradients(options.clip / norm)
+    if optimizer is not None:
+        set_rate(optimizer, rate_of(options, step))
+        optimizer.step()
+
+
+def rate_of(options: TrainingOptions, step: int) -> float:
+    """The learning rate of a step."""
+    return learning_rate(
+        step,
+        peak=options.learning_rate,
+        steps=options.steps,
+        warm_up=options.warm_up,
+        schedule=options.schedule,
+        final_fraction=options.final_fraction,
+    )

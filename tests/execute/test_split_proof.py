@@ -1,0 +1,116 @@
+"""A unit splits its backward only where both halves have been seen to make the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+
+from shardwise.execute.split_proof import SplitProof, prove_splits
+from shardwise.execute.weight_sums import WeightSums
+from shardwise.parallel.tensor.calls import kinds_of
+
+WIDTH = 6
+
+
+class Good(nn.Module):
+    """Linear, dropout, norm: the norm's weights do not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + nn.functional.dropout(torch.tanh(self.linear(x)), 0.3, self.training))
+
+
+class Plain(Good):
+    """A matrix that no layer multiplies with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x @ self.matrix.cos())
+
+
+class Overwrites(torch.autograd.Function):
+    """A backward that writes into the gradient it is given, which others have kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].mul_(2.0)
+
+
+class Bad(Good):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = Overwrites.apply(x)
+        return y + self.linear(y.detach()) + Overwrites.apply(self.linear(x))
+
+
+class Late(Good):
+    """The gradient that its linear layer has kept is written into afterwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Overwrites.apply(x) + self.linear(x.detach())
+
+
+class Model(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def proven(model: nn.Module) -> tuple[WeightSums, tuple[SplitProof, ...]]:
+    names = [f"layers.{place}" for place in range(len(model.layers))]
+    kinds = kinds_of(model, (torch.randn(8, WIDTH),), units=names)
+    sums = WeightSums()
+    sums.install(model, names, dict(model.named_parameters()))
+    return sums, prove_splits(sums, {name: model.get_submodule(name) for name in names}, kinds)
+
+
+def test_units_that_are_alike_are_proven_once_and_left_as_they_were() -> None:
+    model = Model(Good(), Good(), Good(), Plain())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sums, proofs = proven(model)
+    assert [str(proof) for proof in proofs] == [
+        "layers.0: split backward, 100% of the weights wait for W",  # its input has no gradient
+        "layers.1 and 1 more: split backward, 100% of the weights wait for W",
+        "layers.3: split backward, 50% of the weights wait for W",
+    ]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    sums.close()
+
+
+@pytest.mark.parametrize("bad", [Late, Bad])
+def test_a_unit_whose_halves_are_not_the_whole_keeps_it_and_is_named(bad: type[nn.Module]) -> None:
+    sums, proofs = proven(Model(Good(), bad()))
+    good, refused = proofs
+    assert not good.why
+    assert refused.units == ("layers.1",)
+    assert refused.share == 0
+    assert "written into" in refused.why or "differs" in refused.why
+    assert [layer.splits for layer in sums._layers.values()] == [True, False]
+    sums.close()
+
+
+def test_a_unit_that_was_not_called_keeps_its_whole_backward() -> None:
+    model = Model(Good())
+    kinds = kinds_of(model, (torch.randn(8, WIDTH),), units=["layers.0"])
+    sums = WeightSums()
+    (_, unknown) = prove_splits(sums, {"layers.0": model.layers[0], "other": Good()}, kinds)
+    assert unknown.why == "it was not called when the model was traced"
