@@ -39,7 +39,7 @@ def needs_of_stages(run: Run) -> list[Needs]:
     task = build_task(job)
     model, _ = build_model(job)
     profile = trace(model, first_micro_batch(run, task), loss=task.loss)
-    cut = cut_stages(profile.flow, place(profile, run.layout), run.layout.pp)
+    cut = cut_stages(profile.flow, place(profile, run.layout), run.layout.num_stages)
     number = run.num_micro_batches
     predicted = estimate(profile, run.layout, cut, num_micro_batches=number, flops_per_s=1e9, optimizer="sgd")
     values = profile.flow.values

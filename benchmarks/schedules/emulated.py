@@ -21,7 +21,7 @@ from shardwise.execute.batches import split
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
 from shardwise.plan.sources import GivenSource
-from shardwise.schedule import Costs, Kind, Schedule, chunks_of, generate, placement, simulate
+from shardwise.schedule import Costs, Kind, Schedule, generate, placement, simulate
 from shardwise.schedule.search import search
 
 __all__ = ["Case", "Ran", "cases", "costs_of", "figures", "line", "row_of", "run_case"]
@@ -53,14 +53,14 @@ class Ran:
     ends: tuple[float, ...]
 
 
-def costs_of(num_stages: int, *, chunks: int, even: bool, seed: int = 0) -> Costs:
-    """F = I and W = 0.8 of it, so that a whole backward, I and W, stays within 20 ms.
+def costs_of(num_stages: int, *, even: bool, seed: int = 0) -> Costs:
+    """Every action takes 5 to 20 ms; a whole backward as long as its I and W.
 
-    Even: 10 ms a rank, divided by its stages. Uneven: every stage between 6.25 and 11.1 ms, drawn evenly.
+    Even: F = I = W = 10 ms. Uneven: F = I of every stage between 6.25 and 11.1 ms, drawn evenly, W = 0.8 of it.
     """
     chosen = random.Random(seed)
     longest = LONGEST_S / 1.8
-    seconds = [10e-3 / chunks if even else chosen.uniform(SHORTEST_S / 0.8, longest) for _ in range(num_stages)]
+    seconds = [10e-3 if even else chosen.uniform(SHORTEST_S / 0.8, longest) for _ in range(num_stages)]
     weight = tuple((1.0 if even else 0.8) * s for s in seconds)
     return Costs(
         compute_seconds={
@@ -77,11 +77,10 @@ def cases(num_ranks: int, *, even: bool, search_s: float) -> list[Case]:
     num_micro_batches = 2 * num_ranks
     made = []
     for name in TEXTBOOK:
-        chunks = chunks_of(name)
-        schedule = generate(name, num_ranks=num_ranks, num_micro_batches=num_micro_batches, chunks=chunks)
-        costs = costs_of(schedule.num_stages, chunks=chunks, even=even)
+        schedule = generate(name, num_ranks=num_ranks, num_micro_batches=num_micro_batches)
+        costs = costs_of(schedule.num_stages, even=even)
         made.append(Case(even=even, schedule=schedule, costs=costs))
-    costs = costs_of(num_ranks, chunks=1, even=even)
+    costs = costs_of(num_ranks, even=even)
     ranks = placement("1f1b", num_ranks=num_ranks)
     found = search(costs, num_micro_batches=num_micro_batches, ranks=ranks, seconds=search_s)
     made.append(Case(even=even, schedule=found.schedule, costs=costs, bound_s=found.lower_bound_s))
@@ -141,7 +140,7 @@ def row_of(case: Case, ranks: Sequence[Ran]) -> dict[str, Any]:
     return {
         "ranks": case.schedule.num_ranks,
         "stages": "even" if case.even else "uneven",
-        "schedule": case.schedule.name,
+        "schedule": case.schedule.name if case.bound_s is None else "searched",
         "micro_batches": case.schedule.num_micro_batches,
         "measured_s": measured,
         "slowest_s": max(seconds),

@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,10 +108,30 @@ def _overhead(options: argparse.Namespace, starter: RankStarter) -> dict[str, An
     return {"rows": rows}
 
 
+def _searched(options: argparse.Namespace, starter: RankStarter) -> dict[str, Any]:
+    """`benchmarks.schedules.searched`, in a process of its own: its solver shares none with another one."""
+    share = 0.05 if options.quick else options.share
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "searched.json"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.schedules.searched",
+            "--share",
+            f"{share}",
+            "--output",
+            f"{output}",
+        ]
+        subprocess.run(command, check=True)
+        found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
 PARTS: Mapping[str, Callable[[argparse.Namespace, RankStarter], dict[str, Any]]] = {
     "real": _real,
     "emulated": _emulated,
     "overhead": _overhead,
+    "searched": _searched,
 }
 
 
@@ -123,6 +146,8 @@ def _figures(parts: Mapping[str, Any]) -> dict[str, Any]:
         two = [row for row in parts["overhead"]["rows"] if row["ranks"] == 2]  # as many as cores: the clock is right
         found["overhead_us"] = round(statistics.fmean(row["wall_us"][overhead.OURS] for row in two), 1)
         found["overhead_vs_torch"] = round(max(row["wall_ratio"] for row in two), 4)
+    if "searched" in parts:
+        found |= parts["searched"]["figures"]
     return found
 
 

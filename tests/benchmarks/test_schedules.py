@@ -31,7 +31,7 @@ def test_both_executors_run_the_same_actions(rank: RankContext) -> None:
 @on_ranks(2)
 def test_an_emulated_step_takes_as_long_as_its_actions_sleep(rank: RankContext) -> None:
     schedule = generate("1f1b", num_ranks=2, num_micro_batches=4)
-    case = emulated.Case(even=True, schedule=schedule, costs=emulated.costs_of(2, chunks=1, even=True))
+    case = emulated.Case(even=True, schedule=schedule, costs=emulated.costs_of(2, even=True))
     ran = emulated.run_case(rank, case, 1)
     assert case.simulated_s == pytest.approx(0.15)
     assert ran.ends[0] - ran.starts[0] >= case.simulated_s - 1e-3
@@ -53,7 +53,7 @@ def test_efficiency_is_of_two_processes_and_ratios_are_of_the_same_schedule() ->
 
 
 def test_uneven_stages_sleep_between_5_and_20_ms() -> None:
-    costs = emulated.costs_of(16, chunks=1, even=False)
+    costs = emulated.costs_of(16, even=False)
     seconds = [s for kind in (Kind.F, Kind.I, Kind.W, Kind.B) for s in costs.compute_seconds[kind]]
     assert min(seconds) >= 5e-3
     assert max(seconds) <= 20e-3

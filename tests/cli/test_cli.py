@@ -50,7 +50,7 @@ def test_help_of_train_shows_the_tables_of_a_run_file_on_narrow_terminals(monkey
     assert run_command(["train", "--help"]) == 0
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
-    for key in ("folder", "layout", "balance", "[model]", "[task]", "[training]", "[checkpoint]"):
+    for key in ("folder", "layout", "balance", "[model]", "[task]", "[training]", "[checkpoint]", "[timeline]"):
         assert f"\n   {key} " in told
 
 

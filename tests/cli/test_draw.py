@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from schedule.test_recording import recording
+from schedule.test_recording import MEASURED, recording
 from schedule.test_waits import timeline_of
 from shardwise.cli import run_command
 from shardwise.cli.draw_costs import costs_of
@@ -43,15 +43,27 @@ def test_a_whole_backward_is_both_halves_and_the_other_way_round() -> None:
 
 
 def test_a_picture_a_trace_and_the_schedule_itself_are_written(tmp_path: Path, capsys) -> None:
-    svg, chrome, written = tmp_path / "new" / "picture.svg", tmp_path / "trace.json", tmp_path / "schedule.json"
-    files = ["--svg", str(svg), "--chrome", str(chrome), "--json", str(written)]
+    svg, chrome = tmp_path / "new" / "picture.svg", tmp_path / "trace.json"
+    written, csv = tmp_path / "schedule.json", tmp_path / "schedule.csv"
+    files = ["--svg", str(svg), "--chrome", str(chrome), "--json", str(written), "--csv", str(csv)]
     assert run_command(["draw", "1f1b", "--ranks", "2", "--micro-batches", "3", *files]) == 0
     assert "<title>1f1b: 2 stages on 2 ranks, 3 micro-batches: 12, bubble 25.0 %</title>" in svg.read_text()
     assert len(json.loads(chrome.read_text())["traceEvents"]) > 12
     assert Schedule.from_json(written.read_text()) == generate("1f1b", num_ranks=2, num_micro_batches=3)
     drawn = capsys.readouterr().out
-    assert run_command(["draw", str(written)]) == 0
-    assert capsys.readouterr().out == drawn
+    for path in (written, csv):
+        assert run_command(["draw", str(path)]) == 0
+        assert capsys.readouterr().out == drawn
+
+
+def test_passes_add_recomputation_offloading_and_sums_of_gradients(tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "picture.svg"
+    arguments = ["--ranks", "2", "--micro-batches", "6", "--reduce", "1.5", "--offload", "0.25", "--svg", str(picture)]
+    assert run_command(["draw", "gpipe", *arguments, "--recompute"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("5^5<<<.......")
+    assert "3^ forward again of micro-batch 3" in lines[3]
+    assert all(f">{name}</text>" in picture.read_text() for name in ("sum of gradients", "offload", "load"))
 
 
 def test_a_schedule_is_searched_for_within_a_memory_and_can_be_run(tmp_path: Path, capsys) -> None:
@@ -85,6 +97,38 @@ def test_a_run_is_drawn_measured_above_predicted(tmp_path: Path, capsys) -> None
     assert '"F0 stage 1"' in chrome.read_text()
     assert run_command(["draw", str(tmp_path)]) == 0
     assert "step 10, measured: 4 s" in capsys.readouterr().out
+
+
+def test_other_schedules_are_drawn_with_the_costs_that_a_run_measured(tmp_path: Path, capsys) -> None:
+    recording().write(tmp_path / "timelines")  # F 1 and 1 s, B 2 and 1.5 s, half a second there and back
+    measured = ["--costs", str(tmp_path), "--micro-batches", "2"]
+    assert run_command(["draw", "zb-h1", *measured, "--chrome", str(tmp_path / "trace.json")]) == 0
+    assert "2 ranks, 7.75 s" in capsys.readouterr().out
+    slices = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    lasts = {e["name"]: e["dur"] for e in slices}
+    assert (lasts["F1 stage 0"], lasts["I1 stage 1"], lasts["W1 stage 1"]) == (1e6, 0.75e6, 0.75e6)
+    assert run_command(["draw", "searched", *measured]) == 0
+    assert "searched: 2 stages on 2 ranks, 2 micro-batches" in capsys.readouterr().out
+    assert run_command(["draw", "zb-v", *measured]) == 1
+    assert "costs of a run are those of its 2 stages, but the schedule has 4" in capsys.readouterr().err
+
+
+def test_steps_that_are_not_drained_are_drawn_one_after_another(capsys) -> None:
+    assert run_command(["draw", "pipedream-2bw", "--ranks", "2", "--micro-batches", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "rank 1  ..0>0<<<1>1<<<2>2<<<3>3<<<4>4<<<5>5<<<...."
+
+
+def test_of_several_pipelines_the_slowest_is_drawn_and_all_are_traced(tmp_path: Path, capsys) -> None:
+    slow = timeline_of("0F0:0-1 0B0:8-10", "1F0:1-2 1B0:2-4")
+    recording(MEASURED, slow).write(tmp_path / "timelines")
+    assert run_command(["draw", str(tmp_path), "--chrome", str(tmp_path / "trace.json")]) == 0
+    told = capsys.readouterr().out
+    assert "step 5, measured: 10 s" in told
+    assert "drawn is the slowest of 2 pipelines, which took 6.5, 10 s" in told
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
+        f"{name} rank {rank}" for name in ("pipeline 0", "pipeline 1", "predicted") for rank in range(2)
+    ]
 
 
 @pytest.mark.parametrize(

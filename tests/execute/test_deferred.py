@@ -1,4 +1,4 @@
-"""A backward in two halves has the gradients of a whole one, for every layer that is known and whatever is around it."""
+"""A backward in two halves has the gradients of a whole one, for every layer that is known, whatever is around it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from shardwise.execute.deferred import Deferred
 from shardwise.execute.layer_forwards import OwnProducts
 from shardwise.execute.layer_products import LayerProducts, Linear
 from shardwise.execute.weight_sums import WeightSums
+from shardwise.parallel.tensor.modules import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
 
 EXACT = 1e-12  # float64: the same products, sums in another order
 
@@ -68,11 +70,13 @@ def made(layer: nn.Module) -> nn.Module:
 
 
 def gradients_of(
-    model: nn.Module, batches: list[torch.Tensor], forward: Forward, *, split: bool
+    model: nn.Module, batches: list[torch.Tensor], forward: Forward, *, split: bool, watch: bool
 ) -> tuple[dict[str, torch.Tensor | None], list[torch.Tensor | None], list[int]]:
     """Of parameters and inputs; all I run before all W, and the last W first. And the length of each queue."""
     sums = WeightSums()
     sums.install(model, ["unit"], dict(model.named_parameters()))
+    if watch:
+        sums.watch("unit", model["unit"])
     queues: list[Deferred] = []
     xs = [batch.detach().clone() for batch in batches]
     with sums.running(sums=False, splits=split):
@@ -88,23 +92,32 @@ def gradients_of(
         lengths = [len(queue) for queue in queues]
         for queue in reversed(queues):
             queue.run()
+    sums.unwatch()
     sums.close()
     found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return found, [x.grad for x in xs], lengths
 
 
-def assert_split(model: nn.Module, batches: list[torch.Tensor], forward: Forward, *, waiting: int | None) -> None:
+def assert_split(
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    forward: Forward,
+    *,
+    waiting: int | None,
+    watch: bool = False,
+    tolerance: float = EXACT,
+) -> None:
     """Both halves make the whole, and so many products have waited for W in each micro-batch."""
-    wanted, wanted_x, _ = gradients_of(model, batches, forward, split=False)
-    got, got_x, lengths = gradients_of(model, batches, forward, split=True)
+    wanted, wanted_x, _ = gradients_of(model, batches, forward, split=False, watch=False)
+    got, got_x, lengths = gradients_of(model, batches, forward, split=True, watch=watch)
     for name, gradient in wanted.items():
         if gradient is None:
             assert got[name] is None, name
         else:
-            torch.testing.assert_close(got[name], gradient, rtol=EXACT, atol=EXACT)
+            torch.testing.assert_close(got[name], gradient, rtol=tolerance, atol=tolerance)
     for mine, other in zip(got_x, wanted_x, strict=True):
-        torch.testing.assert_close(mine, other, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
     if waiting is not None:
         assert lengths == [waiting] * len(batches)
 
@@ -178,6 +191,95 @@ def test_a_checkpoint_inside_a_unit_is_split(reentrant: bool) -> None:
     assert_split(made(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))), numbers(2, 6), forward, waiting=2)
 
 
+class Divided(nn.Module):
+    """This rank's part of a table, of columns and of rows."""
+
+    def __init__(self, group: ThreadGroup) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.embed = VocabParallelEmbedding(7, 6, padding_idx=3, group=group, generator=random)
+        self.up = ColumnParallelLinear(6, 8, group=group, generator=random)
+        self.whole = ColumnParallelLinear(6, 8, group=group, gather_output=True, generator=random)
+        self.down = RowParallelLinear(8, 6, group=group, generator=random)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return torch.tanh(self.down(torch.tanh(self.up(x)))) + self.whole(x)[..., :6]
+
+
+def test_the_halves_of_divided_layers_are_the_whole() -> None:
+    ids = [torch.tensor([[0, 2, 3], [6, 5, 2]]), torch.tensor([[3, 3, 4]])]
+
+    def work(group: ThreadGroup) -> None:
+        model = nn.ModuleDict({"unit": Divided(group).double()})
+        assert_split(model, ids, squares, waiting=4)
+
+    on_threads(2, work)
+
+
+class InCode(nn.Module):
+    """Products that no layer makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.stack = nn.Parameter(torch.randn(3, 6, 6))
+
+
+PRODUCTS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], int]] = {
+    "F.linear": (lambda m, x: F.linear(x, m.a, m.bias), 1),
+    "F.linear of named arguments": (lambda m, x: F.linear(input=x, weight=m.a), 1),
+    "one of a stack": (lambda m, x: F.linear(x, m.stack[2], m.bias) + F.linear(x, m.stack[0]), 2),
+    "matmul": (lambda m, x: x @ m.a.t() + torch.matmul(x, m.a) + x.mm(m.a[:, :3]).repeat(1, 2), 3),
+    "addmm": (lambda m, x: torch.addmm(m.bias, x, m.a), 1),
+    "batched": (lambda m, x: torch.bmm(x.view(1, -1, 6).expand(3, -1, 6), m.stack), 1),
+    "batched, transposed": (lambda m, x: x.expand(3, *x.shape) @ m.stack.transpose(1, 2), 1),
+    "two weights": (lambda m, x: x * (m.a @ m.a.t()).sum(), 1),
+    "a vector": (lambda m, x: x @ m.bias, 0),
+    "expanded": (lambda m, x: x @ m.bias[:, None].expand(6, 4), 0),
+    "computed": (lambda m, x: x @ m.a.exp(), 0),
+    "no weight": (lambda m, x: x @ x.t(), 0),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_in_plain_code_are_put_off_where_they_are_watched(name: str) -> None:
+    body, waiting = PRODUCTS[name]
+    model = made(InCode())
+    model["unit"].forward = lambda x: body(model["unit"], x)
+    assert_split(model, numbers(4, 6), squares, waiting=waiting, watch=True)
+    assert_split(model, numbers(4, 6), squares, waiting=0)
+
+
+def test_a_table_in_plain_code_is_put_off_where_it_is_watched() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return F.linear(F.embedding(ids, self.table, padding_idx=-1), self.table)
+
+    ids = [torch.tensor([[0, 2, 2], [4, 1, 2]]), torch.tensor([[3, 3, 4]])]
+    assert_split(made(Table()), ids, squares, waiting=2, watch=True)
+
+
+def test_grouped_products_are_put_off_where_they_are_watched() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(3, 8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            offs = torch.tensor([2, 2, 7], dtype=torch.int32)
+            y = F.grouped_mm(x, self.stack.transpose(-2, -1), offs=offs)  # (rows, 8)
+            return F.grouped_mm(torch.tanh(y), self.stack, offs=offs)
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"unit": Experts()})
+    assert_split(model, [x.float() for x in numbers(7, 4)], squares, waiting=2, watch=True, tolerance=1e-5)
+
+
 class AsksForAGradient(torch.autograd.Function):
     """Its backward asks for a gradient of its own, which is no gradient of a weight (an implicit layer, say)."""
 
@@ -225,14 +327,38 @@ def test_what_torch_transforms_and_compiles_is_torchs_own() -> None:
     )
 
 
-def test_under_autocast_weights_do_not_wait() -> None:
-    model = nn.ModuleDict({"unit": nn.Linear(6, 3)})
+class Rounded(nn.Module):
+    """Layers that autocast rounds, and one that it does not."""
 
-    def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.out = nn.Embedding(5, 8), nn.Linear(8, 8), Conv1D(4, 8)
+        self.conv, self.matrix = nn.Conv1d(4, 6, 3, padding=1), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.out(torch.tanh(self.linear(self.embed(ids))))  # (batch, tokens, 4)
+        return self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.matrix
+
+
+def test_under_autocast_weights_wait_for_the_gradients_that_autocast_computes() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"unit": Rounded()})
+    ids = [torch.tensor([[0, 2, 2], [4, 1, 2]]), torch.tensor([[3, 3, 3]])]
+
+    def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model["unit"](x).float().square().sum()
+            y = model["unit"](ids)
+            assert y.dtype == torch.bfloat16
+            return y.float().square().sum()
 
-    assert_split(model, [x.float() for x in numbers(2, 6)], forward, waiting=0)
+    assert_split(model, ids, forward, waiting=5, watch=True, tolerance=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_unit_is_torchs_own() -> None:
+    model = made(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    compiled = torch.compile(model["unit"], backend="eager")
+    assert_split(model, numbers(2, 6), lambda m, x: compiled(x).square().sum(), waiting=0)
 
 
 def test_the_queue_keeps_inputs_and_output_gradients_alone_and_frees_them_layer_by_layer() -> None:

@@ -44,7 +44,7 @@ class Event:
         self.device_s = max(self.device.done_s, self.device.host_s) + self.device.offset_s
 
     def synchronize(self) -> None:
-        self.device.host_s = max(self.device.host_s, self.device.done_s)
+        self.device.host_s = max(self.device.host_s, self.device_s - self.device.offset_s)
 
     def elapsed_time(self, end_event: Any) -> float:
         return 1e3 * (end_event.device_s - self.device_s)
@@ -65,6 +65,7 @@ def test_an_action_waits_first_and_computes_then() -> None:
         ("0B0", 2.0, 2.0, 5.0, 3.0),
     ]
     assert len(moments) == 2
+    assert moments.busy_s == 3.5
     assert moments[1].action == actions("0B0")[0]
 
 
@@ -79,6 +80,17 @@ def test_events_of_a_device_are_told_in_seconds_of_the_host(offset_s: float) -> 
     marks.append(clock.now())
     assert device.host_s == pytest.approx(100.002)  # nobody waited for the device
     assert clock.seconds(marks) == pytest.approx([100.0, 102.0, 105.0])
+
+
+def test_what_a_device_computed_is_told_without_waiting_for_what_it_does_next() -> None:
+    device = Device(offset_s=77.0)
+    clock = DeviceClock(device.event, host_now=device.now)
+    marks = [clock.now(), clock.now()]
+    device.compute(2.0)
+    marks.append(clock.now())
+    device.compute(1000.0)  # the optimizer, say
+    assert Moments(clock, actions("0F0"), marks).busy_s == pytest.approx(2.0)
+    assert device.host_s < 1000.0
 
 
 def test_a_device_that_did_nothing_is_not_waited_for() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from shardwise.execute.split_proof import SplitProof, prove_splits
+from shardwise.execute.split_proof import SplitProof, in_words, prove_splits
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.tensor.calls import kinds_of
 
@@ -35,6 +35,18 @@ class Plain(Good):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x @ self.matrix.cos())
+
+
+class InCode(Good):
+    """A matrix that the code of the unit multiplies with, and a stack of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.stack = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x @ self.matrix.t())
+        return super().forward(nn.functional.linear(x, self.stack[1]) + x.matmul(self.stack[0]))
 
 
 class Overwrites(torch.autograd.Function):
@@ -96,6 +108,14 @@ def test_units_that_are_alike_are_proven_once_and_left_as_they_were() -> None:
     sums.close()
 
 
+def test_products_in_the_code_of_a_unit_are_put_off_where_layers_are_not_all() -> None:
+    sums, proofs = proven(Model(Good(), InCode(), InCode()))
+    assert [(proof.units, proof.share) for proof in proofs] == [(("layers.0",), 1.0), (("layers.1", "layers.2"), 1.0)]
+    assert [unit for unit, _, _ in sums._watched] == ["layers.1", "layers.2"]
+    sums.unwatch()
+    sums.close()
+
+
 @pytest.mark.parametrize("bad", [Late, Bad])
 def test_a_unit_whose_halves_are_not_the_whole_keeps_it_and_is_named(bad: type[nn.Module]) -> None:
     sums, proofs = proven(Model(Good(), bad()))
@@ -108,9 +128,14 @@ def test_a_unit_whose_halves_are_not_the_whole_keeps_it_and_is_named(bad: type[n
     sums.close()
 
 
-def test_a_unit_that_was_not_called_keeps_its_whole_backward() -> None:
+def test_a_unit_that_was_not_called_is_proven_by_one_that_is_alike_or_keeps_its_whole_backward() -> None:
     model = Model(Good())
     kinds = kinds_of(model, (torch.randn(8, WIDTH),), units=["layers.0"])
-    sums = WeightSums()
-    (_, unknown) = prove_splits(sums, {"layers.0": model.layers[0], "other": Good()}, kinds)
-    assert unknown.why == "it was not called when the model was traced"
+    modules = {"layers.0": model.layers[0], "alike": Good(), "other": Plain()}
+    first, unknown = prove_splits(WeightSums(), modules, kinds)
+    assert (first.units, first.why) == (("layers.0", "alike"), "")
+    assert (unknown.units, unknown.why) == (("other",), "it was not called when the model was traced")
+    assert in_words([first, unknown, first]) == (
+        "split backward: proven equal to the whole one of 2 units, before the first step",
+        "other: whole backward: it was not called when the model was traced",
+    )

@@ -72,3 +72,29 @@ def test_no_line_is_longer_than_a_terminal() -> None:
     text = explained(chain([10**6] * 40, units=units), Layout(dp=8, pp=12), num_micro_batches=24)
     assert max(map(len, text.splitlines())) <= 100
     assert all(unit in text for unit in units)
+
+
+def test_a_plan_of_several_stages_a_rank_says_what_each_rank_holds() -> None:
+    text = explained(chain([10**6] * 4), Layout(pp=2, schedule="zb-v"))
+    assert "1 replica of 4 stages, 2 a rank, on 2 ranks; zb-v with 4 micro-batches" in " ".join(text.split())
+    assert "stage 3       rank 0: 4 parameters" in text
+    assert "rank 0        stages 0 and 3:" in text
+    assert "rank 1        stages 1 and 2:" in text
+    assert "busiest rank 1.00 × the mean" in " ".join(text.split())
+
+
+def test_what_two_stages_of_a_rank_share_is_held_once() -> None:
+    units = ["layers.0", "layers.1", "layers.2", "layers.0"]
+    text = explained(chain([10**6] * 4, units=units), Layout(pp=2, schedule="zb-v"))
+    assert "on stages 0, 3; stages of one rank, which holds them once" in text
+    text = explained(chain([10**6] * 4, units=units), Layout(pp=2, schedule="interleaved"))
+    assert "on stages 0, 3; gradients are summed" in text
+
+
+def test_what_a_search_gained_is_told() -> None:
+    profile, layout = chain([10**6] * 4), Layout(pp=2)
+    cut = cut_stages(profile.flow, place(profile, layout), 2)
+    found = estimate(profile, layout, cut, num_micro_batches=4, flops_per_s=1e6)
+    assert "schedule      searched: 3 s predicted" in explain(
+        profile, layout, cut, found, found="searched: 3 s predicted"
+    )

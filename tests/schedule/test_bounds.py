@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedule.searches import Case, cases
@@ -35,6 +35,7 @@ def problem_of(
     return Problem.of(costs, edges, num_micro_batches=num_micro_batches, ranks=ranks, memory=memory)
 
 
+@settings(deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_no_schedule_is_below_the_bound(case: Case, chance: object) -> None:
     problem = case.problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from schedule.helpers import picture_in, picture_of
-from shardwise.schedule import Costs, check, dualpipe_v, simulate
+from shardwise.schedule import Costs, check, dualpipe_v, simulate, zb_v
 
 
 def test_it_looks_like_its_picture() -> None:
@@ -19,6 +19,15 @@ def test_bubble_and_peak_are_those_of_the_paper(p: int, m: int) -> None:
     # (p-1)(t_FB + t_B - 3 t_W)/2 with t_F = t_I = t_W = 2 on a rank, t_FB = t_F + t_B: (p-1)(3 + 2 - 3)/2 in slots
     assert timeline.seconds == 6 * m + p - 1
     assert max(check(schedule).peak_per_rank) <= 2 * p + 1
+
+
+@pytest.mark.parametrize("p, m", [(2, 1), (3, 2), (4, 4), (8, 8)])
+def test_few_micro_batches_wait_no_longer_than_in_zb_v(p: int, m: int) -> None:
+    costs = Costs.uniform(2 * p)
+    ours, other = (
+        simulate(g(num_ranks=p, num_micro_batches=m), costs=costs) for g in (dualpipe_v.generate, zb_v.generate)
+    )
+    assert ours.seconds <= other.seconds
 
 
 def test_in_the_steady_phase_a_forward_stands_next_to_the_whole_backward_of_the_other_stage() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.errors import ScheduleError
@@ -43,6 +43,7 @@ def pipelines(draw_: st.DrawFn) -> tuple[str, int, int, Edges]:
     )
 
 
+@settings(deadline=2000)
 @given(pipelines(), st.integers(1, 13), st.integers(0, 3))
 def test_what_is_generated_passes_the_checker_on_any_graph(
     pipeline: tuple[str, int, int, Edges], num_micro_batches: int, prefetch: int
@@ -62,6 +63,7 @@ def test_none_deadlocks_on_a_chain_however_many_ranks_and_micro_batches_there_ar
         check(generate(name, num_ranks=num_ranks, num_micro_batches=m, chunks=chunks))
 
 
+@settings(deadline=2000)
 @given(pipelines(), st.integers(1, 13))
 def test_every_stage_takes_the_micro_batches_in_order_so_that_gradients_add_up_in_one_order(
     pipeline: tuple[str, int, int, Edges], num_micro_batches: int

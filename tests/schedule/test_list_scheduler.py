@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedule.searches import Case, cases
@@ -17,6 +17,7 @@ from shardwise.schedule.policies import changed, first_policies
 from shardwise.schedule.problem import FORWARD, INPUT, WEIGHT, WHOLE, Problem
 
 
+@settings(deadline=None)
 @given(cases(), st.integers(0, 10**6))
 def test_any_rule_makes_a_schedule_that_runs_and_fits(case: Case, seed: int) -> None:
     problem, chance = case.problem, random.Random(seed)
@@ -29,6 +30,7 @@ def test_any_rule_makes_a_schedule_that_runs_and_fits(case: Case, seed: int) -> 
         policy = changed(policy, problem, chance)
 
 
+@settings(deadline=None)
 @given(cases(free=True), st.integers(0, 10**6))
 def test_with_free_transfers_it_is_timed_as_the_simulator_does(case: Case, seed: int) -> None:
     problem = case.problem

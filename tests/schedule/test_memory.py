@@ -24,6 +24,17 @@ def test_what_a_weight_gradient_reads_may_be_more_than_the_forward_kept() -> Non
     assert peak_bytes(schedule_of("0F0 0I0 0F1 0I1 0W0 0W1"), memory) == (6.0,)
 
 
+def test_a_stage_that_computes_its_forward_again_keeps_its_inputs_until_then() -> None:
+    memory = Memory(activation_bytes=(10.0,), weight_bytes=(4.0,), input_bytes=(1.0,))
+    assert peak_bytes(schedule_of("0F0 0F1 0F2 0C0 0B0 0C1 0B1 0C2 0I2 0W2"), memory) == (12.0,)
+
+
+def test_what_is_on_the_host_is_not_kept() -> None:
+    memory = Memory(activation_bytes=(10.0,), weight_bytes=(4.0,))
+    assert peak_bytes(schedule_of("0F0 0O0 0F1 0O1 0L0 0B0 0L1 0B1"), memory) == (10.0,)
+    assert peak_bytes(schedule_of("0F0 0O0 0F1 0B1 0L0 0B0"), memory) == (10.0,)
+
+
 def test_the_stages_of_a_rank_add_up() -> None:
     memory = Memory(activation_bytes=(1.0, 2.0, 4.0, 8.0), weight_bytes=(0.0,) * 4)
     schedule = schedule_of("0F0 3F0 3B0 0B0", "1F0 2F0 2B0 1B0", ranks=[[0, 3], [1, 2]])

@@ -44,7 +44,8 @@ def test_one_line_tells_measured_beside_predicted() -> None:
     planned = simulate(generate("1f1b", num_ranks=2, num_micro_batches=1), costs=Costs.uniform(2))
     assert str(recording(planned=planned)) == (
         "step 5 took 6.5 s, of which ranks waited 50.0 % for each other and 7.7 % for transfers and the runtime; "
-        "predicted from the costs of this step 6.5 s (+0.0 %), bubble 57.7 %, by the plan 6 s (-7.7 %), bubble 50.0 %. 250 ms more went by for sums of gradients."
+        "predicted from the costs of this step 6.5 s (+0.0 %), bubble 57.7 %, by the plan 6 s (-7.7 %), bubble 50.0 %. "
+        "250 ms more went by for sums of gradients."
     )
     assert "plan" not in str(recording())
 

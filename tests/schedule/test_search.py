@@ -39,7 +39,7 @@ UNEVEN = Costs(
 ONE_EACH = [(s,) for s in range(4)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_what_is_found_runs_fits_and_takes_as_long_as_it_says(case: Case) -> None:
     found = search(**case._asdict(), seconds=0.05)
@@ -49,7 +49,7 @@ def test_what_is_found_runs_fits_and_takes_as_long_as_it_says(case: Case) -> Non
     assert found.lower_bound_s <= found.seconds * (1 + 1e-9)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_it_is_never_slower_than_a_generator_that_fits(data: st.DataObject) -> None:
     num_ranks, num_micro_batches = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
@@ -84,13 +84,17 @@ def limited(limit: float) -> Memory:
     return Memory(activation_bytes=(1.0,) * 4, weight_bytes=(0.5,) * 4, limit_bytes=(limit,) * 4)
 
 
-def test_uneven_stages_are_faster_than_by_any_generator() -> None:
+def test_uneven_stages_take_what_the_busiest_rank_needs_and_no_more() -> None:
     found = uneven()
-    assert found.best_textbook is not None
-    assert found.seconds < found.best_textbook[1]
     # the last rank works 8 x 11 s, begins behind F on the three before it and their transfers
     assert found.lower_bound_s == pytest.approx(1.0 + 2.0 + 1.5 + 3 * 0.1 + 88)
     assert found.seconds == pytest.approx(found.lower_bound_s)
+
+
+def test_under_a_limit_uneven_stages_are_faster_than_by_any_generator() -> None:
+    found = uneven(memory=limited(2.0))
+    assert found.best_textbook is not None
+    assert found.seconds < 0.9 * found.best_textbook[1]
 
 
 def test_a_seed_gives_one_schedule() -> None:

@@ -19,9 +19,11 @@ from shardwise.schedule import (
     Edges,
     Kind,
     Schedule,
+    StageKind,
     Transfer,
     TransferKind,
     generate,
+    seconds_of,
     simulate,
     with_transfers,
 )
@@ -90,6 +92,7 @@ def test_every_time_is_the_longest_path_that_leads_to_it(
     timeline = simulate(schedule, edges, costs=costs, prefetch=prefetch)
     found = {str(span.action): (span.start_s, span.end_s) for span in timeline.spans}
     assert found == _longest_paths(schedule, edges, costs, prefetch)
+    assert seconds_of(schedule, costs, edges, prefetch=prefetch) == timeline.seconds
 
 
 def _longest_paths(schedule: Schedule, edges: Edges, costs: Costs, prefetch: int) -> dict[str, tuple[float, float]]:
@@ -153,6 +156,7 @@ def test_many_stages_and_micro_batches_keep_the_bubble_of_the_formula() -> None:
     [
         (Costs(compute_seconds={}), "each of 2 stages, but F has 0; give compute_seconds"),
         (Costs.uniform(3), "each of 2 stages, but B has 3"),
+        (replace(FORWARD, beside_seconds={StageKind.G: (1.0,)}), r"G has 1; give beside_seconds\[StageKind.G\] 2"),
         (replace(FORWARD, activation_seconds={(0, 2): 1.0}), r"activation_seconds .* lacks \(0, 1\)"),
         (replace(FORWARD, gradient_seconds={(1, 0): 1.0}), r"gradient_seconds .* lacks \(0, 1\)"),
         (replace(FORWARD, micro_batch_factors=(1.0,)), "each of 2 micro-batches or for none, but found 1"),
@@ -167,6 +171,8 @@ def test_costs_that_do_not_fit_the_schedule_are_refused(costs: Costs, message: s
 def test_costs_that_are_no_duration_are_refused(seconds: float) -> None:
     with pytest.raises(ScheduleError, match="F actions have"):
         Costs(compute_seconds={Kind.F: (seconds,)})
+    with pytest.raises(ScheduleError, match="U actions have"):
+        Costs(compute_seconds={}, beside_seconds={StageKind.U: (seconds,)})
     with pytest.raises(ScheduleError, match="gradients have"):
         Costs(compute_seconds={}, gradient_seconds={(0, 1): seconds})
 

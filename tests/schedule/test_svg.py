@@ -93,6 +93,14 @@ def test_transfers_that_take_time_are_lines_and_free_ones_are_not() -> None:
     assert 'class="v"' not in to_svg(simulate(schedule, costs=Costs(compute_seconds=compute)))
 
 
+def test_what_runs_beside_the_computing_is_a_thin_bar_below_it() -> None:
+    picture = to_svg(timeline_of("0F0:0-2 0O0:2-3 0B0:2-6 0G:6-7"))
+    heights = {rect.get("class"): rect.get("height") for rect in ElementTree.fromstring(picture).iter(f"{SVG}rect")
+               if rect.get("height") != "12"}  # fmt: skip
+    assert (heights["f0"], heights["b0"], heights["o0"], heights["g0"]) == ("18", "18", "4", "4")
+    assert {"sum of gradients", "offload"} <= set(texts(picture))
+
+
 def test_it_follows_a_dark_page_and_needs_nothing_from_elsewhere() -> None:
     picture = to_svg(timeline_of("0F0:0-1"))
     assert "prefers-color-scheme:dark" in picture

@@ -34,6 +34,25 @@ def test_a_timeline_survives_json(made: tuple[Schedule, Edges]) -> None:
     assert Timeline.from_json(timeline.to_json()) == timeline
 
 
+@given(schedules())
+def test_spans_that_a_simulation_has_not_made_yet_count_as_those_it_makes(made: tuple[Schedule, Edges]) -> None:
+    schedule, edges = made
+    late = simulate(schedule, edges, costs=Costs.uniform(schedule.num_stages, forward=1 / 3, backward=0.7))
+    numbers = (late.start_s, late.seconds, late.busy_seconds, late.bubble_fraction, len(late.spans))
+    made_now = Timeline(num_ranks=late.num_ranks, spans=tuple(late.spans))
+    assert numbers == (
+        made_now.start_s,
+        made_now.seconds,
+        made_now.busy_seconds,
+        made_now.bubble_fraction,
+        len(made_now.spans),
+    )
+    assert made_now == late
+    assert hash(made_now) == hash(late)
+    assert late.spans[0] == made_now.spans[0]
+    assert repr(late.spans) == repr(made_now.spans)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"num_ranks": 1, "spans": [[0, "0F0", 1]]}'])
 def test_json_that_is_no_timeline_is_refused(text: str) -> None:
     with pytest.raises(ScheduleError, match="compare with the output of Timeline.to_json"):

@@ -35,6 +35,14 @@ def test_a_pause_between_two_actions_that_had_all_they_need_is_no_bubble() -> No
     assert waits(timeline_of("0F0:10-11 0F1:11.25-12"))[0] == Waits(busy_s=1.75, bubble_s=0.0, exposed_s=0.25)
 
 
+def test_a_sum_of_gradients_behind_the_last_action_is_exposed_and_one_beside_it_is_hidden() -> None:
+    seen = waits(timeline_of("0F0:0-1 0B0:3-5 0G:4-7", "1F0:1-2 1B0:2-3 1G:3-3.5"))
+    assert seen == (
+        Waits(busy_s=3.0, bubble_s=2.0, exposed_s=2.0),
+        Waits(busy_s=2.0, bubble_s=1.0 + 3.5, exposed_s=0.5),
+    )
+
+
 def test_a_skip_connection_is_waited_for_like_any_edge() -> None:
     rows = ("0F0:0-4", "1F0:0-1", "2F0:5-6")
     assert waits(timeline_of(*rows), frozenset({(0, 2), (1, 2)}))[2] == Waits(busy_s=1, bubble_s=4, exposed_s=1)

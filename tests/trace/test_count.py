@@ -87,6 +87,40 @@ def test_every_call_has_its_own_flops_forward_and_backward() -> None:
     assert found["conv#0"][1] == found["conv#0"][0]  # the batch needs no gradient
 
 
+def test_the_gradient_of_a_weight_takes_as_many_flops_as_the_product_with_it() -> None:
+    calls = profiled().calls
+    found = {f"{call.unit}#{call.call}": (call.weight_flops, call.forward_flops) for call in calls}
+    assert all(weight == forward for weight, forward in found.values())
+
+
+class Attends(nn.Module):
+    """Products of which one is with a parameter, one with a frozen one, one with none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        y = self.frozen(self.own(x))
+        return y @ y.transpose(1, 2)
+
+
+def test_products_without_a_trained_parameter_make_no_gradient_of_one() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = Attends()
+
+        def forward(self, x):
+            return self.unit(x)
+
+    (call,) = trace(Whole(), (torch.randn(2, 6, 8),), loss=square, units=("unit",)).calls
+    linear = 2 * 2 * 6 * 8 * 8
+    assert call.weight_flops == linear
+    assert call.forward_flops == 2 * linear + 2 * 2 * 6 * 6 * 8
+
+
 def test_glue_has_its_flops_too() -> None:
     product = 2 * 2 * 6 * 8 * 8
     flops = [(part.forward_flops, part.backward_flops) for part in profiled().glue if part.forward_flops]

@@ -160,7 +160,7 @@ def test_neither_evaluations_nor_checkpoints_change_the_steps_that_follow(rank, 
 @on_ranks(2, timeout_s=120)
 @pytest.mark.parametrize("at", [3, 4])
 def test_a_resumed_run_goes_on_bit_by_bit(rank, tmp_path, at) -> None:
-    constant = {"schedule": "constant", "evaluate_every": 0}
+    constant = {"schedule": "constant", "warm_up": 2, "evaluate_every": 0}
     whole = train_on_rank(rank, job(tmp_path / "whole", steps=8, **constant)).losses
     first = train_on_rank(rank, job(tmp_path / "run", steps=at, checkpoint={"every": at}, **constant))
     resumed = train_on_rank(rank, job(tmp_path / "run", steps=8, resume=True, **constant))
@@ -171,7 +171,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(rank, tmp_path, at) -> None:
 @on_ranks(2, timeout_s=120)
 def test_a_run_goes_over_from_a_drained_schedule_and_back(rank, tmp_path) -> None:
     """From one, the newest weights are all there is, so the first step is not late; to one, they are what counts."""
-    constant = {"schedule": "constant", "evaluate_every": 0}
+    constant = {"schedule": "constant", "warm_up": 2, "evaluate_every": 0}
     drained = "pp=2,micro_batches=4"
     every = {"every": 3}
     train_on_rank(rank, job(tmp_path / "run", layout=drained, steps=3, checkpoint=every, **constant))

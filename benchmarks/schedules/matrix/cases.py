@@ -3,8 +3,9 @@
 schedule       every name of GENERATORS, with as few stages a rank as it is made for and, where it takes any number,
                one more; what a search finds, in a loop and as a V; breadth first as a V, from a file of torch's
 pp             2 and 4 ranks
-composition    alone; with two replicas; two shards; tied ends; skip connections; unequal micro-batches; activations
-               computed again; dropout
+composition    alone; with two replicas; the same with the pass that says when gradients are summed; two shards; tied
+               ends; skip connections; unequal micro-batches; dropout; the same with the pass that computes the
+               activations of every other stage again (no pass where the schedule is searched)
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from shardwise.layout import SEARCHED
 from shardwise.schedule import GENERATORS
 
-__all__ = ["COMPOSITIONS", "Case", "all_cases", "covering_cases"]
+__all__ = ["COMPOSITIONS", "FROM_FILE", "PASSES", "Case", "all_cases", "covering_cases"]
 
-COMPOSITIONS = ("alone", "dp2", "tp2", "tied", "skips", "unequal", "recompute", "dropout")
+COMPOSITIONS = ("alone", "dp2", "reduced", "tp2", "tied", "skips", "unequal", "dropout", "recompute")
+PASSES = ("reduced", "recompute")
 FROM_FILE = "file.csv"
 
 
@@ -38,7 +41,7 @@ class Case:
 
     @property
     def dp(self) -> int:
-        return 2 if self.composition == "dp2" else 1
+        return 2 if self.composition in ("dp2", "reduced") else 1
 
     @property
     def tp(self) -> int:
@@ -46,7 +49,7 @@ class Case:
 
     @property
     def model(self) -> str:
-        others = {"tied": "tied", "skips": "skips", "dropout": "dropout", "tp2": "attending"}
+        others = {"tied": "tied", "skips": "skips", "dropout": "dropout", "recompute": "dropout", "tp2": "attending"}
         return others.get(self.composition, "decoder")
 
     @property
@@ -71,19 +74,21 @@ def all_cases() -> tuple[Case, ...]:
     return tuple(
         Case(schedule=schedule, chunks=chunks, pp=pp, composition=composition)
         for (schedule, chunks), pp, composition in itertools.product(_schedules(), (2, 4), COMPOSITIONS)
+        if schedule != SEARCHED or composition not in PASSES
     )
 
 
 def covering_cases() -> tuple[Case, ...]:
     """On two and four ranks: every schedule twice, on both numbers of places where that fits, every composition about
     as often, each time with other schedules."""
+    possible = set(all_cases())
     chosen: list[Case] = []
     for index, (schedule, chunks) in enumerate(_schedules()):
         for turn, pp in enumerate((2, 4)):
             offset = (index + 3 * turn) % len(COMPOSITIONS)
             rotated = (*COMPOSITIONS[offset:], *COMPOSITIONS[:offset])
-            fitting = (Case(schedule=schedule, chunks=chunks, pp=pp, composition=each) for each in rotated)
-            chosen.append(next(case for case in fitting if case.world_size <= 4))
+            wanted = [Case(schedule=schedule, chunks=chunks, pp=pp, composition=each) for each in rotated]
+            chosen.append(next(case for case in wanted if case in possible and case.world_size <= 4))
     return tuple(chosen)
 
 
@@ -96,4 +101,4 @@ def _schedules() -> list[tuple[str, int]]:
         found.append((name, fewest))
         if most is None or most > fewest:
             found.append((name, fewest + 1 if fewest > 1 else 2))
-    return [*found, ("searched", 1), ("searched", 2), (FROM_FILE, 2)]
+    return [*found, (SEARCHED, 1), (SEARCHED, 2), (FROM_FILE, 2)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from benchmarks.schedules.matrix.cases import FROM_FILE, Case
+from benchmarks.schedules.matrix.cases import FROM_FILE, PASSES, Case
 from benchmarks.schedules.matrix.models import MODELS, batch_of
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
@@ -26,8 +26,11 @@ from shardwise.launch import RankContext
 from shardwise.layout import Layout
 from shardwise.parallel.tensor.slices import cut
 from shardwise.plan.sources import GivenSource, breadth_first, source_of
-from shardwise.schedule import Placement, Schedule
+from shardwise.schedule import Placement
+from shardwise.schedule.passes.gradients import with_reductions
+from shardwise.schedule.passes.recompute import with_recompute
 from shardwise.schedule.placement import stages_of_ranks
+from shardwise.schedule.torch_csv import write_csv
 from shardwise.verify.comparison import errors_of, relative
 
 __all__ = ["STEPS", "TOLERANCE", "Result", "run_case"]
@@ -67,7 +70,7 @@ def run_case(rank: RankContext, case: Case, *, change: Callable[[Program], None]
             parts[0][0].inputs,
             layout=layout,
             rank=rank.rank,
-            schedule=_recomputing(layout, case.micro_batches) if case.composition == "recompute" else None,
+            schedule=_passed(layout, case),
             num_micro_batches=case.micro_batches,
         )
     device = _OneDevice(one, parts) if case.model != "dropout" else _OneRank(one, parts, seed=layout.seed)
@@ -203,8 +206,8 @@ def _layout(case: Case, folder: Path) -> Layout:
     schedule = case.schedule
     if schedule == FROM_FILE:
         ranks = stages_of_ranks(Placement.V, num_ranks=case.pp, chunks=case.chunks)
-        path = folder / "schedule.json"
-        path.write_text(breadth_first(ranks, case.micro_batches).to_json(), encoding="utf-8")
+        path = folder / "schedule.csv"
+        path.write_text(write_csv(breadth_first(ranks, case.micro_batches)), encoding="utf-8")
         schedule = str(path)
     return Layout(
         dp=case.dp,
@@ -217,10 +220,13 @@ def _layout(case: Case, folder: Path) -> Layout:
     )
 
 
-def _recomputing(layout: Layout, micro_batches: int) -> GivenSource | None:
-    """The layout's schedule with the forwards of every other stage computed again; searched ones stay as found."""
-    source = source_of(layout)
-    if source is None:
+def _passed(layout: Layout, case: Case) -> GivenSource | None:
+    """The layout's schedule behind a pass; None where there is none: the layout's own is used."""
+    if case.composition not in PASSES:
         return None
-    schedule: Schedule = source(micro_batches)
-    return GivenSource(schedule=schedule)
+    source = source_of(layout)
+    assert source is not None
+    schedule = source(case.micro_batches)
+    if case.composition == "recompute":
+        return GivenSource(schedule=with_recompute(schedule, range(0, schedule.num_stages, 2)))
+    return GivenSource(schedule=with_reductions(schedule))

@@ -14,21 +14,34 @@ four a rank in a loop; two as a V.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from benchmarks.schedules.searched.models import MODELS, Model, Unit
 from shardwise.plan.balance import balanced_ends
 from shardwise.schedule import Costs, Kind, Placement, chain, generate
 from shardwise.schedule.memory import Memory, peak_bytes
 
-__all__ = ["CONDITIONS", "PLACEMENTS", "SETTINGS", "Case", "Cut", "cases", "smaller_cases"]
+__all__ = [
+    "CHUNKS",
+    "CONDITIONS",
+    "PLACEMENTS",
+    "PROVEN_PLACEMENTS",
+    "SETTINGS",
+    "Case",
+    "Cut",
+    "cases",
+    "smaller_cases",
+]
 
 FLOPS, MOVED_BYTES, LINK_BYTES = 300e12, 2e12, 25e9  # a second
 SETTINGS = (("gpt2", 2, 4), ("gemma-2b", 4, 8), ("llama-3-8b", 8, 16), ("llava-1.5-7b", 4, 16), ("qwen2-vl-2b", 8, 32))
 SMALLER = (("gpt2", 2, 4), ("gemma-2b", 3, 4), ("llama-3-8b", 4, 6), ("llava-1.5-7b", 3, 5), ("qwen2-vl-2b", 4, 5))
 CONDITIONS = ("free", "as-1f1b", "half", "slow-one")
+CHUNKS = (1, 2, 4)  # stages a rank on average
 PLACEMENTS = ((Placement.LOOP, 1), (Placement.LOOP, 2), (Placement.LOOP, 4), (Placement.V, 2))
+PROVEN_PLACEMENTS = ((Placement.LOOP, 1), (Placement.V, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +75,14 @@ class Case:
         slow = self.num_ranks // 2 if self.condition == "slow-one" else None
         return tuple(0.5 if r == slow else 1.0 for r in range(self.num_ranks))
 
-    def cut(self, chunks: int) -> Cut:
-        """In `chunks` stages a rank, whoever owns them."""
-        stages = _cut(self.model, self.num_ranks * chunks)
+    def cut(self, chunks: int, for_ranks: Sequence[Sequence[int]] | None = None) -> Cut:
+        """In `chunks` stages a rank, whoever owns them; or cut for the speeds of these owners of the stages."""
+        num_stages = self.num_ranks * chunks
+        if for_ranks is None:
+            stages = _cut(self.model, num_stages)
+        else:
+            owner = {s: r for r, own in enumerate(for_ranks) for s in own}
+            stages = _cut_for(self.model, [self.speeds[owner[s]] for s in range(num_stages)])
         forward, back, late = zip(*map(_seconds, stages), strict=True)
         sent = {(s, s + 1): stages[s][-1].sent_bytes / LINK_BYTES for s, _ in chain(len(stages))}
         return Cut(
@@ -117,6 +135,29 @@ def _cut(model: Model, num_stages: int) -> list[tuple[Unit, ...]]:
     weights = [sum(_seconds((unit,))) for unit in model.units]
     traffic = [0.0, *(unit.sent_bytes for unit in model.units[:-1])]
     ends = balanced_ends(weights, traffic, [True] * len(weights), num_stages)
+    return [model.units[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _cut_for(model: Model, speeds: Sequence[float]) -> list[tuple[Unit, ...]]:
+    """One stage for each speed, the slowest stage as fast as can be, then each as even as can be."""
+    sums = [0.0, *accumulate(sum(_seconds((unit,))) for unit in model.units)]
+    n = len(model.units)
+    best: list[dict[int, tuple[tuple[float, float], int]]] = [{0: ((0.0, 0.0), 0)}]  # end -> (cost, start)
+    for speed in speeds:
+        here: dict[int, tuple[tuple[float, float], int]] = {}
+        for end in range(1, n + 1):
+            options = []
+            for start, ((slowest, squares), _) in best[-1].items():
+                if start < end:
+                    seconds = (sums[end] - sums[start]) / speed
+                    options.append(((max(slowest, seconds), squares + seconds * seconds), start))
+            if options:
+                here[end] = min(options)
+        best.append(here)
+    ends = [n]
+    for part in range(len(speeds), 1, -1):
+        ends.append(best[part][ends[-1]][1])
+    ends.reverse()
     return [model.units[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -39,11 +39,12 @@ class Model:
     units: tuple[Unit, ...]
 
 
-def _block(*, tokens: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, gated: bool) -> Unit:
+def _block(*, tokens: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, causal: bool) -> Unit:
+    """mlp: the widths of its matrices, added up: two of them, or three where it is gated."""
     width = heads * head_dim
-    weights = hidden * (2 * width + 2 * kv_heads * head_dim) + (3 if gated else 2) * hidden * mlp
+    weights = hidden * (2 * width + 2 * kv_heads * head_dim) + hidden * mlp
     linear = 2.0 * tokens * weights
-    attention = 4.0 * tokens * tokens * width / (2 if gated or kv_heads != heads else 1)
+    attention = 4.0 * tokens * tokens * width / (2 if causal else 1)
     kept = float(tokens * hidden)
     return Unit(
         flops=(linear + attention, linear + 2 * attention, linear),
@@ -106,7 +107,7 @@ def _model(name: str, source: str, *parts: Sequence[Unit]) -> Model:
 
 def _gpt2() -> Model:
     tokens, hidden = 1024 * 8, 768
-    block = _block(tokens=1024, hidden=hidden, heads=12, kv_heads=12, head_dim=64, mlp=3072, gated=False)
+    block = _block(tokens=1024, hidden=hidden, heads=12, kv_heads=12, head_dim=64, mlp=2 * 3072, causal=True)
     return _model(
         "gpt2",
         "openai-community/gpt2, config.json: 12 blocks of 768, vocabulary 50257; 8 sequences of 1024",
@@ -118,7 +119,7 @@ def _gpt2() -> Model:
 
 def _gemma() -> Model:
     tokens, hidden = 4096, 2048
-    block = _block(tokens=tokens, hidden=hidden, heads=8, kv_heads=1, head_dim=256, mlp=16384, gated=True)
+    block = _block(tokens=tokens, hidden=hidden, heads=8, kv_heads=1, head_dim=256, mlp=3 * 16384, causal=True)
     return _model(
         "gemma-2b",
         "google/gemma-2b, config.json: 18 blocks of 2048, 1 key-value head, MLP 16384, vocabulary 256000; 4096 tokens",
@@ -130,7 +131,7 @@ def _gemma() -> Model:
 
 def _llama() -> Model:
     tokens, hidden = 4096, 4096
-    block = _block(tokens=tokens, hidden=hidden, heads=32, kv_heads=8, head_dim=128, mlp=14336, gated=True)
+    block = _block(tokens=tokens, hidden=hidden, heads=32, kv_heads=8, head_dim=128, mlp=3 * 14336, causal=True)
     return _model(
         "llama-3-8b",
         "meta-llama/Meta-Llama-3-8B, config.json: 32 blocks of 4096, 8 key-value heads, MLP 14336, vocabulary 128256; "
@@ -143,9 +144,9 @@ def _llama() -> Model:
 
 def _llava() -> Model:
     patches, text = 576, 1472
-    tower = _block(tokens=577, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=4096, gated=False)
+    tower = _block(tokens=577, hidden=1024, heads=16, kv_heads=16, head_dim=64, mlp=2 * 4096, causal=False)
     tokens, hidden = patches + text, 4096
-    block = _block(tokens=tokens, hidden=hidden, heads=32, kv_heads=32, head_dim=128, mlp=11008, gated=True)
+    block = _block(tokens=tokens, hidden=hidden, heads=32, kv_heads=32, head_dim=128, mlp=3 * 11008, causal=True)
     return _model(
         "llava-1.5-7b",
         "llava-hf/llava-1.5-7b-hf, config.json: 24 blocks of 1024 on 577 patches, then 32 blocks of 4096, MLP 11008, "
@@ -160,9 +161,9 @@ def _llava() -> Model:
 
 def _qwen2_vl() -> Model:
     patches, text = 4096, 1024
-    tower = _block(tokens=patches, hidden=1280, heads=16, kv_heads=16, head_dim=80, mlp=5120, gated=False)
+    tower = _block(tokens=patches, hidden=1280, heads=16, kv_heads=16, head_dim=80, mlp=2 * 5120, causal=False)
     tokens, hidden = patches // 4 + text, 1536
-    block = _block(tokens=tokens, hidden=hidden, heads=12, kv_heads=2, head_dim=128, mlp=8960, gated=True)
+    block = _block(tokens=tokens, hidden=hidden, heads=12, kv_heads=2, head_dim=128, mlp=3 * 8960, causal=True)
     return _model(
         "qwen2-vl-2b",
         "Qwen/Qwen2-VL-2B-Instruct, config.json: 32 blocks of 1280 on 4096 patches, merged by 4, then 28 blocks of "

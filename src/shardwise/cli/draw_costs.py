@@ -1,11 +1,15 @@
-"""Costs of a schedule as they are written on a command line: one number, or one a stage. Knows no file and no run."""
+"""Costs of a schedule: as they are written on a command line, one number or one a stage, or as a run measured them."""
 
 from __future__ import annotations
 
-from shardwise.errors import ConfigError
-from shardwise.schedule import Costs, Kind, chain
+from collections.abc import Mapping
+from statistics import median
 
-__all__ = ["costs_of"]
+from shardwise.errors import ConfigError
+from shardwise.schedule import Costs, Edge, Edges, Kind, chain
+from shardwise.schedule.recording import Recording
+
+__all__ = ["costs_of", "costs_of_run"]
 
 
 def costs_of(
@@ -38,6 +42,41 @@ def costs_of(
         activation_seconds=on_the_way,
         gradient_seconds=on_the_way,
     )
+
+
+def costs_of_run(recording: Recording, num_stages: int) -> Costs:
+    """What was measured in a step, for any schedule of its stages, on whatever ranks they stand.
+
+    What the step's own schedule did not do is taken from what it did: a whole backward is both halves, and each half is
+    half of it; an edge within a rank takes what the others take in the median. Raises ConfigError if the run has other
+    stages.
+    """
+    if recording.schedule.num_stages != num_stages:
+        raise ConfigError(
+            f"costs of a run are those of its {recording.schedule.num_stages} stages, but the schedule has "
+            f"{num_stages}; write other --ranks and --chunks, or another schedule"
+        )
+    seconds = dict(recording.costs.compute_seconds)
+    nothing = (0.0,) * num_stages
+    f, b, i, w = (seconds.get(kind, nothing) for kind in (Kind.F, Kind.B, Kind.I, Kind.W))
+    split = tuple(a + c for a, c in zip(i, w, strict=True))
+    whole = tuple(own or halves for own, halves in zip(b, split, strict=True))
+    stages = list(zip(whole, split, i, w, strict=True))
+    return Costs(
+        compute_seconds={
+            Kind.F: f,
+            Kind.B: whole,
+            Kind.I: tuple(own if halves else both / 2 for both, halves, own, _ in stages),
+            Kind.W: tuple(own if halves else both / 2 for both, halves, _, own in stages),
+        },
+        activation_seconds=_every_edge(recording.costs.activation_seconds, recording.edges),
+        gradient_seconds=_every_edge(recording.costs.gradient_seconds, recording.edges),
+    )
+
+
+def _every_edge(seconds: Mapping[Edge, float], edges: Edges) -> Mapping[Edge, float]:
+    usual = median(seconds.values()) if seconds else 0.0
+    return {edge: seconds.get(edge, usual) for edge in edges}
 
 
 def _numbers(option: str, text: str, count: int) -> tuple[float, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from shardwise.errors import ConfigError
-from shardwise.schedule import draw
+from shardwise.schedule import Timeline, draw
 from shardwise.schedule.recording import Recording, recordings_in
 from shardwise.schedule.svg import Panel
 from shardwise.schedule.waits import waits
 
-__all__ = ["panels_of", "recording_of", "words_of"]
+__all__ = ["panels_of", "recording_of", "timelines_of", "words_of"]
 
 _COLUMNS = 100  # of the longest timeline, where nobody says
 
@@ -21,7 +22,7 @@ def recording_of(folder: Path, step: int | None) -> Recording:
     if not found:
         raise ConfigError(
             f"a run leaves the timelines of some steps in its folder, but {folder} holds none; train with "
-            "timeline.every or timeline.steps, or name the folder of another run"
+            "timeline.every or timeline.steps (steps of pipedream-2bw overlap and are not recorded), or name another"
         )
     chosen = max(found) if step is None else step
     if chosen not in found:
@@ -42,6 +43,12 @@ def panels_of(recording: Recording) -> list[Panel]:
     if recording.planned is not None:
         panels.append(Panel(title="predicted by the plan", timeline=recording.planned))
     return panels
+
+
+def timelines_of(recording: Recording) -> Mapping[str, Timeline]:
+    """Every pipeline that was measured, and the prediction, by name."""
+    measured = {f"pipeline {index}": timeline for index, timeline in enumerate(recording.measured)}
+    return {**measured, "predicted": recording.simulated}
 
 
 def words_of(recording: Recording, width: int | None) -> str:

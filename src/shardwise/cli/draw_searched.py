@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.schedule import Costs, Placement
+from shardwise.schedule import Costs, Edges, Placement
 from shardwise.schedule.memory import Memory
 from shardwise.schedule.placement import stages_of_ranks
 from shardwise.schedule.search import Searched, search
@@ -13,7 +13,7 @@ SEARCHED = "searched"
 
 
 def searched_for(
-    costs: Costs, *, num_ranks: int, num_micro_batches: int, chunks: int, room: float | None = None
+    costs: Costs, *, num_ranks: int, num_micro_batches: int, chunks: int, room: float | None, edges: Edges | None
 ) -> Searched:
     """The fastest found, stages laid in a loop or, where each rank has two, as a V.
 
@@ -31,6 +31,7 @@ def searched_for(
             costs,
             num_micro_batches=num_micro_batches,
             ranks=stages_of_ranks(way, num_ranks=num_ranks, chunks=chunks),
+            edges=edges,
             memory=memory,
         )
         for way in ways

@@ -54,6 +54,8 @@ def command(
       \\[training]                 steps, global_batch, learning_rate, warm_up,
                                  clip, seed, evaluate_every, ...
       \\[checkpoint]               every (steps; 0: never), keep, folder
+      \\[timeline]                 steps, every: which are recorded on all ranks,
+                                 for shardwise draw FOLDER
       \\[tp_plan]                  "layers.*.mlp.up_proj" = "colwise", ...: how
                                  shards divide units; else found and proven
 

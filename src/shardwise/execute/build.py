@@ -73,7 +73,7 @@ def build(
     values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
     units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
     the replicas that divide them. Units in `start_up` are proven once more by their ranks.
-    `split` are kinds of units of which a split backward is proven equal to the whole one; those that fail keep it whole.
+    `split` are kinds of units of which a split backward is proven equal to the whole; those that fail keep it whole.
     Collective: every rank calls it with the same arguments.
     """
     where = torch.device(device)
@@ -112,8 +112,11 @@ def build(
             divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
         proofs: tuple[SplitProof, ...] = ()
         if split:
-            units = {unit for (unit, _), stage in placement.items() if stage in place.stages}
-            proofs = prove_splits(sums, {name: model.get_submodule(name) for name in sorted(units)}, split, seed=seed)
+            stack.callback(sums.unwatch)
+            own_units = sorted({unit for (unit, _), stage in placement.items() if stage in place.stages})
+            own_modules = {unit: model.get_submodule(unit) for unit in own_units}
+            with contextlib.nullcontext() if divided is None else divided.step():
+                proofs = prove_splits(sums, own_modules, split, seed=seed)
         stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
         gradients = rank_groups.gradient_sum(
             place,

@@ -25,7 +25,7 @@ from shardwise.errors import DataflowError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.engine import Engine, UnderWay, Work
 from shardwise.execute.flows import Flow, Flows
-from shardwise.execute.moments import Moment
+from shardwise.execute.moments import Moments
 from shardwise.execute.place import Place
 from shardwise.execute.weight_versions import WeightVersions
 from shardwise.parallel.gradients import GradientSum
@@ -51,7 +51,7 @@ class Finished:
     norm: float
     told: tuple[float, ...]  # the number that each rank gave
     seconds: float  # of its window
-    moments: Sequence[Moment]
+    moments: Moments
     sent_bytes: Mapping[str, int]
 
 
@@ -76,7 +76,7 @@ class _Behind:
     loss: float  # this rank's part of it
     gradients: Gradients
     seconds: float
-    moments: Sequence[Moment]
+    moments: Moments
     sent_bytes: Mapping[str, int]
     numbers: torch.Tensor | None = None  # squares of gradients, loss, and what each rank tells
     travelling: dist.Work | None = None
@@ -220,7 +220,7 @@ class Stream:
     # -- a step ends --------------------------------------------------------------------------------
 
     def _put_aside(
-        self, step: _Step, weight: float, losses: Mapping[int, torch.Tensor], moments: Sequence[Moment], seconds: float
+        self, step: _Step, weight: float, losses: Mapping[int, torch.Tensor], moments: Moments, seconds: float
     ) -> None:
         """All gradients of a step are here: those of the next one are summed apart from them."""
         loss = 0.0

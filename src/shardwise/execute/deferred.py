@@ -20,7 +20,9 @@ import torch.nn as nn
 from shardwise.errors import DataflowError
 from shardwise.execute.layer_products import LayerProducts
 
-__all__ = ["Deferred", "add_gradient", "is_summed"]
+__all__ = ["Deferred", "Part", "add_gradient", "is_summed"]
+
+Part = tuple[torch.Size, tuple[int, ...], int]  # a view of a parameter: size, strides, offset from its first element
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,6 +33,7 @@ class _Product:
     x: torch.Tensor
     dy: torch.Tensor
     weight: nn.Parameter
+    part: Part | None
     bias: nn.Parameter | None
     versions: tuple[int, int]
 
@@ -63,9 +66,10 @@ class Deferred:
         dy: torch.Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None = None,
+        part: Part | None = None,
     ) -> None:
-        """Keep what the gradients of `weight` and `bias` are made of."""
-        self._waiting.append(_Product(of, x, dy, weight, bias, (x._version, dy._version)))
+        """Keep what the gradients of `weight`, or of a `part` of it, and `bias` are made of."""
+        self._waiting.append(_Product(of, x, dy, weight, part, bias, (x._version, dy._version)))
 
     def run(self, done: Callable[[nn.Parameter], None] | None = None) -> None:
         """Add all of them to the parameters' `.grad`, and free each layer's tensors behind its product.
@@ -82,9 +86,9 @@ class Deferred:
             while self._waiting:
                 product = self._waiting.popleft()
                 _check(product)
-                add_gradient(product.of, product.x, product.dy, product.weight)
+                add_gradient(product.of, product.x, product.dy, product.weight, product.part)
                 if product.bias is not None:
-                    _add(product.bias, product.of.bias_gradient(product.dy))
+                    _add(product.bias, product.of.bias_gradient(product.dy).to(product.bias.dtype))
                 if done is None:
                     continue
                 for parameter in (product.weight, product.bias):
@@ -94,13 +98,32 @@ class Deferred:
                             done(parameter)
 
 
-def add_gradient(of: LayerProducts, x: torch.Tensor, dy: torch.Tensor, weight: nn.Parameter) -> None:
-    """Add a weight gradient to `.grad`, in place where there is one to add to."""
-    if is_summed(weight):
+def add_gradient(
+    of: LayerProducts, x: torch.Tensor, dy: torch.Tensor, weight: nn.Parameter, part: Part | None = None
+) -> None:
+    """Add a weight gradient to `.grad`, or to a part of it; in place where there is one to add to.
+
+    x and dy may be of a narrower type than the weight, as under autocast.
+    """
+    if part is not None and weight.grad is None:
+        weight.grad = torch.zeros_like(weight, requires_grad=False)
+    own = weight if part is None else _part_of(weight, part)
+    if dy.dtype == weight.dtype and is_summed(weight):
         assert weight.grad is not None
-        of.add_weight_gradient(weight.grad, dy, x, weight)
-    else:
-        _add(weight, of.weight_gradient(dy, x, weight))
+        of.add_weight_gradient(weight.grad if part is None else _part_of(weight.grad, part), dy, x, own)
+        return
+    like = own if dy.dtype == weight.dtype else torch.empty_like(own, dtype=dy.dtype)  # of its shape, with any values
+    dw = of.weight_gradient(dy, x, like).to(weight.dtype)
+    if part is not None:
+        whole = torch.zeros_like(weight, requires_grad=False)
+        _part_of(whole, part).copy_(dw)
+        dw = whole
+    _add(weight, dw)
+
+
+def _part_of(whole: torch.Tensor, part: Part) -> torch.Tensor:
+    size, strides, offset = part
+    return whole.as_strided(size, strides, whole.storage_offset() + offset)
 
 
 def is_summed(weight: torch.Tensor) -> bool:

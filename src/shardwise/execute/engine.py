@@ -149,7 +149,7 @@ class Engine:
         after_last_forward: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
         before_action: Callable[[Action], None] | None = None,
         under_way: UnderWay | None = None,
-    ) -> tuple[dict[int, torch.Tensor], Sequence[Moment]]:
+    ) -> tuple[dict[int, torch.Tensor], Moments]:
         """Interpret `row`. Returns the losses of the micro-batches whose loss stage is here (unweighted, detached),
         and when every action ran. Gradients accumulate in the parameters. `after_last_forward` is given the losses once
         they are all known; `gradients` is told of every stage whose gradients are final. A row that goes on where the

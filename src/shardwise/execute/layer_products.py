@@ -18,11 +18,16 @@ import torch.nn.functional as F
 
 from shardwise.execute import products
 
-__all__ = ["Convolution", "LayerProducts", "Linear", "Lookup", "Transposed"]
+__all__ = ["Batched", "Convolution", "Grouped", "LayerProducts", "Linear", "Lookup", "Transposed"]
 
 
 class LayerProducts(Protocol):
     """What a kind of layer computes. x is its input, dy the gradient of its output y."""
+
+    @property
+    def casts(self) -> bool:
+        """Whether torch casts its operands under autocast."""
+        ...
 
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
 
@@ -42,6 +47,10 @@ class Linear:
     """y = x Wᵀ + b; x (..., in), W (out, in), b (out). `divided`: the large products are oneDNN's, see `products`."""
 
     divided: bool = False
+
+    @property
+    def casts(self) -> bool:
+        return True
 
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return products.linear(x, weight, bias) if self.divided else F.linear(x, weight, bias)
@@ -64,6 +73,10 @@ class Linear:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transposed:
     """y = x W + b; x (..., in), W (in, out), b (out): the linear layer of GPT-2."""
+
+    @property
+    def casts(self) -> bool:
+        return True
 
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = _rows(x)
@@ -100,6 +113,10 @@ class Convolution:
         extra = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, extra, self.groups
 
+    @property
+    def casts(self) -> bool:
+        return True
+
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.convolution(x, weight, bias, *self._options)
 
@@ -127,6 +144,10 @@ class Lookup:
 
     padding: int = -1
 
+    @property
+    def casts(self) -> bool:
+        return False
+
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.embedding(x, weight, None if self.padding < 0 else self.padding)
 
@@ -147,6 +168,59 @@ class Lookup:
 
     def bias_gradient(self, dy: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a table has no bias")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batched:
+    """y[e] = x[e] W[e]; x (experts, rows, in), W (experts, in, out)."""
+
+    @property
+    def casts(self) -> bool:
+        return True
+
+    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.bmm(x, weight)
+
+    def input_gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(dy, weight.transpose(1, 2))
+
+    def weight_gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x.transpose(1, 2), dy)
+
+    def add_weight_gradient(self, into: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        into.baddbmm_(x.transpose(1, 2), dy)
+
+    def bias_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a product of stacks has no bias")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Grouped:
+    """y[r] = x[r] W[e] for rows r of group e, which ends at offs[e]; x (rows, in), W (experts, in, out).
+
+    Rows behind the last group belong to none.
+    """
+
+    offs: torch.Tensor
+
+    @property
+    def casts(self) -> bool:
+        return False
+
+    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.grouped_mm(x, weight, offs=self.offs)
+
+    def input_gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(dy, weight.transpose(1, 2), offs=self.offs)
+
+    def weight_gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x.t(), dy, offs=self.offs)
+
+    def add_weight_gradient(self, into: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        into.add_(self.weight_gradient(dy, x, weight))
+
+    def bias_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a product of groups has no bias")
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

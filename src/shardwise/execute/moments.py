@@ -37,12 +37,17 @@ class Moment:
 
 
 class Clock(Protocol):
-    """`now` takes a mark, at once; `seconds` reads marks, once all before them is done."""
+    """`now` takes a mark, at once; `seconds` reads marks as times of the host's clock, `between` how far two are apart.
+
+    Reading waits until what was marked is done; `seconds` also for what was asked for since.
+    """
 
     @property
     def now(self) -> Callable[[], Any]: ...
 
     def seconds(self, marks: Sequence[Any]) -> list[float]: ...
+
+    def between(self, first: Any, second: Any) -> float: ...
 
 
 class HostClock:
@@ -53,6 +58,9 @@ class HostClock:
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:
         return list(marks)
+
+    def between(self, first: Any, second: Any) -> float:
+        return float(second - first)
 
 
 class DeviceEvent(Protocol):
@@ -93,6 +101,10 @@ class DeviceClock:
         host_s = self._host_now()
         return [host_s - mark.elapsed_time(last) / 1e3 for mark in marks]  # torch tells milliseconds
 
+    def between(self, first: Any, second: Any) -> float:
+        second.synchronize()
+        return float(first.elapsed_time(second)) / 1e3
+
 
 class Moments(Sequence[Moment]):
     """The moments of a step, in order. Marks are read when somebody looks: soon after the step, on a device."""
@@ -112,6 +124,12 @@ class Moments(Sequence[Moment]):
                 self._actions, seconds[0::3], seconds[1::3], seconds[2::3], strict=True
             )
         )
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which this rank computed: to be had without waiting for what follows the step."""
+        ends = zip(self._marks[1::3], self._marks[2::3], strict=True)
+        return sum(self._clock.between(ready, end) for ready, end in ends)
 
     def __len__(self) -> int:
         return len(self._actions)

@@ -25,7 +25,7 @@ from shardwise.execute.engine import Engine, Work
 from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
 from shardwise.execute.mean_loss import MeanLoss
-from shardwise.execute.moments import Moment
+from shardwise.execute.moments import Moments
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.place import Place
 from shardwise.execute.split_proof import SplitProof
@@ -50,7 +50,7 @@ class StepResult:
 
     loss: float
     weight: float
-    moments: Sequence[Moment]
+    moments: Moments
     experts: ExpertStep | None = None  # what the experts did, where they are divided
     sent_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by this rank; see `comm.traffic`
     edges: frozenset[tuple[int, int]] = frozenset()  # between which stages something crossed

@@ -23,12 +23,14 @@ from shardwise.execute.buffers import buffers_of
 from shardwise.execute.deferred import Deferred
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.tensor.calls import Kind
+from shardwise.parallel.tensor.divided_logits import whole_of
 from shardwise.parallel.tensor.instance import Call, tensors_of
 from shardwise.parallel.tensor.sequence_shard import whole_tokens
+from shardwise.parallel.tensor.structure import Structures
 from shardwise.trace.absent import Absent
 from shardwise.trace.randomness import RandomMode, Scope, python_streams
 
-__all__ = ["SplitProof", "prove_splits"]
+__all__ = ["SplitProof", "in_words", "prove_splits"]
 
 # Relative; what sums in another order leave. A gradient that is lost, or counted twice, differs by 1e-2 and more.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -42,19 +44,20 @@ _MICRO_BATCHES = 2
 class SplitProof:
     """What was found of one kind of unit.
 
-    units: those of this rank. share: of its matrices, by elements, how much waits for W. why: the reason for which its
-    backward stays whole; "" where it is split.
+    units: those of this rank. share: of its matrices, by elements, how much waits for W; None where it has none. why:
+    the reason for which its backward stays whole; "" where it is split.
     """
 
     units: tuple[str, ...]
-    share: float
+    share: float | None
     why: str = ""
 
     def __str__(self) -> str:
         more = f" and {len(self.units) - 1} more" if len(self.units) > 1 else ""
         if self.why:
             return f"{self.units[0]}{more}: whole backward: {self.why}"
-        return f"{self.units[0]}{more}: split backward, {self.share:.0%} of the weights wait for W"
+        waits = "no matrices, nothing waits" if self.share is None else f"{self.share:.0%} of the weights wait"
+        return f"{self.units[0]}{more}: split backward, {waits} for W"
 
 
 def prove_splits(
@@ -65,26 +68,60 @@ def prove_splits(
     Collective among the shards of these units, and among ranks that divide their experts. Parameters, gradients and
     buffers are left as they are.
     """
+    structures, words = Structures(), dict[str, str]()
+    for unit, module in modules.items():
+        words[unit] = structures.of(module)
     proofs: list[SplitProof] = []
+    called = {unit for kind in kinds if kind.calls for unit in kind.units}
     for kind in kinds:
-        units = tuple(unit for unit in kind.units if unit in modules)
-        if units and _trained(modules[units[0]]):
-            proofs.append(_prove(sums, modules[units[0]], units, kind.calls[:_SIGNATURES], seed))
-    known = {unit for proof in proofs for unit in proof.units}
-    unknown = tuple(unit for unit, module in modules.items() if unit not in known and _trained(module))
+        units = [unit for unit in kind.units if unit in modules]
+        if not kind.calls or not units or not _trained(modules[units[0]]):
+            continue
+        alike = [
+            u for u, text in words.items() if u not in called and text == words[units[0]]
+        ]  # dropped from the trace
+        called.update(alike)
+        proofs.append(_best(sums, modules, (*units, *alike), kind.calls[:_SIGNATURES], seed))
+    unknown = tuple(unit for unit, module in modules.items() if unit not in called and _trained(module))
     if unknown:
         proofs.append(SplitProof(units=unknown, share=0.0, why="it was not called when the model was traced"))
     sums.keep_whole([unit for proof in proofs if proof.why for unit in proof.units])
     return tuple(proofs)
 
 
+def in_words(proofs: Sequence[SplitProof]) -> tuple[str, ...]:
+    """What was proven on all ranks: a line for the units that are split, and one for each that keeps its backward."""
+    known = list(dict.fromkeys(proofs))
+    split = [unit for proof in known if not proof.why for unit in proof.units]
+    first = (f"split backward: proven equal to the whole one of {len(split)} units, before the first step",)
+    return (first if split else ()) + tuple(str(proof) for proof in known if proof.why)
+
+
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad and not isinstance(p, Absent)]
 
 
+def _best(
+    sums: WeightSums, modules: Mapping[str, nn.Module], units: tuple[str, ...], calls: Sequence[Call], seed: int
+) -> SplitProof:
+    """With the products of layers alone, if they are all; else with those of plain code too, where that is right."""
+    module = modules[units[0]]
+    proof = _prove(sums, module, units, calls, seed)
+    if proof.why or proof.share is None or proof.share == 1.0:
+        return proof
+    sums.watch(units[0], module)
+    more = _prove(sums, module, units, calls, seed)
+    if more.why or more.share is None or more.share <= proof.share:
+        sums.unwatch(units[0])
+        return proof
+    for unit in units[1:]:
+        sums.watch(unit, modules[unit])
+    return more
+
+
 def _prove(sums: WeightSums, module: nn.Module, units: tuple[str, ...], calls: Sequence[Call], seed: int) -> SplitProof:
     waited: set[int] = set()
-    why = "" if calls else "it was not called when the model was traced"
+    why = ""
     for call in calls:
         try:
             with _as_it_was(module):
@@ -97,7 +134,7 @@ def _prove(sums: WeightSums, module: nn.Module, units: tuple[str, ...], calls: S
         why = why or _difference(whole, split, _dtype(module))
     matrices = [p for p in _trained(module) if p.dim() > 1]
     held = sum(p.numel() for p in matrices if id(p) in waited)
-    share = held / max(sum(p.numel() for p in matrices), 1)
+    share = held / sum(p.numel() for p in matrices) if matrices else None
     return SplitProof(units=units, share=0.0 if why else share, why=why)
 
 
@@ -153,7 +190,7 @@ def _arguments(module: nn.Module, call: Call, seed: int) -> tuple[Any, Any, dict
 
 
 def _roots(out: object, call: Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    made = [whole_tokens(tensor) for tensor in tensors_of(out)]
+    made = [whole_tokens(whole_of(tensor)) for tensor in tensors_of(out)]
     read = [tensor for place, tensor in enumerate(made) if call.read is None or place in call.read]
     roots = [tensor for tensor in read if tensor.requires_grad]
     generator = torch.Generator().manual_seed(1)

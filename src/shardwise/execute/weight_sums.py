@@ -4,7 +4,8 @@ Autograd computes the weight gradient of every micro-batch into a tensor of its 
 the weight's size once and reads and writes it twice more. Here the product accumulates (BLAS: beta = 1), as
 Megatron-LM's gradient accumulation fusion does on GPUs (arXiv:2104.04473 describes the system); an embedding adds
 the rows that it looked up. Where a backward is split, the same products wait in a queue (`deferred`).
-Only inside units, for layers that torch, transformers and shardwise define (`layer_forwards`).
+Only inside units, for layers that torch, transformers and shardwise define (`layer_forwards`), and, where that leaves
+much, for products in plain code (`plain_products`).
 Whatever else asks for a gradient (hooks, double backward, `autograd.grad` in a forward) gets it as from plain torch.
 Layers that are divided among ranks, whose sums have another order anyway, also multiply by `products`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +22,10 @@ import torch
 import torch.nn as nn
 
 from shardwise.execute import products
-from shardwise.execute.deferred import Deferred, is_summed
+from shardwise.execute.deferred import Deferred, Part, add_gradient, is_summed
 from shardwise.execute.layer_forwards import forward_of
 from shardwise.execute.layer_products import LayerProducts, Linear
+from shardwise.execute.plain_products import PlainProducts, parameter_of
 
 __all__ = ["SMALLEST", "WeightSums"]
 
@@ -38,6 +41,20 @@ class _Layer:
     units: set[str]
     large: bool
     splits: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the gradients of a product go: a parameter or a part of it, and a bias that is a parameter."""
+
+    weight: nn.Parameter
+    part: Part | None
+    bias: nn.Parameter | None
+
+    def nodes(self) -> list[Any]:
+        """What adds to their `.grad` in a backward."""
+        own = [each for each in (self.weight, self.bias) if each is not None and each.requires_grad]
+        return [torch.autograd.graph.get_gradient_edge(each).node for each in own]
 
 
 class WeightSums:
@@ -56,6 +73,7 @@ class WeightSums:
         self._divided: set[int] = set()
         self._layers: dict[int, _Layer] = {}
         self._undo: list[tuple[nn.Module, str, Any]] = []
+        self._watched: list[tuple[str, _Layer, Any]] = []
 
     def install(self, model: nn.Module, units: Sequence[str], held: Mapping[str, nn.Parameter]) -> None:
         """Give the layers inside `units` whose weight is one of `held` a product that can be summed in place."""
@@ -72,13 +90,12 @@ class WeightSums:
         module = layer.module
 
         def product(of: LayerProducts, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-            if not self._takes(layer, x):
+            weight = module._parameters.get("weight")
+            if not isinstance(weight, nn.Parameter) or not self._takes(layer, of, x, weight):
                 return None
-            weight = module._parameters["weight"]
             if self._divided and id(weight) in self._divided:
                 of = dataclasses.replace(of, divided=True) if isinstance(of, Linear) else of
-            out: torch.Tensor = _Product.apply(x, weight, bias, of, self, layer)  # type: ignore[no-untyped-call]
-            return out
+            return self._product(layer, of, x, weight, bias, weight)
 
         found = forward_of(module, product)
         if found is None:
@@ -88,13 +105,50 @@ class WeightSums:
             self._undo.append((module, name, module.__dict__.get(name)))
             module.__dict__[name] = function
 
+    def watch(self, unit: str, module: nn.Module) -> None:
+        """Products with parameters that no layer makes may be put off too, in this unit. It costs every operation of
+        the unit a Python call in steps that split; to be taken back by `unwatch`, in reverse order."""
+        layer = _Layer(module, {unit}, large=False)
+        body, before = module.forward, module.__dict__.get("forward")
+        hooked = {id(parameter) for parameter in module.parameters() if _hooked(parameter)}
+
+        def product(
+            of: LayerProducts, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor | None:
+            parameter = parameter_of(weight)
+            if parameter is None or id(parameter) in hooked or not self._takes(layer, of, x, parameter):
+                return None
+            return self._product(layer, of, x, weight, bias, parameter)
+
+        mode = PlainProducts(product)
+
+        @functools.wraps(body)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.splits or not layer.splits:
+                return body(*args, **kwargs)
+            with mode:
+                return body(*args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        self._watched.append((unit, layer, before))
+
+    def unwatch(self, unit: str | None = None) -> None:
+        """Take back what `watch` did, for one unit or for all."""
+        for watched in reversed([each for each in self._watched if unit in (None, each[0])]):
+            _, layer, before = watched
+            if before is None:
+                layer.module.__dict__.pop("forward", None)
+            else:
+                layer.module.__dict__["forward"] = before
+            self._watched.remove(watched)
+
     def divide(self, weights: Iterable[nn.Parameter]) -> None:
         """Of linear layers with one of these weights the large ones use `products`, in every step."""
         self._divided.update(id(weight) for weight in weights if weight.numel() >= products.SMALLEST)
 
     def keep_whole(self, units: Collection[str]) -> None:
         """The backward of these units is not split."""
-        for layer in self._layers.values():
+        for layer in (*self._layers.values(), *(layer for _, layer, _ in self._watched)):
             layer.splits = layer.splits and not layer.units & set(units)
 
     def close(self) -> None:
@@ -134,24 +188,50 @@ class WeightSums:
         finally:
             self.deferred, self.adds = None, False
 
-    def _takes(self, layer: _Layer, x: torch.Tensor) -> bool:
+    def _takes(self, layer: _Layer, of: LayerProducts, x: torch.Tensor, weight: nn.Parameter) -> bool:
         """Whether a forward on `x`, now, is one whose weight gradient may be taken over."""
-        if not (self.on and layer.large) and not (self.splits and layer.splits) and not self._divided:
+        splits = self.splits and layer.splits
+        if not (splits or (self.on and layer.large)) and id(weight) not in self._divided:
             return False
-        weight = layer.module._parameters.get("weight")
         return (
-            isinstance(weight, nn.Parameter)
-            and ((self.on and layer.large) or (self.splits and layer.splits) or id(weight) in self._divided)
+            not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
             and weight.requires_grad
             and weight.is_floating_point()
             and type(x) in _INPUTS
-            and (x.dtype == weight.dtype or not x.is_floating_point())
+            and (not x.is_floating_point() or x.dtype == weight.dtype or _cast(of, x) is not None)
             and not weight._backward_hooks
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
+
+    def _product(
+        self,
+        layer: _Layer,
+        of: LayerProducts,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parameter: nn.Parameter,
+    ) -> torch.Tensor:
+        """`weight` is the parameter, or a view of it."""
+        part = None
+        if weight is not parameter:
+            part = weight.shape, weight.stride(), weight.storage_offset() - parameter.storage_offset()
+        own_bias = bias if isinstance(bias, nn.Parameter) and not bias._backward_hooks else None
+        dtype = _cast(of, x)
+        if dtype is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        target = _Target(parameter, part, own_bias)
+        return _Product.apply(x, weight, bias, of, self, layer, target)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _cast(of: LayerProducts, x: torch.Tensor) -> torch.dtype | None:
+    """The type that torch casts the operands of a product to, now; None where it does not."""
+    kind = x.device.type
+    if not of.casts or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _hooked(weight: nn.Parameter) -> bool:
@@ -165,15 +245,16 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: nn.Parameter,
+        weight: torch.Tensor,
         bias: torch.Tensor | None,
         of: LayerProducts,
         sums: WeightSums,
         layer: _Layer,
+        target: _Target,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight = weight  # what is saved comes back without its gradient from a checkpoint
-        ctx.bias = bias if isinstance(bias, nn.Parameter) and not bias._backward_hooks else None
+        # the parameters themselves: what is saved comes back from a checkpoint as another tensor
+        ctx.target = target
         ctx.of, ctx.sums, ctx.layer = of, sums, layer
         return of.output(x, weight, bias)
 
@@ -182,28 +263,29 @@ class _Product(torch.autograd.Function):
         (dy,), (x, weight) = gradients, ctx.saved_tensors
         of: LayerProducts = ctx.of
         sums: WeightSums = ctx.sums
+        target: _Target = ctx.target
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         dx = of.input_gradient(dy, x, weight) if wants_x else None
         dw = None
-        if wants_weight and (sums.deferred is not None or sums.adds) and _accumulates(ctx):
+        if wants_weight and (sums.deferred is not None or sums.adds) and _accumulates(target):
             if sums.deferred is not None and ctx.layer.splits:
-                own_bias = ctx.bias if wants_bias else None
-                sums.deferred.add(of, x, dy, ctx.weight, own_bias)
+                own_bias = target.bias if wants_bias else None
+                sums.deferred.add(of, x, dy, target.weight, own_bias, target.part)
                 wants_bias = wants_bias and own_bias is None
-            elif is_summed(ctx.weight):
-                of.add_weight_gradient(ctx.weight.grad, dy, x, weight)
+            elif is_summed(target.weight) and dy.dtype == target.weight.dtype:
+                add_gradient(of, x, dy, target.weight, target.part)
             else:
                 dw = of.weight_gradient(dy, x, weight)
         elif wants_weight:
             dw = of.weight_gradient(dy, x, weight)
-        return dx, dw, of.bias_gradient(dy) if wants_bias else None, None, None, None
+        return dx, dw, of.bias_gradient(dy) if wants_bias else None, None, None, None, None
 
 
-def _accumulates(ctx: Any) -> bool:
+def _accumulates(target: _Target) -> bool:
     """Whether this backward adds to the `.grad` of all parameters it meets, and is not itself differentiated."""
     if torch.is_grad_enabled():
         return False
     try:
-        return all(node is None or torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:])
+        return all(torch._C._will_engine_execute_node(node) for node in target.nodes())
     except RuntimeError:  # a gradient is handed to who asked for it
         return False

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
 from shardwise.describe.profile import ModelProfile, ParameterProfile
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
+from shardwise.plan.continuous import VERSIONS, further_step_s
 from shardwise.plan.cut import Cut, StageCut
 from shardwise.plan.sources import source_of
 from shardwise.plan.work import Work, work_of
-from shardwise.schedule import Costs, Kind, Schedule, Timeline, check, simulate
+from shardwise.schedule import GENERATORS, Costs, Kind, Schedule, Timeline, check, simulate
 from shardwise.schedule.memory import Memory, peak_bytes
 
 __all__ = [
@@ -81,6 +83,9 @@ class RankEstimate:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
+Held = TypeVar("Held", StageEstimate, RankEstimate)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgeEstimate:
     """What crosses from a stage to another with every micro-batch; `values` of the dataflow."""
@@ -101,16 +106,20 @@ class Estimate:
     edges: tuple[EdgeEstimate, ...]
     schedule: Schedule
     timeline: Timeline
+    further_s: float | None = None  # of a step that follows another without a flush, where the schedule has none
 
     @property
     def step_s(self) -> float:
         """Forward and backward of all micro-batches; the optimizer is left out."""
-        return self.timeline.seconds
+        return self.timeline.seconds if self.further_s is None else self.further_s
 
     @property
     def bubble_fraction(self) -> float:
         """The share of the step in which ranks wait, 0 to 1."""
-        return self.timeline.bubble_fraction
+        if self.further_s is None:
+            return self.timeline.bubble_fraction
+        total = self.timeline.num_ranks * self.further_s
+        return 1.0 - sum(self.timeline.busy_seconds) / total if total else 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -164,9 +173,18 @@ def estimate(
         in_flight=in_flight,
     )
     edges = edge_estimates(profile, cut, scale=scale)
-    timeline = simulate(schedule, frozenset(cut.edges), costs=costs_of(stages, edges, bytes_per_s=bytes_per_s))
+    costs = costs_of(stages, edges, bytes_per_s=bytes_per_s)
+    timeline = simulate(schedule, frozenset(cut.edges), costs=costs)
     ranks = _ranks(profile, cut, stages, schedule, OPTIMIZER_STATES[optimizer])
-    return Estimate(stages=stages, ranks=ranks, edges=edges, schedule=schedule, timeline=timeline)
+    made = Estimate(stages=stages, ranks=ranks, edges=edges, schedule=schedule, timeline=timeline)
+    if layout.schedule not in GENERATORS or GENERATORS[layout.schedule].flushes:
+        return made
+    return dataclasses.replace(
+        made,
+        stages=tuple(_held_twice(stage) for stage in stages),
+        ranks=tuple(_held_twice(rank) for rank in ranks),
+        further_s=further_step_s(schedule, frozenset(cut.edges), costs),
+    )
 
 
 def stage_estimates(
@@ -223,6 +241,14 @@ def costs_of(
         },
         activation_seconds={pair: edge.forward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
         gradient_seconds={pair: edge.backward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
+    )
+
+
+def _held_twice(held: Held) -> Held:
+    """With a second version of the trained weights, and the gradients of a second step."""
+    more = (VERSIONS - 1) * held.gradient_bytes
+    return dataclasses.replace(
+        held, parameter_bytes=held.parameter_bytes + more, gradient_bytes=held.gradient_bytes + more
     )
 
 

@@ -13,6 +13,7 @@ from shardwise.describe.flow import NodeKind
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
 from shardwise.layout import Layout, compress, position_ranks
+from shardwise.plan.continuous import NOTE
 from shardwise.plan.cut import Cut
 from shardwise.plan.estimate import EdgeEstimate, Estimate, RankEstimate, StageEstimate
 from shardwise.quantities import format_bytes, format_count, format_flops, format_seconds
@@ -45,7 +46,7 @@ def explain(
         lines += ["", *_stage(profile, layout, cut, estimate, stage)]
     if layout.num_stages > layout.pp:
         lines += ["", *(line for rank in estimate.ranks for line in _rank(layout, rank))]
-    lines += ["", *_shared(profile, cut), *_unread(profile), *_step(layout, estimate, assumes, found)]
+    lines += ["", *_shared(profile, cut, estimate), *_unread(profile), *_step(layout, estimate, assumes, found)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -166,7 +167,8 @@ def _value(profile: ModelProfile, value: int) -> str:
     return f"{name} {about.dtype}[{'×'.join(map(str, about.shape))}]"
 
 
-def _shared(profile: ModelProfile, cut: Cut) -> Iterator[str]:
+def _shared(profile: ModelProfile, cut: Cut, estimate: Estimate) -> Iterator[str]:
+    owners = estimate.schedule.owners
     holders: dict[str, list[int]] = {}
     for stage in cut.stages:
         for name in sorted(stage.parameters):
@@ -178,7 +180,9 @@ def _shared(profile: ModelProfile, cut: Cut) -> Iterator[str]:
     for stages, names in groups.items():
         nbytes = format_bytes(sum(profile.parameters[name].nbytes for name in names))
         where = ", ".join(map(str, stages))
-        text = f"{_together(names)}, {nbytes}: on stages {where}; gradients are summed"
+        summed = len({owners[stage] for stage in stages}) > 1
+        how = "gradients are summed" if summed else "stages of one rank, which holds them once"
+        text = f"{_together(names)}, {nbytes}: on stages {where}; {how}"
         yield from _labelled("shared", text)
 
 
@@ -210,6 +214,7 @@ def _step(layout: Layout, estimate: Estimate, assumes: str, found: str) -> list[
     lines = [
         *_labelled("step", summary),
         *(_labelled("schedule", found) if found else []),
+        *(_labelled("schedule", NOTE) if estimate.further_s is not None else []),
         *(_labelled("assumes", assumes, indent=2) if assumes else []),
         *_labelled("left out", _left_out(layout, estimate), indent=2),
     ]

@@ -17,6 +17,7 @@ from shardwise.quantities import format_seconds
 from shardwise.schedule import Placement, Schedule
 from shardwise.schedule.placement import stages_of_ranks
 from shardwise.schedule.search import Searched, search
+from shardwise.schedule.search_placements import search_placements
 
 __all__ = ["Found", "find_schedule"]
 
@@ -44,9 +45,7 @@ class Found:
         if found.best_textbook is not None:
             name, textbook_s = found.best_textbook
             gain = 1 - found.seconds / textbook_s if textbook_s else 0.0
-            text += (
-                f"{gain:.1%} less than the best textbook one ({name}, {format_seconds(textbook_s)}); "
-            )
+            text += f"{gain:.1%} less than the best textbook one ({name}, {format_seconds(textbook_s)}); "
         return f"{text}none of these stages can take less than {format_seconds(found.lower_bound_s)}"
 
 
@@ -62,28 +61,34 @@ def find_schedule(
 ) -> Found:
     """The best schedule found for `num_micro_batches` a replica in about `seconds`; `stages` is call node -> stage.
 
-    Stages are placed on ranks in a loop and, where each rank has two, as a V; the better one is taken. A rank keeps at
-    most twice the activations that 1F1B keeps on its first rank: 2 * pp micro-batches of all stages of the fullest
-    rank. Raises `ScheduleError` where stages are not numbered in the order of the dataflow.
+    With one stage a rank only the order is searched, with more also which rank owns which stages: as generators place
+    them (a loop, a V) or in any other way. A rank holds at most what the fullest rank of a loop or V holds with 2 * pp
+    micro-batches in flight, twice as many as 1F1B has on its first rank. Raises `ScheduleError` where stages are not
+    numbered in the order of the dataflow.
     """
     cut = cut_stages(profile.flow, stages, layout.num_stages)
     priced = stage_estimates(profile, cut, flops_per_s=flops_per_s)
     costs = costs_of(priced, edge_estimates(profile, cut), bytes_per_s=bytes_per_s)
     chunks = layout.num_stages // layout.pp
-    found: list[Searched] = []
-    ways = [Placement.LOOP, Placement.V] if chunks == 2 and layout.pp > 1 else [Placement.LOOP]
-    for way in ways:
-        ranks = stages_of_ranks(way, num_ranks=layout.pp, chunks=chunks)
-        most = max(sum(priced[stage].micro_batch_bytes for stage in own) for own in ranks)
-        found.append(
-            search(
-                costs,
-                num_micro_batches=num_micro_batches,
-                ranks=ranks,
-                edges=frozenset(cut.edges),
-                memory=memory_of(priced, (2.0 * layout.pp * most,) * layout.pp),
-                seconds=seconds / len(ways),
-            )
+    ways = [stages_of_ranks(way, num_ranks=layout.pp, chunks=chunks) for way in Placement]
+    edges = frozenset(cut.edges)
+    if chunks == 1:
+        most = max(stage.micro_batch_bytes for stage in priced)
+        memory = memory_of(priced, (2.0 * layout.pp * most,) * layout.pp)
+        best = search(
+            costs, num_micro_batches=num_micro_batches, ranks=ways[0], edges=edges, memory=memory, seconds=seconds
         )
-    best = min(found, key=lambda each: each.seconds)
+    else:
+        held = [stage.memory_bytes - stage.activation_bytes for stage in priced]
+        full = [held[stage.stage] + 2 * layout.pp * stage.micro_batch_bytes for stage in priced]
+        limit = float(max(sum(full[stage] for stage in own) for ranks in ways for own in ranks))
+        best = search_placements(
+            costs,
+            num_micro_batches=num_micro_batches,
+            num_ranks=layout.pp,
+            edges=edges,
+            memory=memory_of(priced, (limit,) * layout.pp),
+            held_bytes=held,
+            seconds=seconds,
+        )
     return Found(searched=best, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)

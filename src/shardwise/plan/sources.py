@@ -15,6 +15,7 @@ from typing import Protocol
 from shardwise.errors import LayoutError, ScheduleError
 from shardwise.layout import SEARCHED, Layout
 from shardwise.schedule import GENERATORS, Action, Kind, Schedule, generate, pipedream_2bw, placement
+from shardwise.schedule.torch_csv import read_csv
 
 __all__ = [
     "AnySource",
@@ -114,6 +115,7 @@ def check_source(layout: Layout, num_micro_batches: int) -> None:
     if isinstance(source, GeneratedSource):
         try:
             if not GENERATORS[source.name].flushes:
+                _check_experts(layout)
                 pipedream_2bw.check_micro_batches(num_ranks=layout.pp, num_micro_batches=num_micro_batches)
             source(num_micro_batches)
         except ScheduleError as error:
@@ -127,10 +129,19 @@ def check_source(layout: Layout, num_micro_batches: int) -> None:
         )
 
 
+def _check_experts(layout: Layout) -> None:
+    if layout.ep > 1:
+        raise LayoutError(
+            f"what experts do is counted step by step, and steps of {layout.schedule} overlap, but ep={layout.ep}; use "
+            "another schedule, or ep=1"
+        )
+
+
 def _read(layout: Layout) -> Schedule:
     path = Path(layout.schedule)
     try:
-        schedule = Schedule.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        schedule = read_csv(text, name=path.stem) if path.suffix == ".csv" else Schedule.from_json(text)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise LayoutError(f"a schedule file can be read, but {path} cannot: {why}; correct the path") from error

@@ -25,7 +25,8 @@ from shardwise.schedule.graph import Edge, Edges, chain
 from shardwise.schedule.placement import Placement, stages_of_ranks
 from shardwise.schedule.schedule import Schedule, forward_only
 from shardwise.schedule.simulate import seconds_of, simulate
-from shardwise.schedule.timeline import Span, Timeline
+from shardwise.schedule.spans import Span
+from shardwise.schedule.timeline import Timeline
 from shardwise.schedule.transfers import Row, with_transfers
 
 __all__ = [

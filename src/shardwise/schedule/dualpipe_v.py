@@ -11,7 +11,7 @@ other one, of two micro-batches that do not know each other: what each of them s
 of experts, can travel beside the other's computation. The bubble is (p-1)(t_FB + t_B - 3 t_W)/2, t_FB being a forward
 and a backward side by side and each t half of a rank's share; with F = I = W and nothing gained side by side that is
 p - 1 slots of 6 m. At most 2 p + 1 stage activations are kept: p + 1/2 micro-batches of a rank's share of the model.
-The order is made for m >= 2 p; with less, those that are missing leave their place empty.
+With m < 2 p there is no steady phase: the blocks of `building_blocks` are squeezed into the same memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from shardwise.schedule.about import About
 from shardwise.schedule.actions import Kind
+from shardwise.schedule.building_blocks import squeezed_v
 from shardwise.schedule.order import Visit, actions, check_counts
 from shardwise.schedule.placement import Placement, stages_of_ranks
 from shardwise.schedule.schedule import Schedule
@@ -39,15 +40,25 @@ ABOUT = About(
 def generate(*, num_ranks: int, num_micro_batches: int, chunks: int = 2) -> Schedule:
     """The DualPipeV schedule, two stages a rank. Raises ScheduleError if a count is below 1."""
     check_counts(num_ranks, num_micro_batches)
+    if num_micro_batches < 2 * num_ranks:
+        capacity = 2 * num_ranks + 1
+        return squeezed_v(
+            "dualpipe-v",
+            num_ranks=num_ranks,
+            num_micro_batches=num_micro_batches,
+            down=2,
+            up=4,
+            delay=0,
+            capacity=capacity,
+        )
     ranks = stages_of_ranks(Placement.V, num_ranks=num_ranks, chunks=2)
-    filled = max(num_micro_batches, 2 * num_ranks)
     return Schedule(
         name="dualpipe-v",
         num_stages=2 * num_ranks,
         num_micro_batches=num_micro_batches,
         ranks=ranks,
         actions=tuple(
-            actions(_counted(_phases(num_ranks, r, filled), stages), num_micro_batches)
+            actions(_counted(_phases(num_ranks, r, num_micro_batches), stages), num_micro_batches)
             for r, stages in enumerate(ranks)
         ),
     )

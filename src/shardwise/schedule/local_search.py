@@ -39,9 +39,10 @@ def improve(
         if move is None:
             continue
         kept, rows[move.rank] = rows[move.rank], move.row
-        moved = times_of(problem, rows)
         heat = HEAT * best_seconds * (1 - step / num_steps) ** 2
-        if moved is None or moved.seconds > now.seconds - heat * math.log(1 - chance.random()):
+        limit = now.seconds - heat * math.log(1 - chance.random())
+        moved = times_of(problem, rows, limit=limit)
+        if moved is None or moved.seconds > limit:
             rows[move.rank] = kept
             continue
         now = moved

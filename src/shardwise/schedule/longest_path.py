@@ -6,6 +6,7 @@ search does this ten thousand times.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from shardwise.schedule.problem import BACKWARD, FORWARD, INPUT, WEIGHT, Problem, Rows
@@ -22,8 +23,8 @@ class Times:
     ends: list[list[float]]
 
 
-def times_of(problem: Problem, rows: Rows) -> Times | None:
-    """When everything ends; None where the ranks wait for each other.
+def times_of(problem: Problem, rows: Rows, *, limit: float = math.inf) -> Times | None:
+    """When everything ends; None where the ranks wait for each other, or where it is plain that `limit` is passed.
 
     A value is there its transfer's seconds after it is made: links are never crowded and receives always posted
     in time. Where transfers are free this is what `simulate` says, to the last bit.
@@ -34,6 +35,7 @@ def times_of(problem: Problem, rows: Rows) -> Times | None:
     waiting: list[list[int]] = [[] for _ in range(2 * num_stages)]  # ranks that wait for a stage's F or backward
     work = _work(problem, forwards, backwards, waiting, rows)
     place, clocks = [0] * len(rows), [0.0] * len(rows)
+    slack = _slack(problem, rows, limit)
     starts: list[list[float]] = [[] for _ in rows]
     ends: list[list[float]] = [[] for _ in rows]
     ready = list(range(len(rows)))[::-1]
@@ -53,6 +55,10 @@ def times_of(problem: Problem, rows: Rows) -> Times | None:
                 if arrived > start:
                     start = arrived
             else:
+                if start > now:
+                    slack[rank] -= start - now
+                    if slack[rank] < 0:
+                        return None
                 now = start + (seconds * factors[m] if factors else seconds)
                 output.append(now)
                 begun.append(start)
@@ -67,6 +73,14 @@ def times_of(problem: Problem, rows: Rows) -> Times | None:
     if any(index < len(row) for index, row in zip(place, rows, strict=True)):
         return None
     return Times(seconds=max(clocks), starts=starts, ends=ends)
+
+
+def _slack(problem: Problem, rows: Rows, limit: float) -> list[float]:
+    """[rank]: for how long it may wait and still end within the limit, by what is left to do."""
+    if limit == math.inf or problem.factors:
+        return [math.inf] * len(rows)
+    seconds = problem.letter_seconds.__getitem__
+    return [limit * (1 + 1e-9) - sum(map(seconds, row)) for row in rows]
 
 
 _Work = tuple[float, list[float], list[float], list[tuple[list[float], float, list[int]]], list[int]]

@@ -4,6 +4,9 @@
     I   lets go of it, but for what W reads                -activation +weight
     W   lets go of the rest                                -weight
     B   is I and W in one                                  -activation
+    F   with a C to come keeps only its inputs             +input
+    C   computes the rest of it again                      +activation -input
+    O   moves what is kept to the host, L brings it back   -kept, +kept
 
 Bytes or micro-batches, floats or whole numbers: any unit, the same throughout.
 """
@@ -28,6 +31,7 @@ class Memory:
     weight_bytes[s]: the part of it that stays until the end of W (W's inputs and the gradients of its outputs).
     limit_bytes[r]: the most that rank r may keep for all its stages; None where nothing limits it, and None
     alone where no rank is limited.
+    input_bytes[s]: the part of activation_bytes that a stage keeps which computes its forward again (C); none means 0.
 
     Raises ScheduleError if a number is negative or not finite, or the stages of the two lists differ in number.
     """
@@ -35,6 +39,7 @@ class Memory:
     activation_bytes: tuple[float, ...]
     weight_bytes: tuple[float, ...]
     limit_bytes: tuple[float | None, ...] | None = None
+    input_bytes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.activation_bytes) != len(self.weight_bytes):
@@ -42,8 +47,13 @@ class Memory:
                 f"both kinds of memory are given for every stage, but there are {len(self.activation_bytes)} "
                 f"activation_bytes and {len(self.weight_bytes)} weight_bytes; give as many of each"
             )
+        if len(self.input_bytes) not in (0, len(self.activation_bytes)):
+            raise ScheduleError(
+                f"input_bytes are given for every stage or for none, but there are {len(self.input_bytes)} for "
+                f"{len(self.activation_bytes)} stages; give one a stage"
+            )
         limits = [limit for limit in self.limit_bytes or () if limit is not None]
-        for number in (*self.activation_bytes, *self.weight_bytes, *limits):
+        for number in (*self.activation_bytes, *self.weight_bytes, *self.input_bytes, *limits):
             if not (math.isfinite(number) and number >= 0):
                 raise ScheduleError(
                     f"memory is finite and not negative, but found {number}; use bytes from 0 up, and None for no limit"
@@ -89,13 +99,19 @@ def fits(schedule: Schedule, memory: Memory | None) -> bool:
 
 def _peak(schedule: Schedule, rank: int, memory: Memory) -> float:
     kept = peak = 0.0
-    for action in schedule.actions[rank]:
-        if not isinstance(action, Action):
-            continue
+    row = [action for action in schedule.actions[rank] if isinstance(action, Action)]
+    again = {(action.stage, action.micro_batch) for action in row if action.kind is Kind.C}
+    inputs = memory.input_bytes or (0.0,) * schedule.num_stages
+    for action in row:
         activation, weight = memory.activation_bytes[action.stage], memory.weight_bytes[action.stage]
+        first = inputs[action.stage] if (action.stage, action.micro_batch) in again else activation
         match action.kind:
-            case Kind.F:
-                kept += activation
+            case Kind.F | Kind.L:
+                kept += first
+            case Kind.O:
+                kept -= first
+            case Kind.C:
+                kept += activation - first
             case Kind.I:
                 kept += weight - activation
             case Kind.W:

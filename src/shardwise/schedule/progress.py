@@ -12,14 +12,17 @@ arrival. Rows are first turned into steps that hold all an item needs (`steps`),
 
 from __future__ import annotations
 
+from functools import partial
+
 from shardwise.errors import ScheduleError
 from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.costs import Costs
 from shardwise.schedule.graph import Edges
 from shardwise.schedule.schedule import Schedule
-from shardwise.schedule.steps import BESIDE, COMPUTE, SEND, Input, Steps, World, transfer_of
-from shardwise.schedule.timeline import Span
+from shardwise.schedule.spans import Lane, Lanes
+from shardwise.schedule.steps import BESIDE, COMPUTE, SEND, Input, Steps
 from shardwise.schedule.transfers import DEFAULT_PREFETCH, Row, planned
+from shardwise.schedule.world import World
 
 __all__ = ["Progress", "run"]
 
@@ -95,20 +98,24 @@ class Progress:
         self.place[rank], self.clock_s[rank] = len(codes), now_s
         return woken
 
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> Lanes:
         """The items of each rank, then the transfers of each link."""
         rows = zip(self.world.schedule.actions, self.starts_s, self.ends_s, strict=True)
-        spans = [
-            Span(rank=r, action=action, start_s=start_s, end_s=end_s)
-            for r, row in enumerate(rows)
-            for action, start_s, end_s in zip(*row, strict=True)
+        of_ranks = [
+            Lane(rank=r, starts_s=starts_s, ends_s=ends_s, actions=partial(tuple, row), computes=True)
+            for r, (row, starts_s, ends_s) in enumerate(rows)
         ]
-        for _, link in sorted(self.world.links.items()):
-            spans += [
-                Span(rank=link.sender, action=transfer_of(route, m), start_s=start_s, end_s=end_s)
-                for m, route, start_s, end_s in zip(link.sent, link.routes, link.starts_s, link.ends_s, strict=True)
-            ]
-        return tuple(spans)
+        of_links = [
+            Lane(
+                rank=link.sender,
+                starts_s=link.starts_s,
+                ends_s=link.ends_s,
+                actions=link.transfers,
+                computes=False,
+            )
+            for _, link in sorted(self.world.links.items())
+        ]
+        return Lanes([*of_ranks, *of_links])
 
     # -- where ranks wait for each other ------------------------------------------------------------
 

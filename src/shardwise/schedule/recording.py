@@ -86,7 +86,8 @@ class Recording:
             f"{_percent(each.bubble_fraction)}"
             for name, each in predictions
         ]
-        sums = f" {_seconds(self.sums_s)} more went by for sums of gradients." if self.sums_s else ""
+        worth_telling = self.sums_s > 1e-3 * self.slowest.seconds
+        sums = f" {_seconds(self.sums_s)} more went by for sums of gradients." if worth_telling else ""
         return (
             f"step {self.step + 1} took {_seconds(self.slowest.seconds)}, of which ranks waited "
             f"{_percent(self.bubble)} for each other and {_percent(self.exposed)} for transfers and the runtime; "

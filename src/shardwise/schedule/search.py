@@ -27,7 +27,7 @@ from shardwise.schedule.problem import Problem, Rows
 from shardwise.schedule.schedule import Schedule
 from shardwise.schedule.simulate import seconds_of
 
-__all__ = ["Searched", "has_room", "search", "textbooks"]
+__all__ = ["Searched", "search", "textbooks"]
 
 NAME = "searched"
 VISITS_PER_SECOND = 800_000  # actions that a slow core times in a second: makes a budget of seconds one of steps
@@ -173,7 +173,7 @@ class _Search:
                     stop=self.done,
                 )
             )
-        for _, rows in sorted(self.rows, key=lambda found: found[0])[:2]:
+        for _, rows in list(self.rows):
             self._offer(self.problem.schedule(merged(self.problem, rows), NAME))
 
     def result(self, best_textbook: tuple[str, float] | None) -> Searched:
@@ -214,20 +214,13 @@ def _length(schedule: Schedule | None) -> int:
     return sum(map(len, schedule.actions)) if schedule is not None else 0
 
 
-def has_room(problem: Problem) -> bool:
-    """Whether one micro-batch fits, forward and backward, on all stages of each rank."""
-    return all(_needed(problem, r) <= problem.limits[r] * (1 + 1e-9) for r in range(len(problem.ranks)))
-
-
-def _needed(problem: Problem, rank: int) -> float:
-    return sum(max(problem.activation[s], problem.weight[s]) for s in problem.ranks[rank])
-
-
 def _check_room(problem: Problem) -> None:
-    if not has_room(problem):
-        r = next(r for r in range(len(problem.ranks)) if _needed(problem, r) > problem.limits[r])
-        raise ScheduleError(
-            f"a rank has room for one micro-batch on all its stages, but stages {list(problem.ranks[r])} of rank {r} "
-            f"keep {_needed(problem, r):g} and its limit is {problem.limits[r]:g}; raise the limit, use smaller "
-            "micro-batches, or recompute activations"
-        )
+    """One micro-batch must fit, forward and backward, on all stages of each rank."""
+    for r, stages in enumerate(problem.ranks):
+        needed = sum(max(problem.activation[s], problem.weight[s]) for s in stages)
+        if needed > problem.limits[r] * (1 + 1e-9):
+            raise ScheduleError(
+                f"a rank has room for one micro-batch on all its stages, but stages {list(stages)} of rank {r} keep "
+                f"{needed:g} and its limit is {problem.limits[r]:g}; raise the limit, use smaller micro-batches, or "
+                "recompute activations"
+            )

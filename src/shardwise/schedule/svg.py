@@ -13,11 +13,12 @@ from xml.sax.saxutils import escape
 from shardwise.errors import ScheduleError
 from shardwise.schedule.actions import Action, Transfer
 from shardwise.schedule.svg_style import MEANINGS, NUM_SHADES, style_sheet
-from shardwise.schedule.timeline import Timeline
+from shardwise.schedule.timeline import Span, Timeline
 
 __all__ = ["Panel", "Unit", "to_svg"]
 
 _ROW, _GAP = 22.0, 3.0  # height of a rank, and between two
+_BESIDE = 4.0  # height of what runs beside the computing
 _LEFT, _RIGHT = 58.0, 14.0  # for names of ranks, and so that the last number of the axis fits
 _HEAD, _AXIS, _LEGEND = 26.0, 30.0, 28.0
 _DIGIT = 6.6  # width of one
@@ -125,6 +126,7 @@ def _panel(panel: Panel, top: float, scale: float, unit: Unit) -> tuple[list[str
 
 def _boxes(timeline: Timeline, tops: Sequence[float], scale: float) -> list[str]:
     classes = _classes(timeline)
+    low = _BESIDE if any(not _computes(span) and span.end_s > span.start_s for span in timeline.spans) else 0.0
     boxes, numbers = [], []
     for span in timeline.spans:
         if isinstance(span.action, Transfer):
@@ -133,16 +135,26 @@ def _boxes(timeline: Timeline, tops: Sequence[float], scale: float) -> list[str]
         x, width = _LEFT + (span.start_s - timeline.start_s) * scale, (span.end_s - span.start_s) * scale
         if not kind or width <= 0:
             continue
-        y, height = tops[span.rank], _ROW
-        if not isinstance(span.action, Action):  # runs beside what is computed
-            y, height = y + _ROW - 4, 4.0
+        y, height, computes = tops[span.rank], _ROW - low, _computes(span)
+        if not computes:
+            y, height = y + _ROW - _BESIDE, _BESIDE
         boxes.append(
             f'<rect class="{kind.lower()}{shade}" x="{_short(x)}" y="{y:g}" '
             f'width="{_short(max(width - _BORDER, width / 2))}" height="{height:g}"/>'
         )
-        if isinstance(span.action, Action) and width >= _DIGIT * len(text := str(span.action.micro_batch)) + 3:
-            numbers.append(f'<text class="m n{shade}" x="{_short(x + width / 2)}" y="{y + 15:g}">{text}</text>')
+        text = str(span.action.micro_batch) if isinstance(span.action, Action) else ""
+        if computes and width >= _DIGIT * len(text) + 3:
+            numbers.append(
+                f'<text class="m n{shade}" x="{_short(x + width / 2)}" y="{y + 15 - low / 2:g}">{text}</text>'
+            )
     return boxes + numbers
+
+
+def _computes(span: Span) -> bool:
+    """Whether the rank is busy with it; transfers, which have lines of their own, count as computing here."""
+    if isinstance(span.action, Action):
+        return span.action.kind.computes
+    return isinstance(span.action, Transfer)
 
 
 def _lines(timeline: Timeline, tops: Sequence[float], scale: float) -> list[str]:

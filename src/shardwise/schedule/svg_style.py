@@ -21,6 +21,10 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "I": "input gradient",
         "W": "weight gradient",
         "G": "sum of gradients",
+        "U": "gathering of parameters",
+        "H": "release of parameters",
+        "O": "offload",
+        "L": "load",
     }
 )
 _HUES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
@@ -31,9 +35,13 @@ _HUES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
         "I": (190, 95, 0),
         "W": (160, 70, 130),
         "G": (90, 90, 90),
+        "U": (90, 140, 0),
+        "H": (140, 170, 90),
+        "O": (200, 40, 60),
+        "L": (210, 100, 130),
     }
 )
-_WHITENED = (0.0, 0.62, 0.32, 0.8)  # of each shade: how far towards white
+_WHITENED = (0.0, 0.58, 0.3, 0.75)  # of each shade: how far towards white
 _DARK_TEXT_ABOVE = 0.5  # a shade that is whiter than this is written on in black
 
 _LIGHT = {"text": "#1b1f24", "faint": "#59636e", "idle": "#f0f2f4", "line": "#c9d0d8", "page": "#ffffff"}

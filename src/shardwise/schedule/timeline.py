@@ -7,30 +7,16 @@ ranks.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from shardwise.errors import ScheduleError
-from shardwise.schedule.actions import Action, StageAction, Transfer, parse
+from shardwise.schedule.actions import Action, parse
+from shardwise.schedule.spans import Lanes, Span
 
 __all__ = ["Span", "Timeline"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """One action, or one transfer on its way, from `start_s` to `end_s` (seconds).
-
-    The rank of a transfer is its sender's; a recorded timeline may also hold the receiver's side.
-    """
-
-    rank: int
-    action: Action | StageAction | Transfer
-    start_s: float
-    end_s: float
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} {self.action} {self.start_s:.6g}..{self.end_s:.6g} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +24,11 @@ class Timeline:
     """The spans of all ranks. Raises ScheduleError if a rank is out of range or a span runs backwards."""
 
     num_ranks: int
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
 
     def __post_init__(self) -> None:
+        if isinstance(self.spans, Lanes):  # of a simulation, which cannot run backwards
+            return
         for span in self.spans:
             if not (0 <= span.rank < self.num_ranks and span.start_s <= span.end_s):
                 raise ScheduleError(
@@ -51,18 +39,22 @@ class Timeline:
     @cached_property
     def seconds(self) -> float:
         """From the first start to the last end."""
-        if not self.spans:
-            return 0.0
-        return max(span.end_s for span in self.spans) - self.start_s
+        if isinstance(self.spans, Lanes):
+            return self.spans.end_s - self.start_s
+        return max((span.end_s for span in self.spans), default=0.0) - self.start_s
 
     @cached_property
     def start_s(self) -> float:
         """The first start; 0.0 without spans."""
+        if isinstance(self.spans, Lanes):
+            return self.spans.start_s
         return min((span.start_s for span in self.spans), default=0.0)
 
     @cached_property
     def busy_seconds(self) -> tuple[float, ...]:
         """What each rank spent computing; transfers run beside it and do not count."""
+        if isinstance(self.spans, Lanes):
+            return self.spans.busy_seconds(self.num_ranks)
         busy = [0.0] * self.num_ranks
         for span in self.spans:
             if isinstance(span.action, Action) and span.action.kind.computes:

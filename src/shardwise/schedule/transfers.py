@@ -35,7 +35,7 @@ DEFAULT_PREFETCH = 2
 class Planned:
     """All transfers of a schedule, as numbers, before they are written out.
 
-    A route is a pair of stages on different ranks, (source, target); a value is route * num_micro_batches + micro-batch.
+    A route is a pair of stages on two ranks, (source, target); a value is route * num_micro_batches + micro-batch.
     routes_of[kind][stage]: the routes on which the value that such an action makes is sent, right behind it.
     posted[r]: the values that rank r receives, in the order in which it posts them; posted_at[r]: ahead of which of its
     actions, ascending.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardwise.schedule.actions import Action
+from shardwise.schedule.actions import Action, Transfer
 from shardwise.schedule.graph import Edges
 from shardwise.schedule.produced import Produced
 from shardwise.schedule.timeline import Span, Timeline
@@ -35,17 +35,21 @@ class Waits:
 def waits(timeline: Timeline, edges: Edges | None = None) -> tuple[Waits, ...]:
     """[r]: how rank r spent the timeline, from its first start to its last end; they add up to `timeline.seconds`.
 
-    What a rank waits behind its last action is bubble. `edges` is the chain if not given.
+    Behind its last action a rank waits for what runs beside its work, such as sums of gradients, and then for others:
+    bubble. `edges` is the chain if not given.
     """
     produced = Produced(timeline, edges)
     rows: list[list[tuple[Span, Action]]] = [[] for _ in range(timeline.num_ranks)]
+    beside_s = [timeline.start_s] * timeline.num_ranks
     for span in timeline.spans:
         if isinstance(span.action, Action) and span.action.kind.computes:
             rows[span.rank].append((span, span.action))
-    return tuple(_of_rank(row, produced, timeline) for row in rows)
+        elif not isinstance(span.action, Transfer):
+            beside_s[span.rank] = max(beside_s[span.rank], span.end_s)
+    return tuple(_of_rank(row, last_s, produced, timeline) for row, last_s in zip(rows, beside_s, strict=True))
 
 
-def _of_rank(row: list[tuple[Span, Action]], produced: Produced, timeline: Timeline) -> Waits:
+def _of_rank(row: list[tuple[Span, Action]], beside_s: float, produced: Produced, timeline: Timeline) -> Waits:
     busy_s = bubble_s = exposed_s = 0.0
     now_s = timeline.start_s
     for span, action in sorted(row, key=lambda item: item[0].start_s):
@@ -56,5 +60,6 @@ def _of_rank(row: list[tuple[Span, Action]], produced: Produced, timeline: Timel
         exposed_s += idle_s - waited_s
         busy_s += span.end_s - max(span.start_s, now_s)
         now_s = max(now_s, span.end_s)
-    bubble_s += timeline.start_s + timeline.seconds - now_s
+    exposed_s += max(beside_s - now_s, 0.0)
+    bubble_s += timeline.start_s + timeline.seconds - max(now_s, beside_s)
     return Waits(busy_s=busy_s, bubble_s=bubble_s, exposed_s=exposed_s)

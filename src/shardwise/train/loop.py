@@ -37,7 +37,7 @@ def run_steps(world: World, emit: Emit) -> list[float]:
             learning_rate=rate_of(options, step),
             weight=result.weight,
             step_s=done.seconds,
-            busy_s=sum(moment.compute_s for moment in result.moments),
+            busy_s=result.moments.busy_s,
             sent_bytes=dict(result.sent_bytes),
             memory_bytes=list(done.memory_bytes),
         )

@@ -141,6 +141,8 @@ class TimelineOptions(_Table):
 
     steps   counted from 1; -1 is the last
     every   every so many steps, too; 0: none
+
+    Steps that overlap (pipedream-2bw) are not recorded.
     """
 
     steps: tuple[int, ...] = (5, -1)

@@ -85,6 +85,7 @@ class Comparison:
     steps: int
     reference: str = "the whole model on one device"
     experts: tuple[str, ...] = ()  # how experts were divided and what they exchanged, in words
+    splits: tuple[str, ...] = ()  # which units split their backward and which do not, in words
     tensor: TensorPlan | None = None  # how units were divided among shards, proven block by block before
     rounding: Rounding | None = None  # where float32 left something in doubt, what float64 says
 
@@ -126,7 +127,7 @@ class Comparison:
             lines.append(f"  edge stage {source} -> {target}: {nbytes:,} bytes a micro-batch: {what}")
         if self.tensor is not None:
             lines += [f"  {line}" for line in self.tensor.lines()]
-        lines += [f"  {line}" for line in self.experts]
+        lines += [f"  {line}" for line in (*self.experts, *self.splits)]
         lines.append(f"  tolerance {self.tolerance:.0e}: {self.reason}")
         if self.rounding is not None:
             lines.append(f"  {self.rounding}")

@@ -23,6 +23,7 @@ from shardwise.execute.batches import MicroBatch, split
 from shardwise.execute.expert_ranks import ExpertStep
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.program import Program
+from shardwise.execute.split_proof import SplitProof
 from shardwise.execute.streamed import run_streamed
 from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
@@ -57,6 +58,7 @@ class Side:
     expert: int = 0  # which of the ranks that divide experts
     experts: ExpertPlan | None = None  # how experts are divided; tensors that are, come in parts
     expert_step: ExpertStep | None = None  # what they did in the last step
+    split_proofs: tuple[SplitProof, ...] = ()  # of units, where the schedule splits backwards
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,6 +102,7 @@ def run_side(
         side.shard, side.tensor = program.divided.shard, program.divided.plan
     if program.experts is not None:
         side.expert, side.experts = program.experts.rank, program.experts.plan
+    side.split_proofs = program.split_proofs
     program.close()
     return side
 

@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from shardwise.errors import ConfigError
 from shardwise.execute.batches import batch_size
+from shardwise.execute.split_proof import in_words
 from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.parallel.tensor.given_plan import GivenPlan
@@ -231,6 +232,7 @@ def _comparison(
         reference=chosen.text(reference.num_stages),
         tensor=sides[0].tensor,
         experts=_experts(sides[0]),
+        splits=in_words([proof for side in sides for proof in side.split_proofs]),
     )
 
 

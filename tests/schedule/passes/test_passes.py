@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedule.helpers import schedule_of
@@ -74,9 +74,7 @@ def test_a_forward_is_run_again_while_the_gradient_is_on_its_way() -> None:
 def test_what_is_offloaded_is_loaded_some_actions_ahead() -> None:
     schedule = schedule_of("0F0 0F1 0F2 0B0 0B1 0B2")
     assert text(with_offload(schedule, distance=0)) == "0F0 0O0 0F1 0O1 0F2 0O2 0L0 0B0 0L1 0B1 0L2 0B2"
-    assert text(with_offload(schedule, distance=1)) == "0F0 0O0 0F1 0O1 0L0 0F2 0O2 0B0 0L1 0B1 0L2 0B2".replace(
-        "0L0 0F2 0O2 0B0 0L1 0B1 0L2 0B2", "0L0 0F2 0O2 0L1 0B0 0L2 0B1 0B2"
-    )
+    assert text(with_offload(schedule, distance=1)) == "0F0 0O0 0F1 0O1 0L0 0F2 0O2 0L1 0B0 0L2 0B1 0B2"
 
 
 def test_what_is_needed_too_soon_stays_on_the_device() -> None:
@@ -94,6 +92,17 @@ def test_moving_to_the_host_takes_its_own_time_and_a_late_load_is_waited_for() -
     assert found["0L0"] == (2, 5)
     assert found["0B0"] == (5, 7)
     assert found["0L1"] == (7, 10)
+
+
+def test_what_is_still_on_its_way_to_the_host_is_not_loaded_yet() -> None:
+    schedule = with_offload(schedule_of("0F0 0F1 0B0 0B1"), {0}, distance=0)
+    costs = Costs(compute_seconds={Kind.F: (1.0,), Kind.B: (2.0,)}, beside_seconds={Kind.O: (5.0,), Kind.L: (1.0,)})
+    found = {str(span.action): (span.start_s, span.end_s) for span in simulate(schedule, costs=costs).spans}
+    assert found["0O0"] == (1, 6)
+    assert found["0L0"] == (6, 7)
+    assert found["0O1"] == (6, 11)  # one after another; loads have a way of their own
+    assert found["0B0"] == (7, 9)
+    assert found["0B1"] == (12, 14)
 
 
 def test_a_reduction_runs_beside_the_work_and_may_end_after_it() -> None:
@@ -130,6 +139,7 @@ def test_breadth_first_gathers_each_stage_once_and_1f1b_of_two_stages_many_times
     assert gathers("interleaved") > 8
 
 
+@settings(deadline=2000)
 @given(schedules(), st.integers(0, 3), st.integers(1, 3), st.data())
 def test_all_together_keep_the_order_of_work_and_pass_the_checker(
     made: tuple[Schedule, Edges], distance: int, most: int, data: st.DataObject
@@ -143,8 +153,7 @@ def test_all_together_keep_the_order_of_work_and_pass_the_checker(
     check(changed, edges)
     assert Schedule.from_json(changed.to_json()) == changed
     simulate(changed, edges, costs=Costs.uniform(schedule.num_stages))
-    merged = merge_backwards(split_backwards(schedule))
-    assert check(merged, edges).peak_per_rank == check(merge_backwards(schedule), edges).peak_per_rank
+    assert merge_backwards(split_backwards(schedule)) == merge_backwards(schedule)
 
 
 def test_wrong_numbers_are_refused() -> None:

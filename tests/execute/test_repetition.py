@@ -1,0 +1,54 @@
+"""A forward that is run twice updates buffers once, and finds both times what the first run found."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from shardwise.execute.repetition import Repetition
+
+
+class Counts(nn.Module):
+    """Its answer depends on a buffer that it writes, another that it replaces, and a third that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.ones(3))
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = x * self.scale + self.calls + self.last
+        self.last = x.detach().clone()
+        return y
+
+
+def test_both_runs_find_the_same_and_buffers_are_written_once() -> None:
+    model = Counts()
+    repetition = Repetition(model)
+    xs = [torch.full((3,), float(number)) for number in range(3)]
+    firsts, written = [], []
+    for x in xs:
+        with repetition.first("stage") as found:
+            firsts.append(model(x))
+        written.append(found)
+    assert [[buffer.name for buffer in found] for found in written] == [["calls", "last"]] * 3
+    after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    versions = {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    for x, first, found in reversed(list(zip(xs, firsts, written, strict=True))):
+        with repetition.again(found):
+            assert torch.equal(model(x), first)
+        assert {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()} == versions
+    assert all(torch.equal(buffer, after[name]) for name, buffer in model.named_buffers())
+
+
+def test_what_a_stage_writes_is_learned_once() -> None:
+    model = Counts()
+    repetition = Repetition(model)
+    with repetition.first("reads") as found:
+        model.scale.sum()
+    assert found == []
+    with repetition.first("reads") as found:
+        pass
+    assert found == []
