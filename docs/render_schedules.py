@@ -142,6 +142,7 @@ def _table(all_figures: list[Figures]) -> Iterator[str]:
 def _section(figures: Figures) -> Iterator[str]:
     about = GENERATORS[figures.name].about
     yield f'<a id="{figures.name}"></a>'
+    yield ""
     yield f'### {about.title}: `schedule = "{figures.name}"`'
     yield ""
     yield f"![{about.title}: who computes what when](schedules/{figures.name}.svg)"

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from shardwise.cli import VERBS, run_command
+from shardwise.layout import SEARCHED
+from shardwise.schedule import GENERATORS
 
 RUN = """
 folder = "{folder}"
@@ -52,6 +54,19 @@ def test_help_of_train_shows_the_tables_of_a_run_file_on_narrow_terminals(monkey
     assert max(map(len, told.splitlines())) <= 80
     for key in ("folder", "layout", "balance", "[model]", "[task]", "[training]", "[checkpoint]", "[timeline]"):
         assert f"\n   {key} " in told
+
+
+def test_help_of_plan_names_every_schedule(capsys) -> None:
+    assert run_command(["plan", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert [name for name in (*GENERATORS, SEARCHED) if name not in told] == []
+
+
+def test_a_searched_schedule_is_planned_with_what_it_gains(run_file, capsys) -> None:
+    assert run_command(["plan", run_file, "--layout", "pp=2,schedule=searched", "--flops", "1G"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "schedule searched: " in told
+    assert "less than the best textbook one (" in told
 
 
 def test_a_schedule_is_drawn(capsys) -> None:

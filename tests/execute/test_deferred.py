@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -264,6 +264,16 @@ def test_a_table_in_plain_code_is_put_off_where_it_is_watched() -> None:
     assert_split(made(Table()), ids, squares, waiting=2, watch=True)
 
 
+@pytest.mark.parametrize("across", [False, True])
+def test_the_projections_of_torchs_attention_are_put_off_where_they_are_watched(across: bool) -> None:
+    def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        other = x.cos() if across else x
+        return model["unit"](x, other, other, need_weights=False)[0].square().sum()
+
+    model = made(nn.MultiheadAttention(8, 2, batch_first=True))
+    assert_split(model, numbers(2, 3, 8), forward, waiting=4 if across else 2, watch=True)
+
+
 def test_grouped_products_are_put_off_where_they_are_watched() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -361,21 +371,28 @@ def test_a_compiled_unit_is_torchs_own() -> None:
     assert_split(model, numbers(2, 6), lambda m, x: compiled(x).square().sum(), waiting=0)
 
 
+class Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+
 def test_the_queue_keeps_inputs_and_output_gradients_alone_and_frees_them_layer_by_layer() -> None:
     model = made(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
     sums, queue = WeightSums(), Deferred()
     sums.install(model, ["unit"], dict(model.named_parameters()))
     x = numbers(32, 64, count=1)[0].requires_grad_()
-    middle: list[weakref.ref[torch.Tensor]] = []
-    model["unit"][1].register_forward_hook(lambda module, args, out: middle.append(weakref.ref(out)))
+    sines: list[StorageWeakRef] = []
+    model["unit"][1] = Sine()  # keeps its input, which no linear layer does
+    model["unit"][1].register_forward_hook(lambda _, args, out: sines.append(StorageWeakRef(args[0].untyped_storage())))
     with sums.running(sums=False, splits=True):
         y = model["unit"](x)
+        assert not sines[0].expired()
         with sums.deferring(queue):
             y.sum().backward()
+        assert sines[0].expired()  # the graph is free
         one = 32 * 64 * 8
         assert queue.nbytes <= 6 * one  # of each layer x and dy
         assert queue.nbytes >= 5 * one  # the last dy may be one number, expanded
-        assert middle[0]() is None or len(queue) == 3
         left: list[int] = []
         queue.run(lambda parameter: left.append(queue.nbytes))
     assert left[0] > left[2] > left[4] == 0

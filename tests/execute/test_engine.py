@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import pytest
 import torch
 import torch.nn as nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import awkward_models as awkward
 from shardwise.errors import DataflowError
@@ -253,6 +254,20 @@ def test_a_forward_that_is_run_again_keeps_only_its_inputs(on_one_rank: Pipeline
     losses, _ = on_one_rank.engine.run(row(text), on_one_rank.works)
     assert [float(losses[m]) for m in (0, 1)] == pytest.approx(wanted()[0])
     assert_gradients(on_one_rank.model)
+
+
+def test_what_a_forward_made_is_free_until_it_is_run_again(on_one_rank: Pipeline) -> None:
+    made: list[StorageWeakRef] = []
+    alive: list[tuple[str, int]] = []
+    norm = on_one_rank.model.get_submodule("layers.0.norm")  # the linear layer behind it keeps its output
+    norm.register_forward_hook(lambda module, args, out: made.append(StorageWeakRef(out.untyped_storage())))
+
+    def before(action: Action) -> None:
+        alive.append((str(action), sum(not out.expired() for out in made)))
+
+    on_one_rank.engine.run(row("0F0 1F0 1C0 1B0 0C0 0B0"), on_one_rank.works, before_action=before)
+    assert alive == [("0F0", 0), ("1F0", 0), ("1C0", 0), ("1B0", 0), ("0C0", 0), ("0B0", 1)]
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("text, what", [("0F0 1F0 1O0", "1O0"), ("0F0 0U 1F0", "0U"), ("0F0 0H", "0H")])

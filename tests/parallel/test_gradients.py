@@ -95,3 +95,71 @@ def test_members_of_a_group_agree_on_its_buckets_whatever_else_they_hold(rank: R
     for group in (tied, own):
         if group is not dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(group)
+
+
+@on_ranks(2)
+def test_a_parameter_of_two_stages_is_final_behind_both_in_whatever_order_they_end(rank: RankContext) -> None:
+    group = dist.new_group([0, 1])
+    parameters = three()
+    stages = {"a": (0,), "b": (0, 2), "c": (2,)}
+    sums = GradientSum(parameters, dict.fromkeys(parameters, group), stages=stages, own=(0, 2))
+    size = 4 * (4 + 1)  # bytes of a parameter, and its flag
+    for order in ((2, 0), (0, 2)):
+        before = sums.reduced_bytes(group)
+        sums.begin(order)
+        with sums.during(order[0]):  # gradients of b are not final, though autograd accumulates one
+            loss_of(parameters, rank.rank).backward()
+        sums.end(order[0])
+        assert sums.reduced_bytes(group) - before == size  # a or c alone
+        with sums.during(order[1]):
+            loss_of(parameters, rank.rank).backward()
+        sums.end(order[1])
+        assert sums.reduced_bytes(group) - before == 3 * size
+        sums.finish()
+        assert parameters["b"].grad.tolist() == [8.0] * 4
+        for parameter in parameters.values():
+            parameter.grad = None
+    sums.close()
+    dist.destroy_process_group(group)
+
+
+@on_ranks(2)
+def test_what_waits_in_a_queue_is_final_when_it_is_said_and_buckets_keep_their_order(rank: RankContext) -> None:
+    group = dist.new_group([0, 1])
+    parameters = three()
+    sums = GradientSum(parameters, dict.fromkeys(parameters, group), bucket_bytes=1)  # c, b, a: a bucket each
+    size = 4 * (4 + 1)
+    sums.begin([0])
+    loss_of(parameters, rank.rank).backward()
+    sums.final(parameters["c"])  # the stage has not ended: more may come
+    assert sums.reduced_bytes(group) == 0
+    sums.end(0, but={id(parameters["c"]), id(parameters["a"])})
+    assert sums.reduced_bytes(group) == 0  # b is final and waits for c, as it does on every rank
+    sums.final(parameters["c"])
+    assert sums.reduced_bytes(group) == 2 * size
+    sums.final(parameters["a"])
+    assert sums.reduced_bytes(group) == 3 * size
+    sums.finish()
+    assert [parameter.grad[0].item() for parameter in parameters.values()] == [3.0, 4.0, 2.0]
+    sums.close()
+    dist.destroy_process_group(group)
+
+
+@on_ranks(2)
+def test_weights_of_several_places_of_the_pipeline_come_last_on_all_of_them(rank: RankContext) -> None:
+    #   rank 0 has stages 0 and 3, rank 1 has 1 and 2; x is held by 0 and 2, y by 1 and 3
+    group = dist.new_group([0, 1])
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("x", "y")}
+    stages, own = {"x": (0, 2), "y": (1, 3)}, ((0, 3), (2, 1))[rank.rank]
+    sums = GradientSum(parameters, dict.fromkeys(parameters, group), stages=stages, own=own)
+    for order in (own, own[::-1]):  # rank 0 ends x first and rank 1 y first, or the other way round
+        sums.begin(order)
+        (parameters["x"] * 2 + parameters["y"] * 3 * (rank.rank + 1)).sum().backward()
+        for stage in order:
+            sums.end(stage)
+        sums.finish()
+        assert [parameter.grad.tolist() for parameter in parameters.values()] == [[4.0] * 2, [9.0] * 2]
+        for parameter in parameters.values():
+            parameter.grad = None
+    sums.close()
+    dist.destroy_process_group(group)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hand_profiles import chain
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.cut import cut_stages
-from shardwise.plan.estimate import costs_of, estimate
+from shardwise.plan.estimate import costs_of, estimate, memory_of
 from shardwise.plan.partition import place
 from shardwise.plan.sources import breadth_first
 from shardwise.schedule import Kind
+from shardwise.schedule.memory import peak_bytes
 
 RATE = 1e6  # flops a second, and so many flops a call: forward 1 s, backward 2 s
 
@@ -108,3 +111,16 @@ def test_the_two_halves_of_a_backward_are_its_whole() -> None:
     for stage in range(2):
         halves = costs.compute_seconds[Kind.I][stage] + costs.compute_seconds[Kind.W][stage]
         assert halves == pytest.approx(costs.compute_seconds[Kind.B][stage])
+
+
+def test_a_split_backward_keeps_for_its_weights_what_they_are_made_of() -> None:
+    profile, layout = chain([10**6] * 2), Layout(pp=2, schedule="zb-h2")
+    whole = estimated(profile, layout, num_micro_batches=4)  # nobody counted: all of it stays until W
+    assert [stage.weight_bytes for stage in whole.stages] == [stage.micro_batch_bytes for stage in whole.stages]
+    calls = tuple(dataclasses.replace(call, weight_bytes=10) for call in profile.calls)
+    counted = estimated(dataclasses.replace(profile, calls=calls), layout, num_micro_batches=4)
+    assert [stage.weight_bytes for stage in counted.stages] == [10, 10]
+    kept, memory = peak_bytes(counted.schedule, memory_of(counted.stages)), counted.ranks
+    assert [rank.activation_bytes for rank in memory] == [round(nbytes) for nbytes in kept]
+    assert [stage.activation_bytes for stage in counted.stages] == [rank.activation_bytes for rank in memory]
+    assert counted.peak_bytes <= whole.peak_bytes

@@ -89,3 +89,19 @@ def test_there_are_no_more_ranks_than_stages_and_every_rank_has_a_speed() -> Non
         search_placements(Costs.uniform(2), num_micro_batches=2, num_ranks=3)
     with pytest.raises(ScheduleError, match=r"each of 2 ranks has a speed above 0, but speeds are \[1.0, 0.0\]"):
         search_placements(Costs.uniform(2), num_micro_batches=2, num_ranks=2, speeds=(1.0, 0.0))
+
+
+def test_every_kind_needs_a_cost() -> None:
+    costs = Costs(compute_seconds={Kind.F: (1.0,) * 3, Kind.B: (2.0,) * 3})
+    with pytest.raises(ScheduleError, match="F, I, W and B cost on each of 3 stages, but I has 0"):
+        search_placements(costs, num_micro_batches=2, num_ranks=2)
+
+
+def test_a_seed_gives_one_placement_and_schedule() -> None:
+    def once() -> str:
+        found = search_placements(
+            Costs.uniform(6), num_micro_batches=4, num_ranks=3, speeds=(1.0, 0.5, 1.0), seconds=0.5, seed=4
+        )
+        return found.schedule.to_json()
+
+    assert once() == once()

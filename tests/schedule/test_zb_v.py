@@ -23,6 +23,13 @@ def test_bubble_and_peak_are_those_of_the_paper(p: int, m: int) -> None:
     assert check(schedule).peak_per_rank == (2 * p,) * p
 
 
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_as_many_micro_batches_as_ranks_wait_no_longer_than_many(p: int) -> None:
+    assert (
+        simulate(zb_v.generate(num_ranks=p, num_micro_batches=p), costs=Costs.uniform(2 * p)).seconds == 6 * p + p - 1
+    )
+
+
 @pytest.mark.parametrize("p, m", [(2, 1), (2, 2), (3, 3), (4, 2), (8, 8), (8, 12)])
 def test_with_few_micro_batches_the_memory_still_suffices(p: int, m: int) -> None:
     assert max(check(zb_v.generate(num_ranks=p, num_micro_batches=m)).peak_per_rank) <= min(2 * p, 2 * m)

@@ -93,6 +93,15 @@ def test_the_gradient_of_a_weight_takes_as_many_flops_as_the_product_with_it() -
     assert all(weight == forward for weight, forward in found.values())
 
 
+def test_the_gradient_of_a_weight_is_made_of_what_went_in_and_what_came_out() -> None:
+    calls = profiled().calls
+    found = {f"{call.unit}#{call.call}": call.weight_bytes for call in calls}
+    hidden = 2 * 6 * 8 * 4  # (batch, tokens, 8) float32
+    assert found["shared#0"] == 2 * hidden
+    assert found["head#0"] == hidden + hidden // 4
+    assert found["conv#0"] == hidden // 2 + hidden
+
+
 class Attends(nn.Module):
     """Products of which one is with a parameter, one with a frozen one, one with none."""
 

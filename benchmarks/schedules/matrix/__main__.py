@@ -11,14 +11,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.circumstances import circumstances
 from benchmarks.schedules.matrix.cases import COMPOSITIONS, Case, all_cases, covering_cases
 from benchmarks.schedules.matrix.side import STEPS, TOLERANCE, Result, run_case
 from shardwise.launch import RankPool, RankStarter
 
+_NAME = "benchmarks.schedules.matrix"
+
 
 def main() -> None:
     """Run the cases on real ranks; exit status 1 if one is beyond the tolerance."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.schedules.matrix", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {_NAME}", description=__doc__)
     parser.add_argument("--covering", action="store_true", help="only the cases that the tests run")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only cases whose names have all words")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
@@ -32,17 +35,13 @@ def main() -> None:
     worst = max((result.worst for _, result in found if result is not None), default=0.0)
     failed = [str(case) for case, result in found if result is None or not result.worst <= TOLERANCE]
     print(
-        f"{len(found)} cases of {STEPS} steps on real ranks in {time.perf_counter() - start:.0f} s; worst error of "
-        f"loss, gradients, updated weights, evaluation {worst:.1e} (tolerance {TOLERANCE:.0e}); {len(failed)} failed"
+        f"{len(found)} cases of {STEPS} steps on real ranks in {time.perf_counter() - start:.0f} s; worst error of loss, "
+        f"gradients, norm, updated weights, evaluation {worst:.1e} (tolerance {TOLERANCE:.0e}); {len(failed)} failed"
     )
     if told.json is not None:
-        told.json.write_text(
-            json.dumps(
-                {str(case): None if result is None else dataclasses.asdict(result) for case, result in found}, indent=1
-            )
-            + "\n",
-            encoding="utf-8",
-        )
+        errors = {str(case): None if result is None else dataclasses.asdict(result) for case, result in found}
+        figures = {"tolerance": TOLERANCE, "worst": worst, "failed": failed, "cases": errors}
+        told.json.write_text(json.dumps(circumstances(_NAME) | figures, indent=1) + "\n", encoding="utf-8")
     if failed:
         print("failed:", *failed, sep="\n  ")
         sys.exit(1)
@@ -75,8 +74,8 @@ def _line(case: Case, result: Result | None) -> str:
     if result is None:
         return f"{case!s:44s} FAILED"
     return (
-        f"{case!s:44s} gradient {result.gradient:7.1e}  weight {result.weight:7.1e}  loss {result.loss:7.1e}  "
-        f"evaluation {result.evaluation:7.1e}  {result.kinds}"
+        f"{case!s:44s} gradient {result.gradient:7.1e}  norm {result.norm:7.1e}  weight {result.weight:7.1e}  "
+        f"loss {result.loss:7.1e}  evaluation {result.evaluation:7.1e}  {result.kinds}"
     )
 
 

@@ -46,13 +46,14 @@ class Result:
 
     loss: float
     gradient: float
+    norm: float
     weight: float
     evaluation: float
     kinds: str
 
     @property
     def worst(self) -> float:
-        errors = (self.loss, self.gradient, self.weight, self.evaluation)
+        errors = (self.loss, self.gradient, self.norm, self.weight, self.evaluation)
         return math.inf if any(math.isnan(error) for error in errors) else max(errors)
 
 
@@ -85,12 +86,13 @@ def run_case(rank: RankContext, case: Case, *, change: Callable[[Program], None]
 
 def _compare(program: Program, device: _OneDevice | _OneRank, parts: Sequence[Sequence[MicroBatch]]) -> Result:
     mine = parts[program.place.replica]
-    loss = gradient = weight = 0.0
+    loss = gradient = norm = weight = 0.0
     for step in range(STEPS):
         before = {name: p.detach().clone() for name, p in program.parameters.items()}
         whole_before = {name: p.detach().clone() for name, p in device.parameters.items()}
         result = program.step(mine, step=step)
         wanted = device.step(step)
+        norm = max(norm, relative(program.gradient_norm(), _norm(device.parameters)))
         gradients = {name: p.grad for name, p in program.parameters.items()}
         wanted_gradients = {name: _part(program, name, device.parameters[name].grad) for name in gradients}
         for parameters in (program.parameters, device.parameters):
@@ -114,6 +116,7 @@ def _compare(program: Program, device: _OneDevice | _OneRank, parts: Sequence[Se
     return Result(
         loss=loss,
         gradient=gradient,
+        norm=norm,
         weight=weight,
         evaluation=_evaluate(program, device, mine),
         kinds="".join(sorted({str(item.kind) for item in row})),
@@ -129,6 +132,10 @@ def _evaluate(program: Program, device: _OneDevice | _OneRank, mine: Sequence[Mi
         error = max(error, relative(program.evaluate(fewer).loss, device.evaluate(skip=1)))
     program.model.train()
     return error
+
+
+def _norm(parameters: Mapping[str, nn.Parameter]) -> float:
+    return math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values() if p.grad is not None))
 
 
 def _update(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -18,8 +18,8 @@ from benchmarks.schedules.searched.proof import proofs
 
 __all__ = ["figures", "main", "measured"]
 
-SECONDS = 4.0  # of each of a case's seven searches, at most
-PROOF_SECONDS = 10.0  # of the solver, for each case and placement
+SECONDS = 2.0  # of each of a case's seven searches, at most
+PROOF_SECONDS = 6.0  # of the solver, for each case and placement
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,7 +50,10 @@ def _check(models: dict[str, torch.nn.Sequential]) -> None:
     wanted = dict(models["torch whole"].named_parameters())
     for name, model in models.items():
         for of, parameter in model.named_parameters():
-            error = (parameter.grad - wanted[of].grad).norm() / wanted[of].grad.norm()
+            got, other = parameter.grad, wanted[of].grad
+            assert got is not None
+            assert other is not None
+            error = float((got - other).norm() / other.norm())
             assert error < 1e-5, f"{name}: {of} {error}"
 
 

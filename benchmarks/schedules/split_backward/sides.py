@@ -41,7 +41,8 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, tokens, head)
         x = x + self.out(y.transpose(1, 2).reshape(batch, tokens, hidden))
         y = self.norms[1](x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        out: torch.Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
 
 
 def blocks(num: int, hidden: int) -> nn.Sequential:

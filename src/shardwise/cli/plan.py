@@ -71,8 +71,9 @@ def command(
                       with its own share of the batch, dp times over
       micro_batches   of a replica and step; 2 x pp if not given
       schedule        naive, gpipe, 1f1b, interleaved, looped-bfs, zb-h1,
-                      zb-h2, zb-v, zb-v-half, zb-v-min, dualpipe-v; searched:
-                      found for this model; or a file (.json, torch's .csv)
+                      zb-h2, zb-v, zb-v-half, zb-v-min, dualpipe-v,
+                      pipedream-2bw (no flush); searched: found for this
+                      model; or a file (.json, torch's .csv)
       chunks          stages a rank, where the schedule can have several
       stages          cost, parameters, depth, or listed by hand as
                       \\[embed+layers.0|layers.1-3+head]

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from shardwise.comm.buffers import ReceiveBuffers
 from shardwise.errors import TransferError
 
 __all__ = ["Expected", "Incoming", "Outgoing", "Transport", "Waitable", "receive", "send"]
@@ -137,14 +138,25 @@ def send(transport: Transport, tensor: torch.Tensor, expected: Expected, peer: i
     return Outgoing(works, tensors, expected.what, peer)
 
 
-def receive(transport: Transport, expected: Expected, peer: int, *, device: torch.device, headers: bool) -> Incoming:
-    """Post a receive of what `expected` says."""
+def receive(
+    transport: Transport,
+    expected: Expected,
+    peer: int,
+    *,
+    device: torch.device,
+    headers: bool,
+    buffers: ReceiveBuffers | None = None,
+) -> Incoming:
+    """Post a receive of what `expected` says, into memory of `buffers` or its own."""
     works: list[Waitable] = []
     header = None
     if headers:
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64, device=device)
         works.append(transport.irecv(header, peer))
-    buffer = torch.empty(expected.compact_shape, dtype=expected.dtype, device=device)
+    if buffers is None:
+        buffer = torch.empty(expected.compact_shape, dtype=expected.dtype, device=device)
+    else:
+        buffer = buffers.take(expected.compact_shape, expected.dtype)
     works.append(transport.irecv(buffer, peer))
     return Incoming(works, buffer, header, expected, peer)
 

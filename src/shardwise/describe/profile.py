@@ -86,6 +86,8 @@ class CallProfile:
     them. A storage belongs to the call that makes it, also where a later one saves it: summed over calls
     nothing counts twice.
     weight_flops: what of the backward makes gradients of parameters; None: nobody counted.
+    weight_bytes: what those gradients are made of, inputs and gradients of outputs, which a backward that puts them off
+    keeps; None: nobody counted.
     """
 
     node: int
@@ -99,12 +101,13 @@ class CallProfile:
     forward_s: float | None = None  # seconds by the clock, where measured
     backward_s: float | None = None
     weight_flops: int | None = None
+    weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _not_negative(
             f"{self.unit}#{self.call}",
-            (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes, self.weight_flops or 0),
-            (self.forward_s or 0.0, self.backward_s or 0.0),
+            (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes),
+            (self.forward_s or 0.0, self.backward_s or 0.0, self.weight_flops or 0, self.weight_bytes or 0),
         )
 
 

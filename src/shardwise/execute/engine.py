@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 
-from shardwise.comm.point_to_point import Expected, Incoming, Outgoing, Transport, receive, send
+from shardwise.comm.buffers import ReceiveBuffers
+from shardwise.comm.point_to_point import Incoming, Outgoing, Transport, receive, send
+from shardwise.execute.action_table import Backward, Forward, Post, Reduce, SendGradients, SendValues, Table, Weights
 from shardwise.execute.backward import run_backward
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.buffers import Buffer
@@ -23,14 +25,17 @@ from shardwise.execute.deferred import Deferred
 from shardwise.execute.flows import Flow
 from shardwise.execute.moments import Moment, Moments, clock_of
 from shardwise.execute.repetition import Repetition
-from shardwise.execute.row_plan import Item, Op, RowPlan, Step, plan_of
+from shardwise.execute.resolve import Keys, resolve
+from shardwise.execute.row_plan import Item, Op, RowPlan, plan_of
 from shardwise.execute.stage import StageRun, Surroundings
 from shardwise.execute.weight_sums import WeightSums
-from shardwise.schedule.actions import Action, StageAction, Transfer, TransferKind
+from shardwise.schedule.actions import Action
 from shardwise.trace.capture import own
 from shardwise.trace.install import Switch
 from shardwise.trace.objective import LossFunction, objective
 from shardwise.trace.randomness import Scope
+
+_TABLES = 64  # kept of an engine
 
 __all__ = ["Engine", "Moment", "UnderWay", "Waiting", "Work"]
 
@@ -58,17 +63,6 @@ class Work:
     headers: bool
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Message:
-    """A value, or its gradient, on its way between two stages of different ranks."""
-
-    value: int
-    key: tuple[int, int, int, int, bool]  # the edge as the forward has it, micro-batch, value, gradient
-    expected: Expected
-    peer: int
-    has_gradient: bool
-
-
 @dataclasses.dataclass(slots=True)
 class _Alive:
     """A forward whose backward has not run."""
@@ -76,7 +70,7 @@ class _Alive:
     sent: dict[int, torch.Tensor]
     leaves: dict[int, torch.Tensor]
     loss: torch.Tensor | None
-    outgoing: dict[tuple[int, int], Outgoing] = dataclasses.field(default_factory=dict)  # (value, target)
+    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
     written: Sequence[Buffer] = ()  # by a forward that is run again, as they were before it
 
 
@@ -84,26 +78,25 @@ class _Alive:
 class UnderWay:
     """What one row leaves to the next: forwards whose backward has not run, messages on their way, losses."""
 
-    alive: dict[tuple[int, int], _Alive] = dataclasses.field(default_factory=dict)
-    incoming: dict[tuple[int, int, int, int, bool], Incoming] = dataclasses.field(default_factory=dict)
-    local: dict[tuple[int, int, int, int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
+    alive: dict[int, _Alive] = dataclasses.field(default_factory=dict)
+    incoming: dict[int, Incoming] = dataclasses.field(default_factory=dict)
+    local: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     outgoing: list[Outgoing] = dataclasses.field(default_factory=list)  # sends of the last row
 
 
 @dataclasses.dataclass(slots=True)
 class _State:
-    """What is under way in one step."""
+    """What is under way in one step, by the keys of its table."""
 
     works: Sequence[Work]
-    alive: dict[tuple[int, int], _Alive] = dataclasses.field(default_factory=dict)
-    incoming: dict[tuple[int, int, int, int, bool], Incoming] = dataclasses.field(default_factory=dict)
-    local: dict[tuple[int, int, int, int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
-    deferred: dict[tuple[int, int], Deferred] = dataclasses.field(default_factory=dict)
+    gradients: Waiting | None
+    alive: dict[int, _Alive]
+    incoming: dict[int, Incoming]
+    local: dict[int, torch.Tensor]
+    losses: dict[int, torch.Tensor]
+    deferred: dict[int, Deferred] = dataclasses.field(default_factory=dict)
     outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
-    losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    actions: list[Action] = dataclasses.field(default_factory=list)
-    marks: list[Any] = dataclasses.field(default_factory=list)  # start, inputs ready, end of every action
     ready: Any = None  # when the inputs of the action under way were there
 
 
@@ -134,11 +127,26 @@ class Engine:
         self.device = device
         self._clock = clock_of(device)
         self._modules = dict(model.named_modules())
-        self._messages: dict[tuple[int, TransferKind, int, int, int, bool], list[_Message]] = {}
+        self._keys = Keys()
+        self._tables: dict[tuple[int, ...], Table] = {}
+        self._buffers = ReceiveBuffers() if device.type == "cpu" else None
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._plans: dict[int, tuple[Sequence[Item], RowPlan]] = {}
         self._repetition = Repetition(model)
         self._repeating = repeating  # around a forward that is run again: it counts once
+        self._run_entry: Mapping[Op, Callable[[_State, Any], None]] = {
+            Op.POST: self._post,
+            Op.SEND_VALUES: self._send_values,
+            Op.SEND_GRADIENTS: self._send_gradients,
+            Op.REDUCE: self._reduce,
+            Op.FORWARD: self._forward,
+            Op.FORWARD_TWICE: self._forward,
+            Op.AGAIN: self._again,
+            Op.BACKWARD: self._whole_backward,
+            Op.INPUTS: self._backward_of_inputs,
+            Op.WEIGHTS: self._weights,
+            Op.DONE: _nothing,
+        }
 
     def run(
         self,
@@ -157,38 +165,34 @@ class Engine:
 
         Raises `TransferError` and `DataflowError`.
         """
-        plan = self.plan_of(row)
-        state = _State(works)
-        if under_way is not None:
-            state.alive, state.incoming, state.local = under_way.alive, under_way.incoming, under_way.local
-            state.losses = under_way.losses
+        table = self._table(row, works)
+        kept = under_way or UnderWay()
+        state = _State(works, gradients, kept.alive, kept.incoming, kept.local, kept.losses)
         if gradients is not None:
-            gradients.begin(plan.order)
+            gradients.begin(table.plan.order)
+        now = self._clock.now
+        marks: list[Any] = []  # start, inputs ready, end of every action
         # one gradient is no sum
-        with self._sums.running(sums=len(works) > 1, splits=plan.splits), self._surroundings.open():
-            for step in plan.steps:
-                item = step.item
-                if isinstance(item, Transfer):
-                    self._transfer(state, item)
-                elif isinstance(item, StageAction):
-                    if gradients is not None:
-                        gradients.end(item.stage)
-                else:
-                    if before_action is not None:
-                        before_action(item)
-                    start = self._clock.now()
-                    state.ready = None
-                    self._act(state, step, item, gradients)
-                    if step.last_forward and after_last_forward is not None:
-                        after_last_forward(state.losses)
-                    state.actions.append(item)
-                    state.marks += start, start if state.ready is None else state.ready, self._clock.now()
+        with self._sums.running(sums=len(works) > 1, splits=table.plan.splits), self._surroundings.open():
+            for run, entry, action, is_last_forward in table.entries:
+                if action is None:
+                    run(state, entry)
+                    continue
+                if before_action is not None:
+                    before_action(action)
+                start = state.ready = now()
+                run(state, entry)
+                if is_last_forward and after_last_forward is not None:
+                    after_last_forward(state.losses)
+                marks += start, state.ready, now()
         sent = state.outgoing
         if under_way is not None:  # waited for behind the next row: who receives it may be behind in this one
             sent, under_way.outgoing = under_way.outgoing, sent
         for outgoing in sent:
             outgoing.wait()
-        return state.losses, Moments(self._clock, state.actions, state.marks)
+        if self._buffers is not None:
+            self._buffers.end_step()
+        return state.losses, Moments(self._clock, table.actions, marks)
 
     def plan_of(self, row: Sequence[Item]) -> RowPlan:
         """What the items of a row ask for; rows are kept, so that it is found once. Raises `DataflowError`."""
@@ -197,119 +201,96 @@ class Engine:
             known = self._plans[id(row)] = row, plan_of(row)
         return known[1]
 
-    def _act(self, state: _State, step: Step, action: Action, gradients: Waiting | None) -> None:
-        op, key = step.op, (action.stage, action.micro_batch)
-        if op is Op.FORWARD or op is Op.FORWARD_TWICE:
-            self._forward(state, action, twice=op is Op.FORWARD_TWICE)
-        elif op is Op.AGAIN:
-            self._again(state, action)
-        elif op is Op.BACKWARD and step.ends and gradients is not None:
-            with gradients.during(action.stage):  # gradients that autograd accumulates are told of by its hooks
-                self._backward(state, action)
-            gradients.end(action.stage)
-        elif op is Op.BACKWARD:
-            with self._sums.adding(True):
-                self._backward(state, action)
-        elif op is Op.INPUTS:
-            state.deferred[key] = Deferred()
-            with self._sums.deferring(state.deferred[key]):
-                self._backward(state, action)
-        elif op is Op.WEIGHTS:
-            queue = state.deferred.pop(key)
-            if step.ends and gradients is not None:
-                gradients.end(action.stage, but=queue.parameters)
-                queue.run(gradients.final)
-            else:
-                queue.run()
+    def _table(self, row: Sequence[Item], works: Sequence[Work]) -> Table:
+        """The row, resolved for the flows of these micro-batches; the same in every step that looks the same."""
+        grad = torch.is_grad_enabled()
+        known = (id(row), grad, *(id(work.flow) for work in works))
+        table = self._tables.get(known)
+        if table is None:
+            if len(self._tables) >= _TABLES:  # layers are dropped at random: hardly a step is like another
+                self._tables.clear()
+            table = self._tables[known] = resolve(
+                self.plan_of(row),
+                [work.flow for work in works],
+                run=self._run_entry,
+                rank=self.rank,
+                rank_of_stage=self.rank_of_stage,
+                keys=self._keys,
+                grad=grad,
+            )
+        return table
 
     # -- transfers ------------------------------------------------------------------------------
 
-    def _transfer(self, state: _State, transfer: Transfer) -> None:
-        work = state.works[transfer.micro_batch]
-        for message in self._messages_of(work.flow, transfer):
-            expected, peer = message.expected, message.peer
-            if transfer.kind is TransferKind.RECV:
-                state.incoming[message.key] = receive(
-                    self._transport, expected, peer, device=self.device, headers=work.headers
-                )
-                continue
-            if transfer.gradient:
-                tensor = state.local.pop(message.key, None)
-                if tensor is None:
-                    tensor = torch.zeros(expected.shape, dtype=expected.dtype, device=self.device)
-            else:
-                alive = state.alive[(transfer.source, transfer.micro_batch)]
-                tensor = alive.sent[message.value]
-            outgoing = send(self._transport, tensor, expected, peer, headers=work.headers)
-            if transfer.gradient or not (message.has_gradient and torch.is_grad_enabled()):
-                state.outgoing.append(outgoing)
-            else:  # its gradient will tell that it has arrived
-                alive.outgoing[(message.value, transfer.target)] = outgoing
-
-    def _messages_of(self, flow: Flow, transfer: Transfer) -> Sequence[_Message]:
-        """What a transfer moves; the same in every step of a flow, so it is made once."""
-        source, target, gradient = transfer.source, transfer.target, transfer.gradient
-        known = (flow.digest, transfer.kind, source, target, transfer.micro_batch, gradient)
-        messages = self._messages.get(known)
-        if messages is not None:
-            return messages
-        first, second = (target, source) if gradient else (source, target)  # the edge, as the forward has it
-        where = f"edge stage {first} -> stage {second}, micro-batch {transfer.micro_batch}"
-        peer = self.rank_of_stage[source if transfer.kind is TransferKind.RECV else target]
-        self._messages[known] = [
-            _Message(
-                value=value,
-                key=(first, second, transfer.micro_batch, value, gradient),
-                expected=_expected(flow, value, gradient, where),
-                peer=peer,
-                has_gradient=flow.tape.flow.values[value].requires_grad,
+    def _post(self, state: _State, post: Post) -> None:
+        headers = state.works[post.micro_batch].headers
+        for message in post.messages:
+            state.incoming[message.key] = receive(
+                self._transport,
+                message.expected,
+                message.peer,
+                device=self.device,
+                headers=headers,
+                buffers=self._buffers,
             )
-            for value in _crossing(flow, first, second, gradient)
-        ]
-        return self._messages[known]
+
+    def _send_values(self, state: _State, sending: SendValues) -> None:
+        headers = state.works[sending.micro_batch].headers
+        alive = state.alive[sending.forward]
+        for message in sending.messages:
+            tensor = alive.sent[message.value]
+            outgoing = send(self._transport, tensor, message.expected, message.peer, headers=headers)
+            (alive.outgoing if message.confirmed else state.outgoing).append(outgoing)
+
+    def _send_gradients(self, state: _State, sending: SendGradients) -> None:
+        headers = state.works[sending.micro_batch].headers
+        for message in sending.messages:
+            expected = message.expected
+            tensor = state.local.pop(message.key, None)
+            if tensor is None:
+                tensor = torch.zeros(expected.shape, dtype=expected.dtype, device=self.device)
+            state.outgoing.append(send(self._transport, tensor, expected, message.peer, headers=headers))
 
     # -- forward and backward -------------------------------------------------------------------
 
-    def _forward(self, state: _State, action: Action, *, twice: bool) -> None:
-        work = state.works[action.micro_batch]
-        plan = work.flow.cut.stages[action.stage]
-        values = work.flow.tape.flow.values
+    def _forward(self, state: _State, forward: Forward) -> None:
+        m = forward.action.micro_batch
+        work = state.works[m]
         leaves: dict[int, torch.Tensor] = {}
-        for value, source in plan.receives:
-            leaf = self._arrived(state, source, action, value)
-            leaves[value] = leaf.requires_grad_() if values[value].requires_grad and torch.is_grad_enabled() else leaf
+        for arrival in forward.inputs:
+            key = arrival.key
+            leaf = state.local.pop(key).clone() if arrival.local else state.incoming.pop(key).wait()
+            leaves[arrival.value] = leaf.requires_grad_() if arrival.differentiable else leaf
         state.ready = self._clock.now()
-        if not plan.computes and action.stage != work.flow.cut.loss_stage:  # a stage whose layers are all dropped
-            state.alive[(action.stage, action.micro_batch)] = _Alive({}, leaves, None)
+        if forward.idle:
+            state.alive[forward.key] = _Alive({}, leaves, None)
             return
-        if twice and torch.is_grad_enabled():
+        if forward.twice:
             # with a graph, which is freed at once: so both runs take the same path
-            given = _copies(leaves) if work.flow.tables[action.stage].writes else leaves
-            with self._repetition.first((work.flow.digest, action.stage)) as written:
-                sent, loss = self._compute(work, action.stage, given)
+            given = _copies(leaves) if forward.table.writes else leaves
+            with self._repetition.first((work.flow.digest, forward.action.stage)) as written:
+                sent, loss = self._compute(work, forward, given)
             alive = _Alive(_detached(sent), leaves, None, written=written)
         else:
-            sent, loss = self._compute(work, action.stage, leaves)
+            sent, loss = self._compute(work, forward, leaves)
             alive = _Alive(sent, leaves, loss) if torch.is_grad_enabled() else _Alive(_detached(sent), {}, None)
-        state.alive[(action.stage, action.micro_batch)] = alive
+        state.alive[forward.key] = alive
         if loss is not None:
-            state.losses[action.micro_batch] = loss.detach()
-        for value, target in plan.sends:
-            if self.rank_of_stage[target] == self.rank:
-                state.local[(action.stage, target, action.micro_batch, value, False)] = sent[value].detach()
+            state.losses[m] = loss.detach()
+        for value, key in forward.handed:
+            state.local[key] = sent[value].detach()
 
-    def _again(self, state: _State, action: Action) -> None:
+    def _again(self, state: _State, forward: Forward) -> None:
         """The forward once more, of which all is kept; it sends nothing."""
-        work = state.works[action.micro_batch]
-        alive = state.alive[(action.stage, action.micro_batch)]
-        if not work.flow.cut.stages[action.stage].computes and action.stage != work.flow.cut.loss_stage:
+        alive = state.alive[forward.key]
+        if forward.idle:
             return
         with self._repetition.again(alive.written), self._repeating():
-            alive.sent, alive.loss = self._compute(work, action.stage, alive.leaves)
+            alive.sent, alive.loss = self._compute(state.works[forward.action.micro_batch], forward, alive.leaves)
         alive.written = ()
 
     def _compute(
-        self, work: Work, stage: int, leaves: Mapping[int, torch.Tensor]
+        self, work: Work, forward: Forward, leaves: Mapping[int, torch.Tensor]
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         """What a stage sends, and the loss on the loss stage, of what it has received."""
         inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
@@ -317,8 +298,8 @@ class Engine:
             return {}, objective(self.model, inputs, self._loss)
         run = StageRun(
             tape=work.flow.tape,
-            cut=work.flow.cut.stages[stage],
-            table=work.flow.tables[stage],
+            cut=forward.stage,
+            table=forward.table,
             modules=self._modules,
             received=leaves,
             dealt=work.flow.dealt,
@@ -326,25 +307,53 @@ class Engine:
             checked=work.headers,
         )
         loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
-        return run.sent, loss if stage == work.flow.cut.loss_stage else None
+        return run.sent, loss if forward.has_loss else None
 
-    def _arrived(self, state: _State, source: int, action: Action, value: int) -> torch.Tensor:
-        key = (source, action.stage, action.micro_batch, value, False)
-        if self.rank_of_stage[source] == self.rank:
-            return state.local.pop(key).clone()
-        return state.incoming.pop(key).wait()
+    def _whole_backward(self, state: _State, backward: Backward) -> None:
+        stage = backward.action.stage
+        if backward.ends and state.gradients is not None:
+            with state.gradients.during(stage):  # gradients that autograd accumulates are told of by its hooks
+                self._backward(state, backward)
+            state.gradients.end(stage)
+            return
+        with self._sums.adding(True):
+            self._backward(state, backward)
 
-    def _backward(self, state: _State, action: Action) -> None:
-        work = state.works[action.micro_batch]
-        plan = work.flow.cut.stages[action.stage]
-        alive = state.alive.pop((action.stage, action.micro_batch))
+    def _backward_of_inputs(self, state: _State, backward: Backward) -> None:
+        state.deferred[backward.key] = Deferred()
+        with self._sums.deferring(state.deferred[backward.key]):
+            self._backward(state, backward)
+
+    def _weights(self, state: _State, weights: Weights) -> None:
+        queue = state.deferred.pop(weights.key)
+        if weights.ends and state.gradients is not None:
+            state.gradients.end(weights.action.stage, but=queue.parameters)
+            queue.run(state.gradients.final)
+        else:
+            queue.run()
+
+    def _reduce(self, state: _State, reduce: Reduce) -> None:
+        if state.gradients is not None:
+            state.gradients.end(reduce.stage)
+
+    def _backward(self, state: _State, backward: Backward) -> None:
+        alive = state.alive.pop(backward.key)
         roots: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         if alive.loss is not None and alive.loss.requires_grad:
             roots.append(alive.loss)
-            gradients.append(self._factor(work.factor, alive.loss))
-        arrived = self._arrived_gradients(state, work, plan, action)
-        for outgoing in alive.outgoing.values():
+            gradients.append(self._factor(state.works[backward.action.micro_batch].factor, alive.loss))
+        arrived: dict[int, torch.Tensor] = {}
+        for arrival in backward.gradients:
+            if arrival.local:
+                gradient = state.local.pop(arrival.key, None)
+                if gradient is None:
+                    continue
+            else:
+                gradient = state.incoming.pop(arrival.key).wait()
+            value = arrival.value
+            arrived[value] = arrived[value] + gradient if value in arrived else gradient
+        for outgoing in alive.outgoing:
             outgoing.wait()
         alive.outgoing.clear()
         state.ready = self._clock.now()
@@ -354,10 +363,10 @@ class Engine:
                 gradients.append(gradient)
         if roots:
             run_backward(roots, gradients)
-        for value, source in plan.receives:
-            leaf = alive.leaves[value]
-            if work.flow.tape.flow.values[value].requires_grad and leaf.grad is not None:
-                state.local[(source, action.stage, action.micro_batch, value, True)] = leaf.grad
+        for value, key in backward.made:
+            gradient = alive.leaves[value].grad
+            if gradient is not None:
+                state.local[key] = gradient
 
     def _factor(self, factor: float, loss: torch.Tensor) -> torch.Tensor:
         """The gradient of the mean loss by the loss of a micro-batch; few differ, so they are kept."""
@@ -367,19 +376,9 @@ class Engine:
             known = self._factors[(factor, loss.dtype)] = torch.full_like(loss, factor)
         return known
 
-    def _arrived_gradients(self, state: _State, work: Work, plan: Any, action: Action) -> Mapping[int, torch.Tensor]:
-        sums: dict[int, torch.Tensor] = {}
-        for value, target in plan.sends:
-            if not work.flow.tape.flow.values[value].requires_grad:
-                continue
-            key = (action.stage, target, action.micro_batch, value, True)
-            if self.rank_of_stage[target] == self.rank:
-                gradient = state.local.pop(key, None)
-            else:
-                gradient = state.incoming.pop(key).wait()
-            if gradient is not None:
-                sums[value] = sums[value] + gradient if value in sums else gradient
-        return sums
+
+def _nothing(state: _State, entry: object) -> None:
+    """A second half that was run with the first."""
 
 
 def _detached(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -389,26 +388,3 @@ def _detached(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 def _copies(leaves: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """For a forward that may write into what it is given."""
     return {value: leaf.detach().clone().requires_grad_(leaf.requires_grad) for value, leaf in leaves.items()}
-
-
-def _expected(flow: Flow, value: int, gradient: bool, where: str) -> Expected:
-    stand_in = flow.tape.stand_ins[value]
-    dealt = flow.dealt.shape(value)
-    strides = tuple(stand_in.stride() if dealt is None else torch.empty(dealt, device="meta").stride())
-    return Expected(
-        what=f"{'the gradient of ' if gradient else ''}{stand_in.what} on {where}",
-        check=(flow.digest + value * 2 + gradient) & (2**62 - 1),
-        shape=tuple(stand_in.shape) if dealt is None else dealt,
-        strides=tuple(stride or 1 for stride in strides) if gradient else strides,  # a gradient is never broadcast
-        dtype=stand_in.dtype,
-    )
-
-
-def _crossing(flow: Flow, first: int, second: int, gradient: bool) -> list[int]:
-    """The values on the edge first -> second; for gradients, those that have one."""
-    values = flow.tape.flow.values
-    return [
-        value
-        for value, target in flow.cut.stages[first].sends
-        if target == second and (not gradient or values[value].requires_grad)
-    ]

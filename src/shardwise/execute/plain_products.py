@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from shardwise.execute.layer_products import Batched, Grouped, LayerProducts, Linear, Lookup, Transposed
+from shardwise.trace.multi_head import multi_head_attention
 
 __all__ = ["PlainProducts", "TakeOverPart", "parameter_of"]
 
@@ -55,6 +56,9 @@ class PlainProducts(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:  # its products are calls of their own
+                return multi_head_attention(*args, **kwargs)
         find = _FINDERS.get(func)
         found = None if find is None or not torch.is_grad_enabled() else find(args, kwargs)
         if found is not None and parameter_of(found[2]) is not None:

@@ -34,7 +34,6 @@ from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
 from shardwise.plan.sources import ScheduleSource
-from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.check import check
 from shardwise.schedule.schedule import Schedule, forward_only
 from shardwise.schedule.transfers import Row, with_transfers

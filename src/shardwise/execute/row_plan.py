@@ -13,7 +13,7 @@ import enum
 from collections.abc import Sequence
 
 from shardwise.errors import DataflowError
-from shardwise.schedule.actions import Action, Kind, StageAction, StageKind, Transfer
+from shardwise.schedule.actions import Action, Kind, StageAction, StageKind, Transfer, TransferKind
 
 __all__ = ["Item", "Op", "RowPlan", "Step", "plan_of"]
 
@@ -23,7 +23,9 @@ Item = Action | StageAction | Transfer
 class Op(enum.Enum):
     """What the executor does for an item of a row."""
 
-    TRANSFER = enum.auto()
+    POST = enum.auto()
+    SEND_VALUES = enum.auto()
+    SEND_GRADIENTS = enum.auto()
     FORWARD = enum.auto()
     FORWARD_TWICE = enum.auto()  # keeps its inputs alone: C runs it again
     AGAIN = enum.auto()
@@ -74,7 +76,9 @@ def plan_of(row: Sequence[Item]) -> RowPlan:
 def _op(row: Sequence[Item], position: int, again: set[tuple[int, int]]) -> Op:
     item = row[position]
     if isinstance(item, Transfer):
-        return Op.TRANSFER
+        if item.kind is TransferKind.RECV:
+            return Op.POST
+        return Op.SEND_GRADIENTS if item.gradient else Op.SEND_VALUES
     if isinstance(item, StageAction):
         if item.kind is StageKind.G:
             return Op.REDUCE

@@ -36,6 +36,7 @@ __all__ = ["SplitProof", "in_words", "prove_splits"]
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 _ROUGH = 5e-2
 _FLOOR = 1e-6  # of the root mean square of all gradients: smaller ones are compared with this
+_WORTH = 0.05  # of a unit's matrices: for less its operations are not watched
 _SIGNATURES = 2  # of a kind of unit
 _MICRO_BATCHES = 2
 
@@ -111,7 +112,7 @@ def _best(
         return proof
     sums.watch(units[0], module)
     more = _prove(sums, module, units, calls, seed)
-    if more.why or more.share is None or more.share <= proof.share:
+    if more.why or more.share is None or more.share < proof.share + _WORTH:
         sums.unwatch(units[0])
         return proof
     for unit in units[1:]:

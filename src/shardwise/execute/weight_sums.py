@@ -22,10 +22,11 @@ import torch
 import torch.nn as nn
 
 from shardwise.execute import products
-from shardwise.execute.deferred import Deferred, Part, add_gradient, is_summed
+from shardwise.execute.deferred import Deferred
 from shardwise.execute.layer_forwards import forward_of
 from shardwise.execute.layer_products import LayerProducts, Linear
 from shardwise.execute.plain_products import PlainProducts, parameter_of
+from shardwise.execute.split_product import Product, Target, cast_of
 
 __all__ = ["SMALLEST", "WeightSums"]
 
@@ -41,20 +42,6 @@ class _Layer:
     units: set[str]
     large: bool
     splits: bool = True
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Target:
-    """Where the gradients of a product go: a parameter or a part of it, and a bias that is a parameter."""
-
-    weight: nn.Parameter
-    part: Part | None
-    bias: nn.Parameter | None
-
-    def nodes(self) -> list[Any]:
-        """What adds to their `.grad` in a backward."""
-        own = [each for each in (self.weight, self.bias) if each is not None and each.requires_grad]
-        return [torch.autograd.graph.get_gradient_edge(each).node for each in own]
 
 
 class WeightSums:
@@ -199,7 +186,8 @@ class WeightSums:
             and weight.requires_grad
             and weight.is_floating_point()
             and type(x) in _INPUTS
-            and (not x.is_floating_point() or x.dtype == weight.dtype or _cast(of, x) is not None)
+            and (splits or not torch.is_autocast_enabled(x.device.type))
+            and (not x.is_floating_point() or x.dtype == weight.dtype or cast_of(of, x) is not None)
             and not weight._backward_hooks
             and torch._C._functorch.peek_interpreter_stack() is None
         )
@@ -216,76 +204,15 @@ class WeightSums:
         """`weight` is the parameter, or a view of it."""
         part = None
         if weight is not parameter:
-            part = weight.shape, weight.stride(), weight.storage_offset() - parameter.storage_offset()
+            part = weight.shape, weight.stride(), int(weight.storage_offset() - parameter.storage_offset())
         own_bias = bias if isinstance(bias, nn.Parameter) and not bias._backward_hooks else None
-        dtype = _cast(of, x)
+        dtype = cast_of(of, x)
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        target = _Target(parameter, part, own_bias)
-        return _Product.apply(x, weight, bias, of, self, layer, target)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _cast(of: LayerProducts, x: torch.Tensor) -> torch.dtype | None:
-    """The type that torch casts the operands of a product to, now; None where it does not."""
-    kind = x.device.type
-    if not of.casts or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+        target = Target(parameter, part, own_bias)
+        return Product.apply(x, weight, bias, of, self, layer.splits, target)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _hooked(weight: nn.Parameter) -> bool:
     return bool(weight._backward_hooks) or bool(getattr(weight, "_post_accumulate_grad_hooks", None))
-
-
-class _Product(torch.autograd.Function):
-    """The product of a layer; its backward computes the weight gradient, adds it, or leaves it in the queue."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        of: LayerProducts,
-        sums: WeightSums,
-        layer: _Layer,
-        target: _Target,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        # the parameters themselves: what is saved comes back from a checkpoint as another tensor
-        ctx.target = target
-        ctx.of, ctx.sums, ctx.layer = of, sums, layer
-        return of.output(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (dy,), (x, weight) = gradients, ctx.saved_tensors
-        of: LayerProducts = ctx.of
-        sums: WeightSums = ctx.sums
-        target: _Target = ctx.target
-        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        dx = of.input_gradient(dy, x, weight) if wants_x else None
-        dw = None
-        if wants_weight and (sums.deferred is not None or sums.adds) and _accumulates(target):
-            if sums.deferred is not None and ctx.layer.splits:
-                own_bias = target.bias if wants_bias else None
-                sums.deferred.add(of, x, dy, target.weight, own_bias, target.part)
-                wants_bias = wants_bias and own_bias is None
-            elif is_summed(target.weight) and dy.dtype == target.weight.dtype:
-                add_gradient(of, x, dy, target.weight, target.part)
-            else:
-                dw = of.weight_gradient(dy, x, weight)
-        elif wants_weight:
-            dw = of.weight_gradient(dy, x, weight)
-        return dx, dw, of.bias_gradient(dy) if wants_bias else None, None, None, None, None
-
-
-def _accumulates(target: _Target) -> bool:
-    """Whether this backward adds to the `.grad` of all parameters it meets, and is not itself differentiated."""
-    if torch.is_grad_enabled():
-        return False
-    try:
-        return all(torch._C._will_engine_execute_node(node) for node in target.nodes())
-    except RuntimeError:  # a gradient is handed to who asked for it
-        return False

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
-from shardwise.describe.profile import ModelProfile, ParameterProfile
+from shardwise.describe.profile import CallProfile, ModelProfile, ParameterProfile
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.continuous import VERSIONS, further_step_s
@@ -48,16 +48,14 @@ class StageEstimate:
     gradient_bytes: int
     optimizer_bytes: int
     micro_batch_bytes: int  # kept for the backward of one micro-batch: saved and received
+    weight_bytes: int  # kept of it when the gradients of its inputs are done: what those of weights are made of
     in_flight: int  # micro-batches whose backward is not done, at most
+    activation_bytes: int  # at most; where the rank owns other stages too, not all at their most at once
     flops: int  # forward and backward
     forward_s: float
     backward_s: float
     weight_s: float  # of the backward: gradients of weights, which a schedule may put off
     all_reduce_bytes: int  # sent by each replica in one step to average the gradients
-
-    @property
-    def activation_bytes(self) -> int:
-        return self.micro_batch_bytes * self.in_flight
 
     @property
     def memory_bytes(self) -> int:
@@ -176,6 +174,7 @@ def estimate(
     costs = costs_of(stages, edges, bytes_per_s=bytes_per_s)
     timeline = simulate(schedule, frozenset(cut.edges), costs=costs)
     ranks = _ranks(profile, cut, stages, schedule, OPTIMIZER_STATES[optimizer])
+    stages = tuple(_alone(stage, ranks[schedule.owners[stage.stage]]) for stage in stages)
     made = Estimate(stages=stages, ranks=ranks, edges=edges, schedule=schedule, timeline=timeline)
     if layout.schedule not in GENERATORS or GENERATORS[layout.schedule].flushes:
         return made
@@ -220,10 +219,12 @@ def edge_estimates(profile: ModelProfile, cut: Cut, *, scale: float = 1.0) -> tu
 
 
 def memory_of(stages: Sequence[StageEstimate], limit_bytes: tuple[float | None, ...] | None = None) -> Memory:
-    """What a micro-batch keeps on each stage. All of it stays until W: how much a split backward lets go of after I is
-    not counted, so this is an upper bound."""
-    kept = tuple(float(stage.micro_batch_bytes) for stage in stages)
-    return Memory(activation_bytes=kept, weight_bytes=kept, limit_bytes=limit_bytes)
+    """What a micro-batch keeps on each stage, until I or B and until W."""
+    return Memory(
+        activation_bytes=tuple(float(stage.micro_batch_bytes) for stage in stages),
+        weight_bytes=tuple(float(stage.weight_bytes) for stage in stages),
+        limit_bytes=limit_bytes,
+    )
 
 
 def costs_of(
@@ -285,6 +286,11 @@ def _ranks(
     return tuple(found)
 
 
+def _alone(stage: StageEstimate, rank: RankEstimate) -> StageEstimate:
+    """With what its rank keeps at most, where the rank owns no other stage."""
+    return dataclasses.replace(stage, activation_bytes=rank.activation_bytes) if len(rank.stages) == 1 else stage
+
+
 def _stage(
     profile: ModelProfile,
     cut: StageCut,
@@ -301,6 +307,8 @@ def _stage(
     here = [part for part in profile.parts if part.node in cut.computes]
     kept = sum(part.saved_bytes for part in here)
     received = sum(profile.flow.values[value].nbytes for value, _ in cut.receives)
+    for_weights = [part.weight_bytes for part in here if isinstance(part, CallProfile)]
+    counted = [nbytes for nbytes in for_weights if nbytes is not None]
     return StageEstimate(
         stage=cut.stage,
         num_parameters=sum(parameter.num_elements for parameter in held),
@@ -308,7 +316,9 @@ def _stage(
         gradient_bytes=trained,
         optimizer_bytes=states * trained,
         micro_batch_bytes=round(scale * (kept + received)),
+        weight_bytes=round(scale * (sum(counted) if len(counted) == len(for_weights) else kept + received)),
         in_flight=in_flight,
+        activation_bytes=in_flight * round(scale * (kept + received)),
         flops=round(scale * sum(part.forward_flops + part.backward_flops for part in here)),
         forward_s=rate * sum(work.forward.get(part.node, 0.0) for part in here),
         backward_s=rate * sum(work.backward.get(part.node, 0.0) for part in here),

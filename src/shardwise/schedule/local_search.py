@@ -20,18 +20,28 @@ from shardwise.schedule.problem import FORWARD, INPUT, WEIGHT, WHOLE, Problem, R
 __all__ = ["improve", "merged"]
 
 Run = tuple[int, int, int]  # (rank, first place, last place)
-HEAT = 0.001  # of the seconds of a step: how much longer a move may make it at first
 
 
 def improve(
-    problem: Problem, rows: Rows, *, chance: random.Random, num_steps: int, target: float, stop: Callable[[], bool]
+    problem: Problem,
+    rows: Rows,
+    *,
+    chance: random.Random,
+    heat: float,
+    num_steps: int,
+    target: float,
+    stop: Callable[[], bool],
 ) -> Rows:
-    """Rows that are no slower; ends after `num_steps`, at `target` seconds or when `stop` says so."""
+    """Rows that are no slower; ends after `num_steps`, at `target` seconds or when `stop` says so.
+
+    heat: how much longer a move may make the step at first, roughly, in mean seconds of an action.
+    """
     times = times_of(problem, rows)
     assert times is not None
     best, best_seconds = [list(row) for row in rows], times.seconds
     rows, now = [list(row) for row in rows], times
     path = _path(problem, rows, now)
+    action_s = sum(map(problem.load, range(len(rows)))) / sum(map(len, rows))
     for step in range(num_steps):
         if best_seconds <= target or stop():
             break
@@ -39,8 +49,8 @@ def improve(
         if move is None:
             continue
         kept, rows[move.rank] = rows[move.rank], move.row
-        heat = HEAT * best_seconds * (1 - step / num_steps) ** 2
-        limit = now.seconds - heat * math.log(1 - chance.random())
+        cooled = heat * action_s * (1 - step / num_steps) ** 2
+        limit = now.seconds - cooled * math.log(1 - chance.random())
         moved = times_of(problem, rows, limit=limit)
         if moved is None or moved.seconds > limit:
             rows[move.rank] = kept
@@ -53,29 +63,37 @@ def improve(
 
 
 def merged(problem: Problem, rows: Rows) -> Rows:
-    """The rows with I and W right behind each other made one B, rank by rank, where that costs no time."""
+    """The rows with I and W right behind each other made one B where that costs no time: all of a rank, or parts."""
     times = times_of(problem, rows)
     assert times is not None
     for r in range(len(rows)):
-        row = _merge_all(problem, rows[r])
-        if len(row) < len(rows[r]):
-            kept, rows = rows, [*rows[:r], row, *rows[r + 1 :]]
-            now = times_of(problem, rows)
-            if now is None or now.seconds > times.seconds or not problem.fits(r, row):
-                rows = kept
+        parts = [(0, len(rows[r]))]
+        while parts:
+            first, last = parts.pop()
+            row = _merge_all(problem, rows[r], first, last)
+            if len(row) == len(rows[r]):
+                continue
+            tried = [*rows[:r], row, *rows[r + 1 :]]
+            now = times_of(problem, tried, limit=times.seconds)
+            if now is not None and now.seconds <= times.seconds and problem.fits(r, row):
+                rows = tried  # parts that are left stand ahead of this one, so their places stay
+            elif last - first > max(2, len(rows[r]) // 8):
+                middle = (first + last) // 2
+                parts.extend([(first, middle), (middle, last)])
     return rows
 
 
-def _merge_all(problem: Problem, row: list[int]) -> list[int]:
+def _merge_all(problem: Problem, row: list[int], first: int, last: int) -> list[int]:
+    """The row with every W from `first` to `last` that follows an I of its stage made one with it."""
     n = problem.num_stages
-    made: list[int] = []
-    for letter in row:
+    made = row[:first]
+    for letter in row[first:last]:
         kind, s = divmod(letter, n)
         if kind == WEIGHT and made and made[-1] == INPUT * n + s:
             made[-1] = WHOLE * n + s
         else:
             made.append(letter)
-    return made
+    return made + row[last:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

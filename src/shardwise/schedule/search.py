@@ -30,9 +30,11 @@ from shardwise.schedule.simulate import seconds_of
 __all__ = ["Searched", "search", "textbooks"]
 
 NAME = "searched"
-VISITS_PER_SECOND = 800_000  # actions that a slow core times in a second: makes a budget of seconds one of steps
+VISITS_PER_SECOND = 2_000_000  # actions that a slow core times in a second: makes a budget of seconds one of steps
 VISITS_OF_DISPATCH = 15  # an action of the list scheduler costs as much as so many that are only timed
 SECONDS_PER_ACTION, MOST_SECONDS = 4e-3, 8.0  # the budget where none is given
+SHARE_OF_ROWS = 0.65  # of the budget goes to local search
+ROUNDS = ((0, 0.3), (1, 0.1), (0, 0.0), (2, 0.3), (0, 0.1), (0, 0.0))  # of local search: (place of the start, heat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def search(
 
 
 def textbooks(ranks: Sequence[Sequence[int]], num_micro_batches: int) -> Iterator[Schedule]:
-    """Every generator's schedule that has this placement."""
+    """The schedule of every generator that has this placement and ends a step before the next one begins."""
     placed = tuple(map(tuple, ranks))
     chunks = len(placed[0])
     for name, family in GENERATORS.items():
@@ -158,17 +160,17 @@ class _Search:
             self._try(changed(policy, self.problem, self.chance))
 
     def change_rows(self) -> None:
-        """Refines the best rows, those of a rule and those of a generator among them."""
-        starts = sorted(self.rows, key=lambda found: found[0])[:3]
-        for place, (_, rows) in enumerate(starts):
+        """Refines the best rows again and again, hot and cold in turn."""
+        for place, heat in ROUNDS:
             if self.done():
                 break
             self._keep(
                 improve(
                     self.problem,
-                    rows,
+                    self.rows[min(place, len(self.rows) - 1)][1],
                     chance=self.chance,
-                    num_steps=self.num_steps // (3, 6, 6)[place],
+                    heat=heat,
+                    num_steps=int(self.num_steps * SHARE_OF_ROWS / len(ROUNDS)),
                     target=self.bound * (1 + 1e-9),
                     stop=self.done,
                 )

@@ -19,6 +19,7 @@ from shardwise.schedule.graph import Edges, checked
 from shardwise.schedule.memory import Memory
 from shardwise.schedule.placement import Placement, stages_of_ranks
 from shardwise.schedule.placement_judge import FULL, Judge, Ranks, on_devices, seconds_each
+from shardwise.schedule.problem import Problem
 from shardwise.schedule.search import Searched, search
 
 __all__ = ["on_devices", "search_placements"]
@@ -52,6 +53,9 @@ def search_placements(
             f"held_bytes are given for each of {num_stages} stages, but there are {len(held_bytes)}; give one a stage"
         )
     edges = checked(edges, num_stages)
+    Problem.of(
+        costs, edges, num_micro_batches=num_micro_batches, ranks=[range(num_stages)], memory=None
+    )  # checks costs
     judge = Judge(
         costs=costs,
         edges=edges,
@@ -67,13 +71,12 @@ def search_placements(
         judge.judge(ranks)
     judge.improve(chance, seconds=SHARE_OF_JUDGING * seconds)
     others = [ranks for ranks in judge.best(FULL + len(known)) if ranks not in known][:FULL]
-    chosen = [*known, *others]
-    if not chosen:
+    if not (known or others):
         raise ScheduleError(
             f"none of {len(judge.judged)} placements of {num_stages} stages on {num_ranks} ranks has room for one "
             "micro-batch on every rank; raise the limits, or cut the model into more stages"
         )
-    shares = [0.5 / len(known) if ranks in known and others else 1.0 / len(chosen) for ranks in chosen]
+    half = 0.5 if known and others else 1.0  # for either kind
     found = [
         search(
             on_devices(costs, ranks, speeds),
@@ -81,10 +84,11 @@ def search_placements(
             ranks=ranks,
             edges=edges,
             memory=judge.memory_of(ranks),
-            seconds=(1 - SHARE_OF_JUDGING) * seconds * share,
+            seconds=(1 - SHARE_OF_JUDGING) * seconds * half / len(alike),
             seed=seed,
         )
-        for ranks, share in zip(chosen, shares, strict=True)
+        for alike in (known, others)
+        for ranks in alike
     ]
     best = min(found, key=lambda one: one.seconds)
     textbooks = [one.best_textbook for one in found if one.best_textbook is not None]
@@ -105,7 +109,8 @@ def _in_a_row(costs: Costs, num_ranks: int, speeds: Sequence[float] | None) -> R
     each = seconds_each(costs)
     speed = list(speeds or [1.0] * num_ranks)
     low, high = 0.0, sum(each) / min(speed)
-    best: Ranks | None = None
+    best = _filled(each, speed, high)
+    assert best is not None  # all that is left fits on the last rank
     for _ in range(40):
         limit = (low + high) / 2
         found = _filled(each, speed, limit)
@@ -113,11 +118,7 @@ def _in_a_row(costs: Costs, num_ranks: int, speeds: Sequence[float] | None) -> R
             low = limit
         else:
             best, high = found, limit
-    return (
-        best
-        if best is not None
-        else tuple((s,) for s in range(num_ranks - 1)) + (tuple(range(num_ranks - 1, len(each))),)
-    )
+    return best
 
 
 def _filled(each: Sequence[float], speed: Sequence[float], limit: float) -> Ranks | None:

@@ -27,6 +27,7 @@ __all__ = ["Counter", "flops_of"]
 
 _ATTENTION = "aten::_scaled_dot_product_"
 _GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+_EMBEDDING = "aten::embedding"
 _GROUPED_BACKWARD = "transformers::grouped_mm_fallback_backward"
 
 
@@ -71,8 +72,10 @@ class Counter:
         self.forward_flops: dict[int, int] = {}
         self.backward_flops: dict[int, int] = {}
         self.weight_flops: dict[int, int] = {}  # of forward products with trained parameters
+        self.weight_bytes: dict[int, int] = {}  # of their other operands, each once, and of their results
         self.reached: set[int] = set()  # nodes of which some backward ran
         self._trained: set[int] = set()  # storages of parameters that have gradients
+        self._operands: set[tuple[int, int]] = set()  # (node, storage): counted in `weight_bytes`
         self._makers: dict[int, int | None] = {}  # storage -> the node that made it
         self._saved: dict[int, int] = {}  # storage -> bytes
         self._alive: list[object] = []  # storages stay, so that their addresses stay unique
@@ -126,8 +129,19 @@ class Counter:
         flops = flops_of(func, args, kwargs, out)
         if flops:
             self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
-            if any(tensor.untyped_storage()._cdata in self._trained for tensor in _strided((args, kwargs))):
-                self.weight_flops[place] = self.weight_flops.get(place, 0) + flops
+        if flops or func._schema.name == _EMBEDDING:
+            self._product(place, list(_strided((args, kwargs))), list(_strided(out)), flops)
+
+    def _product(self, place: int, operands: list[torch.Tensor], results: list[torch.Tensor], flops: int) -> None:
+        """A product that runs at `place`: what the gradient of its parameter, if it has one, takes."""
+        others = [tensor for tensor in operands if tensor.untyped_storage()._cdata not in self._trained]
+        if len(others) == len(operands):
+            return
+        self.weight_flops[place] = self.weight_flops.get(place, 0) + flops
+        for tensor in (*others, *results):
+            if (place, tensor.untyped_storage()._cdata) not in self._operands:
+                self._operands.add((place, tensor.untyped_storage()._cdata))
+                self.weight_bytes[place] = self.weight_bytes.get(place, 0) + tensor.nbytes
 
     def _made(self, tensor: torch.Tensor, node: int | None) -> None:
         storage = tensor.untyped_storage()

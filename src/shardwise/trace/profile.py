@@ -111,6 +111,7 @@ def _call(flow: Dataflow, node: Node, counter: Counter, saved: Mapping[int, int]
         output_bytes=sum(value.nbytes for value in made),
         dtype=next((value.dtype for value in made if "float" in value.dtype), "float32"),
         weight_flops=min(_backward_flops(flow, node, counter, forward), counter.weight_flops.get(node.index, 0)),
+        weight_bytes=counter.weight_bytes.get(node.index, 0),
     )
 
 

@@ -72,6 +72,8 @@ class ProgressSink:
             f"training {format_count(data['num_parameters'], 'parameters')} for {self._total} steps on "
             f"{data['layout']}{resumed}; ready after {format_duration(data['ready_s'])}"
         )
+        for line in data.get("split_backward", ()):
+            self._print(f"  rank 0: {line}")
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=self._console

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from shardwise.checkpoint.source import open_checkpoint
 from shardwise.errors import ConfigError, LayoutError
 from shardwise.events import Event, JsonlSink, Sink
+from shardwise.execute.split_proof import in_words
 from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
 from shardwise.tasks import Task, prepare_task
 from shardwise.train.build import Job, ModelLike, about, build
@@ -148,6 +149,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             num_parameters=sum(shapes),
             held_parameters=sum(parameter.numel() for parameter in world.program.parameters.values()),
             ready_s=time.monotonic() - job.started_s,
+            split_backward=list(in_words(world.program.split_proofs)),
         )
         start = time.monotonic()
         losses = run_steps(world, emit)

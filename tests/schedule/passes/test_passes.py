@@ -97,7 +97,9 @@ def test_moving_to_the_host_takes_its_own_time_and_a_late_load_is_waited_for() -
 def test_what_is_still_on_its_way_to_the_host_is_not_loaded_yet() -> None:
     schedule = with_offload(schedule_of("0F0 0F1 0B0 0B1"), {0}, distance=0)
     costs = Costs(compute_seconds={Kind.F: (1.0,), Kind.B: (2.0,)}, beside_seconds={Kind.O: (5.0,), Kind.L: (1.0,)})
-    found = {str(span.action): (span.start_s, span.end_s) for span in simulate(schedule, costs=costs).spans}
+    timeline = simulate(schedule, costs=costs)
+    found = {str(span.action): (span.start_s, span.end_s) for span in timeline.spans}
+    assert timeline.busy_seconds == (6,)  # moving is no work of the rank
     assert found["0O0"] == (1, 6)
     assert found["0L0"] == (6, 7)
     assert found["0O1"] == (6, 11)  # one after another; loads have a way of their own

@@ -89,7 +89,7 @@ def product(module: nn.Module, body: Callable[..., Any], layer: Layer) -> Callab
 
     def transposed(x: torch.Tensor) -> torch.Tensor:
         own = vars(module).get("product")  # of who takes its weight gradient over
-        return x @ _weight(module) if own is None else own(x)  # type: ignore[no-any-return]
+        return x @ _weight(module) if own is None else own(x)
 
     if not layer.bias_optional:
         return transposed
