@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.schedules.pauses import WIDTH, Pausing, emulating, set_costs, wake_sharply
+from benchmarks.schedules.pauses import WIDTH, Pausing, emulating, set_costs, waking_sharply
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.launch import RankContext
@@ -90,7 +90,6 @@ def cases(num_ranks: int, *, even: bool, search_s: float) -> list[Case]:
 def run_case(context: RankContext, case: Case, steps: int) -> Ran:
     """Steps of a case on this rank. Raises `AssertionError` for gradients that are not those of one process."""
     torch.set_num_threads(1)
-    wake_sharply()
     with emulating():
         return _run(context, case, steps)
 
@@ -119,13 +118,14 @@ def _run(context: RankContext, case: Case, steps: int) -> Ran:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7)
     set_costs(program.parameters, case.costs)
     starts, ends = [], []
-    for step in range(1, 1 + WARM_UP_STEPS + steps):
-        for parameter in program.parameters.values():
-            parameter.grad = None
-        dist.barrier()
-        starts.append(time.perf_counter())
-        program.step(parts, step=step)
-        ends.append(time.perf_counter())
+    with waking_sharply():
+        for step in range(1, 1 + WARM_UP_STEPS + steps):
+            for parameter in program.parameters.values():
+                parameter.grad = None
+            dist.barrier()
+            starts.append(time.perf_counter())
+            program.step(parts, step=step)
+            ends.append(time.perf_counter())
     program.close()
     return Ran(starts=tuple(starts[WARM_UP_STEPS:]), ends=tuple(ends[WARM_UP_STEPS:]))
 

@@ -26,7 +26,8 @@ def test_any_cut_has_all_of_the_model(model: str) -> None:
     units = MODELS[model].units
     for placement, chunks in PLACEMENTS:
         ranks = stages_of_ranks(placement, num_ranks=2, chunks=chunks)
-        for cut in (case_of("slow-one", model=model).cut(chunks, for_ranks=way) for way in (None, ranks)):
+        case = case_of("slow-one", model=model)
+        for cut in (case.cut(chunks), case.cut(chunks, ranks), case.cut(chunks, ranks, aware=True)):
             assert cut.num_stages == 2 * chunks
             assert sum(cut.memory.activation_bytes) == pytest.approx(sum(unit.kept_bytes for unit in units))
             assert all(seconds > 0 for seconds in cut.costs.compute_seconds[Kind.F])
@@ -49,7 +50,7 @@ def test_the_limit_is_the_same_for_every_cut_and_placement() -> None:
 
 def test_a_cut_for_a_slow_device_gives_it_less() -> None:
     case = case_of("slow-one", model="llama-3-8b")
-    equal, aware = case.cut(1), case.cut(1, for_ranks=[(0,), (1,)])
+    equal, aware = case.cut(1), case.cut(1, [(0,), (1,)], aware=True)
     assert case.speeds == (1.0, 0.5)
     assert aware.costs.compute_seconds[Kind.F][1] < 0.75 * equal.costs.compute_seconds[Kind.F][1]
 

@@ -157,20 +157,23 @@ def test_frozen_weights_and_autocast_are_left_alone() -> None:
     assert_equal(Tied(), loss=cast)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "sparse", "max_norm"])
+@pytest.mark.parametrize("kind", ["subclass", "patched", "sparse", "max_norm"])
 def test_modules_that_do_not_fit_keep_their_forward(kind: str) -> None:
     class Own(nn.Linear):
         pass
 
+    patched = nn.Linear(WIDTH, WIDTH)
+    patched.forward = own = lambda x: 2 * x
     module = {
         "subclass": Own(WIDTH, WIDTH),
+        "patched": patched,
         "sparse": nn.Embedding(VOCABULARY, WIDTH, sparse=True),
         "max_norm": nn.Embedding(VOCABULARY, WIDTH, max_norm=1.0),
     }[kind]
     model = nn.ModuleDict({"unit": module})
     sums = WeightSums()
     sums.install(model, ["unit"], dict(model.named_parameters()))
-    assert "forward" not in vars(module)
+    assert vars(module).get("forward") is (own if kind == "patched" else None)
 
 
 def test_closing_gives_the_modules_their_own_forward_back() -> None:

@@ -6,8 +6,10 @@ import random
 from itertools import combinations, pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shardwise.plan.balance import balanced_ends
+from shardwise.plan.balance import balanced_ends, evened_ends
 
 
 def all_cuts(n, num_parts):
@@ -50,3 +52,43 @@ def test_of_equal_cuts_the_one_of_least_traffic_is_taken() -> None:
 
 def test_every_part_holds_something_that_counts() -> None:
     assert balanced_ends([9, 9, 1, 1], [0] * 4, [False, True, True, True], 2) == [2, 4]  # not 9 | 11
+
+
+#   elements  1 1 1 1 1 1 1 1 1.5    parts owned as a V: 0 1 1 0
+def parts(ends, weights):
+    return [sum(weights[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def test_a_heavy_part_leaves_the_rank_that_has_another_one() -> None:
+    weights = [1.0] * 8 + [1.5]
+    ends = evened_ends([3, 5, 7, 9], weights, [1.0] * 9, [True] * 9, (0, 1, 1, 0))
+    loads = parts(ends, weights)
+    assert max(loads[0] + loads[3], loads[1] + loads[2]) == 5.0
+    assert evened_ends(ends, weights, [1.0] * 9, [True] * 9, (0, 1, 1, 0)) == ends
+
+
+def test_no_cut_moves_to_where_more_crosses_or_leaves_a_part_empty() -> None:
+    weights = [1.0] * 8 + [1.5]
+    dear = [1.0] * 9
+    for start in (2, 4, 6, 8):
+        dear[start] = 2.0
+    assert evened_ends([3, 5, 7, 9], weights, dear, [True] * 9, (0, 1, 1, 0)) == [3, 5, 7, 9]
+    assert evened_ends([1, 2, 3, 4], [9.0, 1.0, 1.0, 1.0], [1.0] * 4, [True] * 4, (0, 1, 1, 0)) == [1, 2, 3, 4]
+
+
+@given(
+    weights=st.lists(st.floats(0.1, 10), min_size=8, max_size=16),
+    owners=st.sampled_from([(0, 1, 1, 0), (0, 1, 0, 1), (0, 1, 2, 2, 1, 0), (0, 1, 0, 1, 0, 1)]),
+)
+def test_the_heaviest_rank_is_never_heavier_than_before(weights, owners) -> None:
+    even = [1.0] * len(weights)
+    before = balanced_ends(weights, even, [True] * len(weights), len(owners))
+    after = evened_ends(before, weights, even, [True] * len(weights), owners)
+
+    def heaviest(ends):
+        loads = parts(ends, weights)
+        return max(sum(load for load, owner in zip(loads, owners, strict=True) if owner == r) for r in set(owners))
+
+    assert heaviest(after) <= heaviest(before) * (1 + 1e-6)
+    assert after[-1] == len(weights)
+    assert all(a < b for a, b in zip([0, *after], after, strict=False))

@@ -13,7 +13,7 @@ from torch import nn
 from shardwise.checkpoint.source import open_checkpoint
 from shardwise.errors import LayoutError
 from shardwise.events import read_events
-from shardwise.execute.continuous import Stream
+from shardwise.execute.late_updates import LateUpdates
 from shardwise.execute.weight_versions import WeightVersions
 from shardwise.launch import RankContext
 from shardwise.testing import on_ranks
@@ -132,13 +132,13 @@ def test_the_comparison_sees_what_could_go_wrong(rank, tmp_path, monkeypatch, wr
         show = WeightVersions.show
         monkeypatch.setattr(WeightVersions, "show", lambda self, version: show(self, max(version - 1, self.newest - 1)))
     else:
-        replaced = Stream._replaced
+        replaced = LateUpdates._replaced
 
-        def kept(self: Stream, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        def kept(self: LateUpdates, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             had = [None if p.grad is None else p.grad.clone() for p in self._trained]
             return had if all(g is None for g in gradients) else replaced(self, gradients)
 
-        monkeypatch.setattr(Stream, "_replaced", kept)
+        monkeypatch.setattr(LateUpdates, "_replaced", kept)
     wanted = job(tmp_path / "run", steps=6, evaluate_every=0)
     losses = train_on_rank(rank, wanted).losses
     monkeypatch.undo()

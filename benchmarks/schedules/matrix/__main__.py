@@ -35,8 +35,9 @@ def main() -> None:
     worst = max((result.worst for _, result in found if result is not None), default=0.0)
     failed = [str(case) for case, result in found if result is None or not result.worst <= TOLERANCE]
     print(
-        f"{len(found)} cases of {STEPS} steps on real ranks in {time.perf_counter() - start:.0f} s; worst error of loss, "
-        f"gradients, norm, updated weights, evaluation {worst:.1e} (tolerance {TOLERANCE:.0e}); {len(failed)} failed"
+        f"{len(found)} cases of {STEPS} steps on real ranks in {time.perf_counter() - start:.0f} s; worst error of "
+        f"loss, gradients, norm, updated weights, evaluation {worst:.1e} (tolerance {TOLERANCE:.0e}); "
+        f"{len(failed)} failed"
     )
     if told.json is not None:
         errors = {str(case): None if result is None else dataclasses.asdict(result) for case, result in found}

@@ -8,18 +8,18 @@
     qwen2-vl-2b        8             32                 (p // 2) is half as fast
 
 A device does 300 Tflop/s and moves 2 TB/s, a link 25 GB/s. Stages are cut by shardwise's own partitioner, which
-balances forward and backward seconds as if all devices were equal. Generators' placements: one stage a rank; two and
-four a rank in a loop; two as a V.
+balances forward and backward seconds of stages, and of ranks that own several, as if all devices were equal.
+Generators' placements: one stage a rank; two and four a rank in a loop; two as a V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from benchmarks.schedules.searched.models import MODELS, Model, Unit
-from shardwise.plan.balance import balanced_ends
+from shardwise.plan.balance import balanced_ends, evened_ends
 from shardwise.schedule import Costs, Kind, Placement, chain, generate
 from shardwise.schedule.memory import Memory, peak_bytes
 
@@ -75,14 +75,13 @@ class Case:
         slow = self.num_ranks // 2 if self.condition == "slow-one" else None
         return tuple(0.5 if r == slow else 1.0 for r in range(self.num_ranks))
 
-    def cut(self, chunks: int, for_ranks: Sequence[Sequence[int]] | None = None) -> Cut:
-        """In `chunks` stages a rank, whoever owns them; or cut for the speeds of these owners of the stages."""
-        num_stages = self.num_ranks * chunks
-        if for_ranks is None:
-            stages = _cut(self.model, num_stages)
-        else:
-            owner = {s: r for r, own in enumerate(for_ranks) for s in own}
-            stages = _cut_for(self.model, [self.speeds[owner[s]] for s in range(num_stages)])
+    def cut(self, chunks: int, ranks: Sequence[Sequence[int]] | None = None, *, aware: bool = False) -> Cut:
+        """In `chunks` stages a rank: as shardwise cuts for stages that these ranks own, or where nobody knows yet who
+        will own them; `aware` of the speeds of the ranks, which shardwise is not."""
+        owner = {s: r for r, own in enumerate(ranks or ()) for s in own}
+        stages = _cut(self.model, self.num_ranks * chunks, owner)
+        if aware:
+            stages = _cut_for(self.model, [self.speeds[owner[s]] for s in range(len(stages))])
         forward, back, late = zip(*map(_seconds, stages), strict=True)
         sent = {(s, s + 1): stages[s][-1].sent_bytes / LINK_BYTES for s, _ in chain(len(stages))}
         return Cut(
@@ -131,10 +130,14 @@ def _product(settings: tuple[tuple[str, int, int], ...]) -> Iterator[Case]:
             )
 
 
-def _cut(model: Model, num_stages: int) -> list[tuple[Unit, ...]]:
+def _cut(model: Model, num_stages: int, owner: Mapping[int, int] | None = None) -> list[tuple[Unit, ...]]:
+    """As `shardwise.plan.partition` does."""
     weights = [sum(_seconds((unit,))) for unit in model.units]
     traffic = [0.0, *(unit.sent_bytes for unit in model.units[:-1])]
-    ends = balanced_ends(weights, traffic, [True] * len(weights), num_stages)
+    counts = [True] * len(weights)
+    ends = balanced_ends(weights, traffic, counts, num_stages)
+    if owner and num_stages > max(owner.values()) + 1:
+        ends = evened_ends(ends, weights, traffic, counts, [owner[s] for s in range(num_stages)])
     return [model.units[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -91,7 +91,7 @@ def compared(case: Case, seconds: float) -> Row:
         ordered=min(one.seconds for one in ordered),
         searched=best.seconds,
         bound=best.lower_bound_s,
-        aware=min(_textbooks(case, aware=True).values()),
+        aware=min(_textbooks(case, aware=len(set(case.speeds)) > 1).values()),
         searched_aware=min(best.seconds, *(one.seconds for one in aware)),
         schedule=best.schedule,
     )
@@ -102,7 +102,7 @@ def _ordered(case: Case, seconds: float, *, aware: bool) -> list[Searched]:
     found = []
     for placement, chunks in PLACEMENTS:
         ranks = stages_of_ranks(placement, num_ranks=case.num_ranks, chunks=chunks)
-        cut = case.cut(chunks, for_ranks=ranks if aware else None)
+        cut = case.cut(chunks, ranks, aware=aware)
         try:
             found.append(
                 search(
@@ -143,7 +143,7 @@ def _textbooks(case: Case, *, aware: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for placement, chunks in PLACEMENTS:
         ranks = stages_of_ranks(placement, num_ranks=case.num_ranks, chunks=chunks)
-        cut = case.cut(chunks, for_ranks=ranks if aware and len(set(case.speeds)) > 1 else None)
+        cut = case.cut(chunks, ranks, aware=aware)
         costs = on_devices(cut.costs, ranks, case.speeds)
         for schedule in textbooks(ranks, case.num_micro_batches):
             if fits(schedule, cut.memory):

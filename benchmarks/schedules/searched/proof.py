@@ -33,7 +33,8 @@ def proofs(seconds: float) -> list[dict[str, Any]]:
 def main(seconds: float) -> None:
     for case in smaller_cases():
         for placement, chunks in PROVEN_PLACEMENTS:
-            cut, ranks = case.cut(chunks), stages_of_ranks(placement, num_ranks=case.num_ranks, chunks=chunks)
+            ranks = stages_of_ranks(placement, num_ranks=case.num_ranks, chunks=chunks)
+            cut = case.cut(chunks, ranks)
             costs = on_devices(cut.costs, ranks, case.speeds)
             asked = {"num_micro_batches": case.num_micro_batches, "ranks": ranks, "memory": cut.memory}
             try:

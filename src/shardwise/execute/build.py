@@ -69,10 +69,10 @@ def build(
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
     `tape` is a tape of the whole model, `placement` (unit, call) -> stage, `schedule` the one that `place` knows the
-    stages of. `fill` gives the held parameters their
-    values (deferred initialisation, a checkpoint); without it the model's own values are copied. `tensor` says how
-    units are divided among the shards; without it, shards do the same work. `experts` says the same of experts and
-    the replicas that divide them. Units in `start_up` are proven once more by their ranks.
+    stages of. `fill` gives the held parameters their values (deferred initialisation, a checkpoint); without it the
+    model's own values are copied. `tensor` says how units are divided among the shards; without it, shards do the same
+    work. `experts` says the same of experts and the replicas that divide them. Units in `start_up` are proven once more
+    by their ranks.
     `split` are kinds of units of which a split backward is proven equal to the whole; those that fail keep it whole.
     Collective: every rank calls it with the same arguments.
     """
@@ -103,10 +103,14 @@ def build(
         )
         if divided_experts is not None:
             mine = [name for name in mine if divided_experts.holds(name)]
-        if divided is not None:
-            sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
         if fill is not None:
             fill(model, mine, cut_by(divided, divided_experts))
+        # parameters as they are from here on; where one device alone computes, its products stay torch's
+        sums.divide(
+            model.get_parameter(name)
+            for name in mine
+            if place.pp > 1 or (divided is not None and divided.part_of(name) is not None)
+        )
         if divided is not None and start_up and place.ep == 1:
             here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) in place.stages}
             divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)

@@ -20,10 +20,11 @@ from shardwise.comm.traffic import Traffic
 from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
-from shardwise.execute.continuous import Stream, Update
+from shardwise.execute.continuous import Stream
 from shardwise.execute.engine import Engine, Work
 from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
+from shardwise.execute.late_updates import LateUpdates, Update
 from shardwise.execute.mean_loss import MeanLoss
 from shardwise.execute.moments import Moments
 from shardwise.execute.norms import sum_of_squares
@@ -249,21 +250,28 @@ class Program:
             group = dist.new_group()
             assert isinstance(group, dist.ProcessGroup)
             self._stack.callback(dist.destroy_process_group, group)
+        updates = LateUpdates(
+            place=self.place,
+            parameters=self.parameters,
+            gradients=self._gradients,
+            divided=self.divided,
+            squares=self._own_squares,
+            group=group,
+            device=self._engine_device,
+            first_step=first_step,
+            update=update,
+            tell=tell,
+        )
         return Stream(
             place=self.place,
             engine=self._engine,
             flows=self._flows,
-            parameters=self.parameters,
-            gradients=self._gradients,
+            updates=updates,
             divided=self.divided,
             edges=self._edges,
             seed=self.seed,
-            squares=self._own_squares,
             sent_bytes=self._traffic.read,
             group=group,
-            first_step=first_step,
-            update=update,
-            tell=tell,
         )
 
     # -- the norm -------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ the rows that it looked up. Where a backward is split, the same products wait in
 Only inside units, for layers that torch, transformers and shardwise define (`layer_forwards`), and, where that leaves
 much, for products in plain code (`plain_products`).
 Whatever else asks for a gradient (hooks, double backward, `autograd.grad` in a forward) gets it as from plain torch.
-Layers that are divided among ranks, whose sums have another order anyway, also multiply by `products`.
+Layers that are divided among ranks, or belong to one stage of several, also multiply by `products`: their sums have
+another order than one device's anyway.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class WeightSums:
                 weight = module._parameters.get("weight")
                 if id(module) in self._layers:
                     self._layers[id(module)].units.add(unit)
+                elif "forward" in vars(module):  # somebody has given it another: it may be no product
+                    continue
                 elif weight is not None and id(weight) in own and not _hooked(weight):
                     self._take(_Layer(module, {unit}, weight.numel() >= SMALLEST))
 

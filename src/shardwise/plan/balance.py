@@ -5,16 +5,19 @@ Dynamic programming over the cut points, as for the linear partition problem (Sk
 Manual, section 10.7).
 
     weights  1 3 3 3 2      2 parts   1 3 3 | 3 2      heaviest 7
+
+Where parts are owned by fewer ranks, several each, a heavy part is then moved away from a rank that has another one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 
-__all__ = ["balanced_ends"]
+__all__ = ["balanced_ends", "evened_ends"]
 
 _SLACK = 1 + 1e-9  # sums of floating-point numbers in another order
 
@@ -31,6 +34,44 @@ def balanced_ends(
     counted = np.array([0, *accumulate(map(int, counts))])
     limit = _lightest(sums, counted, num_parts) * _SLACK
     return _cheapest(sums.tolist(), counted.tolist(), traffic, num_parts, limit)
+
+
+def evened_ends(
+    ends: Sequence[int],
+    weights: Sequence[float],
+    traffic: Sequence[float],
+    counts: Sequence[bool],
+    owner_of: Sequence[int],
+) -> list[int]:
+    """`ends` as `balanced_ends` gives them, with cuts moved by an element at a time as long as that makes the heaviest
+    rank lighter, or leaves it and makes ranks more even; `owner_of[part]` is its rank. Never to where traffic is more.
+
+        parts 3 2 2 2.5 owned as a V, 0 1 1 0, of elements of 1: 2 3 2 2.5, so that no rank has 5.5
+    """
+    sums = [0.0, *accumulate(weights)]
+    counted = [0, *accumulate(map(int, counts))]
+
+    def load(ends: Sequence[int]) -> tuple[float, float]:
+        of_ranks = [0.0] * (max(owner_of) + 1)
+        for part, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            of_ranks[owner_of[part]] += sums[end] - sums[start]
+        return max(of_ranks), sum(each * each for each in of_ranks)
+
+    best, current = load(ends), list(ends)
+    moving = True
+    while moving:
+        moving = False
+        for place, step in itertools.product(range(len(current) - 1), (-1, 1)):
+            moved = [*current[:place], current[place] + step, *current[place + 1 :]]
+            bounds = [0, *moved]
+            if any(counted[a] >= counted[b] for a, b in itertools.pairwise(bounds)):
+                continue
+            if traffic[moved[place]] > traffic[current[place]]:
+                continue
+            found = load(moved)
+            if found[0] < best[0] / _SLACK or (found[0] <= best[0] * _SLACK and found[1] < best[1] / _SLACK):
+                best, current, moving = found, moved, True
+    return current
 
 
 def _lightest(sums: np.ndarray, counted: np.ndarray, num_parts: int) -> float:

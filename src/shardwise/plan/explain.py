@@ -90,7 +90,8 @@ def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     schedule = estimate.schedule
     text = f"{layout}: {_plural(layout.num_replicas, 'replica')} of {_plural(layout.num_stages, 'stage')}"
     if layout.num_stages > layout.pp:
-        text += f", {layout.num_stages // layout.pp} a rank,"
+        counts = sorted({len(rank.stages) for rank in estimate.ranks})
+        text += f", {counts[0]} a rank," if len(counts) == 1 else f", {counts[0]} to {counts[-1]} a rank,"
     if layout.tp > 1:
         text += f" of {layout.tp} shards"
     ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
@@ -126,9 +127,9 @@ def _rank(layout: Layout, rank: RankEstimate) -> list[str]:
         "activations": rank.activation_bytes,
     }
     text = " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
-    stages = " and ".join(map(str, rank.stages))
+    stages = f"{'stage' if len(rank.stages) == 1 else 'stages'} {' and '.join(map(str, rank.stages))}"
     on = _named(position_ranks(layout, rank.position))
-    return _labelled(on, f"stages {stages}: {format_bytes(rank.memory_bytes)}: {text}")
+    return _labelled(on, f"{stages}: {format_bytes(rank.memory_bytes)}: {text}")
 
 
 def _units(profile: ModelProfile, calls: Sequence[int]) -> tuple[str, ...]:

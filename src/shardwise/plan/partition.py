@@ -14,8 +14,9 @@ from shardwise.describe.flow import Dataflow
 from shardwise.describe.profile import ModelProfile
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout, StageRule, compress, expand
-from shardwise.plan.balance import balanced_ends
+from shardwise.plan.balance import balanced_ends, evened_ends
 from shardwise.plan.work import work_of
+from shardwise.schedule import GENERATORS, placement
 
 __all__ = ["call_weights", "place"]
 
@@ -36,13 +37,23 @@ def place(model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, 
     if sum(has_parameters) < layout.num_stages:
         raise LayoutError(_too_few(sum(has_parameters), layout))
     row = [float(weights[node.index]) for node in flow.calls]
-    ends = balanced_ends(row, _traffic(flow), has_parameters, layout.num_stages)
+    traffic = _traffic(flow)
+    ends = balanced_ends(row, traffic, has_parameters, layout.num_stages)
+    if layout.num_stages > layout.pp > 1 and layout.schedule in GENERATORS:
+        ends = evened_ends(ends, row, traffic, has_parameters, _owners(layout))
     starts = [0, *ends[:-1]]
     return {
         node.index: stage
         for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
         for node in flow.calls[start:end]
     }
+
+
+def _owners(layout: Layout) -> list[int]:
+    """[stage]: the place of the pipeline that owns it."""
+    ranks = placement(layout.schedule, num_ranks=layout.pp, chunks=layout.chunks)
+    owner = {stage: position for position, stages in enumerate(ranks) for stage in stages}
+    return [owner[stage] for stage in range(layout.num_stages)]
 
 
 def _too_few(calls: int, layout: Layout) -> str:

@@ -121,7 +121,8 @@ class _State:
         output = self.forwards[s] if kind == FORWARD else self.backwards[s]
         m = self.weights[s] if kind == WEIGHT else len(output)
         seconds = problem.letter_seconds[letter]
-        end = now + (seconds * problem.factors[m] if problem.factors else seconds)
+        factor = problem.factors[m] if problem.factors else 1.0
+        end = now + seconds * factor
         self.rows[rank].append(letter)
         self.free_at[rank] = end
         self._keep(rank, kind, s)
@@ -133,8 +134,8 @@ class _State:
             self.weights[s] += 1
         events = [(end, rank)]
         for reader, lag in self.readers[kind != FORWARD][s]:
-            if self.free_at[reader] <= end + lag:
-                events.append((end + lag, reader))
+            if self.free_at[reader] <= end + lag * factor:
+                events.append((end + lag * factor, reader))
         return events
 
     def _keep(self, rank: int, kind: int, stage: int) -> None:
@@ -151,21 +152,21 @@ class _State:
             self.held[rank] -= kept
 
     def _forward_ready(self, stage: int, m: int) -> float:
-        when = 0.0
+        when, factor = 0.0, self.problem.factors[m] if self.problem.factors else 1.0
         for t, lag in self.problem.forward_sources[stage]:
             ends = self.forwards[t]
             if m >= len(ends):
                 return math.inf
-            when = max(when, ends[m] + lag)
+            when = max(when, ends[m] + lag * factor)
         return when
 
     def _backward_ready(self, stage: int, m: int) -> float:
-        when = 0.0
+        when, factor = 0.0, self.problem.factors[m] if self.problem.factors else 1.0
         for t, lag in self.problem.backward_sources[stage]:
             ends = self.backwards[t]
             if m >= len(ends):
                 return math.inf
-            when = max(when, ends[m] + lag)
+            when = max(when, ends[m] + lag * factor)
         return when
 
     def _has_room(self, rank: int, stage: int) -> bool:

@@ -51,7 +51,7 @@ def times_of(problem: Problem, rows: Rows, *, limit: float = math.inf) -> Times 
                 if m >= len(values):
                     queue.append(rank)
                     break
-                arrived = values[m] + lag
+                arrived = values[m] + (lag * factors[m] if factors else lag)
                 if arrived > start:
                     start = arrived
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from shardwise.errors import ScheduleError
@@ -100,7 +101,8 @@ def textbooks(ranks: Sequence[Sequence[int]], num_micro_batches: int) -> Iterato
         if chunks < fewest or (most is not None and chunks > most) or not family.flushes:
             continue
         if placement(name, num_ranks=len(placed), chunks=chunks_of(name, chunks)) == placed:
-            yield generate(name, num_ranks=len(placed), num_micro_batches=num_micro_batches, chunks=chunks)
+            with suppress(ScheduleError):  # one that is not made for so few micro-batches
+                yield generate(name, num_ranks=len(placed), num_micro_batches=num_micro_batches, chunks=chunks)
 
 
 @dataclass(kw_only=True)
