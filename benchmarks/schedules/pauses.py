@@ -22,7 +22,7 @@ from shardwise.execute import layer_forwards, weight_sums
 from shardwise.execute.layer_products import Linear
 from shardwise.schedule import Costs, Kind
 
-__all__ = ["WIDTH", "Pausing", "emulating", "set_costs", "sleep_until", "waking_sharply"]
+__all__ = ["WIDTH", "Pausing", "emulating", "set_costs", "sleep_until", "wake_sharply", "waking_sharply"]
 
 WIDTH = 8
 _PR_SET_TIMERSLACK = 29
@@ -104,11 +104,16 @@ def set_costs(parameters: Mapping[str, nn.Parameter], costs: Costs) -> None:
     }
 
 
+def wake_sharply() -> None:
+    """Let the kernel wake this thread when it asked for, not up to 50 us later."""
+    ctypes.CDLL("libc.so.6").prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
 @contextlib.contextmanager
 def waking_sharply() -> Iterator[bool]:
-    """Around sleeps of this thread: they end when they should, not up to 50 us later, and other programs do not delay
-    them (where this user may ask for that: the block is told whether it was granted)."""
-    ctypes.CDLL("libc.so.6").prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    """In the block, this thread wakes up sharply, and other programs do not delay it (where this user may ask for that:
+    the block is told whether it was granted)."""
+    wake_sharply()
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))

@@ -34,8 +34,8 @@ def test_an_emulated_step_takes_as_long_as_its_actions_sleep(rank: RankContext) 
     case = emulated.Case(even=True, schedule=schedule, costs=emulated.costs_of(2, even=True))
     ran = emulated.run_case(rank, case, 1)
     assert case.simulated_s == pytest.approx(0.15)
-    whole_s = case.simulated_s if rank.rank == 0 else case.simulated_s - 20e-3  # rank 0 ends with the last backward
-    assert ran.ends[0] - ran.starts[0] >= whole_s - 1e-3
+    least_s = 0.15 if rank.rank == 0 else 0.12  # rank 0 begins and ends; the other has its own actions at least
+    assert ran.ends[0] - ran.starts[0] >= least_s
 
 
 def test_efficiency_is_of_two_processes_and_ratios_are_of_the_same_schedule() -> None:

@@ -55,9 +55,24 @@ def double() -> nn.Module:
     return Decoder().double()
 
 
+class Skipping(Decoder):
+    """What stage 0 makes is read by the last stage too, past those between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        first = x = self.embed(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + first)
+
+
 def world_of_one(job: Job, folder: Path) -> World:
     """The run on one device, in this process."""
-    layout = run_from({"layout": "dp=1,micro_batches=4", "training": {"steps": 1, "global_batch": 8}}).layout
+    count = job.run.num_micro_batches * job.run.layout.num_replicas
+    layout = run_from({"layout": f"dp=1,micro_batches={count}", "training": {"steps": 1, "global_batch": 8}}).layout
     run = job.run.model_copy(update={"folder": str(folder), "layout": layout})
     context = RankContext(rank=0, world_size=1, local_rank=0, rendezvous="file:///unused")
     return build(dataclasses.replace(job, run=run), context)
@@ -101,6 +116,13 @@ def test_two_stages_train_as_one_device_with_gradients_one_step_late(rank, tmp_p
 def test_four_ranks_do_so_exactly_in_float64(rank, tmp_path, layout) -> None:
     wanted = job(tmp_path / "run", layout=f"{layout},schedule=pipedream-2bw", checkpoint={"every": STEPS})
     check(rank, dataclasses.replace(wanted, model=double), EXACT)
+
+
+@on_ranks(4, timeout_s=120)
+def test_a_value_may_skip_stages_and_micro_batches_be_of_unequal_size(rank, tmp_path) -> None:
+    layout = "pp=4,micro_batches=5,schedule=pipedream-2bw"  # 8 samples: 1, 2, 1, 2, 2
+    wanted = job(tmp_path / "run", layout=layout, checkpoint={"every": STEPS})
+    check(rank, dataclasses.replace(wanted, model=Skipping), EXACT)
 
 
 def check(rank: RankContext, wanted: Job, tolerance: float) -> None:

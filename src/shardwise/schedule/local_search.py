@@ -77,7 +77,7 @@ def merged(problem: Problem, rows: Rows) -> Rows:
             now = times_of(problem, tried, limit=times.seconds)
             if now is not None and now.seconds <= times.seconds and problem.fits(r, row):
                 rows = tried  # parts that are left stand ahead of this one, so their places stay
-            elif last - first > max(2, len(rows[r]) // 8):
+            elif last - first > max(2, len(rows[r]) // 3):
                 middle = (first + last) // 2
                 parts.extend([(first, middle), (middle, last)])
     return rows

@@ -126,8 +126,9 @@ class _Search:
             self.budget * VISITS_PER_SECOND / (3 * self.problem.num_stages * self.problem.num_micro_batches)
         )
 
-    def done(self) -> bool:
-        return self.seconds <= self.bound * (1 + 1e-9) or time.monotonic() - self.started_s > self.budget
+    def done(self, share: float = 1.0) -> bool:
+        """Whether nothing can be gained, or the clock says that this share of the budget is used up."""
+        return self.seconds <= self.bound * (1 + 1e-9) or time.monotonic() - self.started_s > share * self.budget
 
     def add_textbooks(self) -> tuple[str, float] | None:
         """Starts from the generators; the fastest that fits."""
@@ -147,14 +148,14 @@ class _Search:
         first, rest = grid[:8], grid[8:]
         self.chance.shuffle(rest)
         for policy in (first + rest)[: max(8, self.num_steps // VISITS_OF_DISPATCH // 5)]:
-            if self.done() and self.policies:
+            if self.policies and self.done(0.25):
                 break
             self._try(policy)
 
     def change_policies(self) -> None:
         """Changes the best rules a little, again and again."""
         for _ in range(self.num_steps // VISITS_OF_DISPATCH // 5):
-            if self.done():
+            if self.done(0.45):
                 break
             self.policies.sort(key=lambda found: found[:2])
             del self.policies[8:]
@@ -177,8 +178,8 @@ class _Search:
                     stop=self.done,
                 )
             )
-        for _, rows in list(self.rows):
-            self._offer(self.problem.schedule(merged(self.problem, rows), NAME))
+        for place, (_, rows) in enumerate(self.rows):
+            self._offer(self.problem.schedule(merged(self.problem, rows) if place == 0 else rows, NAME))
 
     def result(self, best_textbook: tuple[str, float] | None) -> Searched:
         assert self.schedule is not None
