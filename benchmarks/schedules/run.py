@@ -25,8 +25,8 @@ from shardwise.schedule import generate
 
 __all__ = ["main"]
 
-ROUNDS = 5  # of real compute: every contender takes as many steps, in turn
-EMULATED_STEPS = 5
+ROUNDS = 4  # of real compute: every contender takes as many steps, in turn
+EMULATED_STEPS = 3
 EMULATED_RANKS = (4, 8, 16)
 OVERHEAD_ROUNDS = 30
 OVERHEAD_OF = tuple((name, ranks) for name in ("1f1b", "zb-h1", "zb-v") for ranks in (2, 4))
@@ -86,7 +86,7 @@ def _emulated(options: argparse.Namespace, starter: RankStarter) -> dict[str, An
     print("  ranks stages  schedule       measured  simulated    error  over bound")
     for num_ranks in EMULATED_RANKS[:1] if options.quick else EMULATED_RANKS:
         for even in (True, False):
-            cases = emulated.cases(num_ranks, even=even, search_s=1.0 if options.quick else 10.0)
+            cases = emulated.cases(num_ranks, even=even, search_s=1.0 if options.quick else 4.0)
             for case in cases:
                 with RankPool(num_ranks, num_threads=1, starter=starter) as pool:
                     ran = pool.run(emulated.run_case, case, steps, timeout_s=300)
@@ -110,7 +110,7 @@ def _overhead(options: argparse.Namespace, starter: RankStarter) -> dict[str, An
 
 def _searched(options: argparse.Namespace, starter: RankStarter) -> dict[str, Any]:
     """`benchmarks.schedules.searched`, in a process of its own: its solver shares none with another one."""
-    share = 0.05 if options.quick else options.share
+    share = 0.05 if options.quick else 0.5 * options.share
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "searched.json"
         command = [

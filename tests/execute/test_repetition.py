@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn as nn
 
+from shardwise.errors import DataflowError
 from shardwise.execute.repetition import Repetition
 
 
@@ -52,3 +54,43 @@ def test_what_a_stage_writes_is_learned_once() -> None:
     with repetition.first("reads") as found:
         pass
     assert found == []
+
+
+class Later(nn.Module):
+    """From the second forward on it writes another buffer: replaces it, or writes into it."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self) -> None:
+        self.calls += 1
+        if self.calls > 1 and self.in_place:
+            self.mean += 1
+        elif self.calls > 1:
+            self.mean = self.mean + 1
+
+
+def test_a_buffer_that_is_first_replaced_in_a_later_forward_is_written_once_all_the_same() -> None:
+    model = Later(in_place=False)
+    repetition = Repetition(model)
+    for _ in range(4):
+        with repetition.first("stage") as found:
+            model()
+        with repetition.again(found):
+            model()
+    assert float(model.calls) == 4
+    assert model.mean.tolist() == [3.0, 3.0]
+
+
+def test_a_buffer_that_is_first_written_into_in_a_later_forward_is_an_error_that_names_it() -> None:
+    model = Later(in_place=True)
+    repetition = Repetition(model)
+    with repetition.first("stage") as found:
+        model()
+    with repetition.again(found):
+        model()
+    with pytest.raises(DataflowError, match="Later wrote into mean"), repetition.first("stage"):
+        model()

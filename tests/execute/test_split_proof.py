@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.execute.split_proof import SplitProof, in_words, prove_splits
 from shardwise.execute.weight_sums import WeightSums
+from shardwise.launch import RankContext
 from shardwise.parallel.tensor.calls import kinds_of
+from shardwise.testing import on_ranks
 
 WIDTH = 6
 
@@ -74,6 +77,50 @@ class Late(Good):
         return Overwrites.apply(x) + self.linear(x.detach())
 
 
+class Doubled(torch.autograd.Function):
+    """The weight itself; its gradient is twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] * 2.0
+
+
+class Gated(Good):
+    """A matrix whose gradient is changed on its way, behind a gate that is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.gate = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.gate * nn.functional.linear(x, Doubled.apply(self.matrix))
+
+
+class Hidden(Good):
+    """What it computes is read through an attribute; its output has no gradient."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.computed = super().forward(x)
+        return x.detach() * 1.0
+
+
+class OnOneRank(InCode):
+    """Only one rank fails; all wait for one another in the forward."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.bad = Late() if fails else Good()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(torch.ones(()))
+        out: torch.Tensor = self.bad(super().forward(x))
+        return out
+
+
 class Model(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -84,6 +131,13 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x.square().mean()
+
+
+def somewhere(here: bool) -> bool:
+    """Whether it is so on one of all ranks."""
+    count = torch.tensor(int(here))
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def proven(model: nn.Module) -> tuple[WeightSums, tuple[SplitProof, ...]]:
@@ -139,3 +193,34 @@ def test_a_unit_that_was_not_called_is_proven_by_one_that_is_alike_or_keeps_its_
         "split backward: proven equal to the whole one of 2 units, before the first step",
         "other: whole backward: it was not called when the model was traced",
     )
+
+
+def test_a_gate_that_is_zero_at_first_hides_no_wrong_gradient_behind_it() -> None:
+    model = Model(Good(), Gated())
+    sums, (_, gated) = proven(model)
+    assert gated.share == 0.5  # the linear layer; not the matrix, whose gradient the queue would get wrong
+    assert sums._watched == []
+    assert float(model.layers[1].gate.detach()) == 0
+    sums.close()
+
+
+def test_a_unit_that_has_no_gradient_when_called_by_itself_keeps_its_whole_backward() -> None:
+    sums, (_, hidden) = proven(Model(Good(), Hidden()))
+    assert hidden.why == "called by itself it has no gradients, so nothing is proven"
+    sums.close()
+
+
+@on_ranks(2)
+def test_what_fails_on_one_rank_is_whole_on_all_and_all_go_on_alike(rank: RankContext) -> None:
+    model = Model(Good(), OnOneRank(rank.rank == 1))
+    names = [f"layers.{place}" for place in range(2)]
+    kinds = kinds_of(model, (torch.randn(8, WIDTH),), units=names)
+    sums = WeightSums()
+    sums.install(model, names, dict(model.named_parameters()))
+    modules = {name: model.get_submodule(name) for name in names}
+    _, proof = prove_splits(sums, modules, kinds, anywhere=somewhere)
+    assert proof.why if rank.rank == 1 else proof.why == "not so on another rank"
+    calls = torch.ones(())
+    dist.all_reduce(calls)  # nothing of the proof is left over on one of them
+    assert float(calls) == 2
+    sums.close()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from shardwise.errors import DataflowError
 from shardwise.launch import RankContext
 from shardwise.parallel.gradients import GradientSum
 from shardwise.testing import on_ranks
@@ -104,15 +108,19 @@ def test_a_parameter_of_two_stages_is_final_behind_both_in_whatever_order_they_e
     stages = {"a": (0,), "b": (0, 2), "c": (2,)}
     sums = GradientSum(parameters, dict.fromkeys(parameters, group), stages=stages, own=(0, 2))
     size = 4 * (4 + 1)  # bytes of a parameter, and its flag
+
+    def backward(stage: int) -> None:
+        torch.stack([2 * parameters[name].sum() for name, own in stages.items() if stage in own]).sum().backward()
+
     for order in ((2, 0), (0, 2)):
         before = sums.reduced_bytes(group)
         sums.begin(order)
         with sums.during(order[0]):  # gradients of b are not final, though autograd accumulates one
-            loss_of(parameters, rank.rank).backward()
+            backward(order[0])
         sums.end(order[0])
         assert sums.reduced_bytes(group) - before == size  # a or c alone
         with sums.during(order[1]):
-            loss_of(parameters, rank.rank).backward()
+            backward(order[1])
         sums.end(order[1])
         assert sums.reduced_bytes(group) - before == 3 * size
         sums.finish()
@@ -161,5 +169,56 @@ def test_weights_of_several_places_of_the_pipeline_come_last_on_all_of_them(rank
         assert [parameter.grad.tolist() for parameter in parameters.values()] == [[4.0] * 2, [9.0] * 2]
         for parameter in parameters.values():
             parameter.grad = None
+    sums.close()
+    dist.destroy_process_group(group)
+
+
+class Nested(torch.autograd.Function):
+    """Its backward calls `backward`, as checkpoints of one's own do."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
+        ctx.parameter = parameter
+        return (parameter.detach() * x).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            inner = ctx.parameter.sum()
+        torch.autograd.backward(inner, gradients[0])
+        return None, torch.ones(4)
+
+
+@on_ranks(2)
+def test_a_gradient_of_a_backward_inside_the_backward_is_not_final(rank: RankContext) -> None:
+    group = dist.new_group([0, 1])
+    parameters = three()
+    sums = GradientSum(parameters, dict.fromkeys(parameters, group), bucket_bytes=1)
+    sums.begin([0])
+    x = torch.ones(4, requires_grad=True)
+    twice = [Nested.apply(parameters["c"], x) for _ in range(2)]  # type: ignore[no-untyped-call]
+    loss = torch.stack(twice).sum() + parameters["b"].sum()
+    with sums.during(0) as begins:
+        loss.register_hook(begins)  # type: ignore[no-untyped-call]
+        loss.backward()
+    sums.end(0)
+    sums.finish()
+    assert parameters["c"].grad is not None
+    assert parameters["c"].grad.tolist() == [4.0] * 4
+    sums.close()
+    dist.destroy_process_group(group)
+
+
+@on_ranks(2)
+def test_a_gradient_that_comes_behind_its_sum_is_an_error(rank: RankContext) -> None:
+    group = dist.new_group([0, 1])
+    parameters = three()
+    sums = GradientSum(parameters, dict.fromkeys(parameters, group))
+    sums.begin([0])
+    loss_of(parameters, rank.rank).backward()
+    sums.end(0)
+    loss_of(parameters, rank.rank).backward()
+    with pytest.raises(DataflowError, match="was added to afterwards"):
+        sums.finish()
     sums.close()
     dist.destroy_process_group(group)

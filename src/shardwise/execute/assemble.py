@@ -108,7 +108,7 @@ def assemble(
     start_up: StartUp = {}
     if tensor is not None and any(proof.start_up for proof in tensor.proofs):
         start_up = calls_at_start_up(kinds_of(model, inputs, loss=loss, units=units), tensor)
-    splits = _splits(schedule, num_micro_batches or 2 * layout.pp)
+    splits = _splits(schedule, num_micro_batches or layout.micro_batches or 2 * layout.pp)
     return build(
         model,
         place=place,
@@ -129,9 +129,12 @@ def assemble(
 
 
 def _splits(schedule: AnySource, num_micro_batches: int) -> bool:
-    """Whether a backward is split somewhere; perhaps, where the schedule is not for so many micro-batches."""
+    """Whether a backward is split somewhere; perhaps, where the schedule is not for so many micro-batches.
+
+    One that was written or found says it itself: for another number of micro-batches it would give another schedule.
+    """
     try:
-        made = schedule(num_micro_batches)
+        made = schedule.schedule if isinstance(schedule, GivenSource) else schedule(num_micro_batches)
     except ShardwiseError:
         return True
     return any(isinstance(each, Action) and each.kind is Kind.I for row in made.actions for each in row)

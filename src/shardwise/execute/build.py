@@ -24,7 +24,7 @@ from shardwise.execute.expert_ranks import cut_by, divide_experts, whole_for_tra
 from shardwise.execute.flows import Flows
 from shardwise.execute.place import Place
 from shardwise.execute.program import Program
-from shardwise.execute.split_proof import SplitProof, prove_splits
+from shardwise.execute.split_proof import Anywhere, SplitProof, prove_splits
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.hold import hold, holders_of, take_own
@@ -120,7 +120,9 @@ def build(
             own_units = sorted({unit for (unit, _), stage in placement.items() if stage in place.stages})
             own_modules = {unit: model.get_submodule(unit) for unit in own_units}
             with contextlib.nullcontext() if divided is None else divided.step():
-                proofs = prove_splits(sums, own_modules, split, seed=seed)
+                proofs = prove_splits(
+                    sums, own_modules, split, seed=seed, anywhere=_anywhere(divided, divided_experts, where)
+                )
         stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
         gradients = rank_groups.gradient_sum(
             place,
@@ -178,6 +180,20 @@ def build(
         traffic=traffic,
         split_proofs=proofs,
     )
+
+
+def _anywhere(divided: Divided | None, experts: DividedExperts | None, device: torch.device) -> Anywhere:
+    """Whether something is so on one of the ranks that compute a unit together."""
+
+    def anywhere(here: bool) -> bool:
+        if divided is not None:
+            here = bool(divided.group.all_reduce(torch.tensor([float(here)], device=device)).any())
+        if experts is not None:
+            own = torch.full((experts.group.size, 1), int(here), device=device)
+            here = bool(experts.group.headers(own).any())
+        return here
+
+    return anywhere
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Waiting(Protocol):
 
     def begin(self, order: Sequence[int]) -> None: ...
 
-    def during(self, stage: int) -> contextlib.AbstractContextManager[None]: ...
+    def during(self, stage: int) -> contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]: ...
 
     def end(self, stage: int, *, but: Collection[int] = ()) -> None: ...
 
@@ -312,8 +312,8 @@ class Engine:
     def _whole_backward(self, state: _State, backward: Backward) -> None:
         stage = backward.action.stage
         if backward.ends and state.gradients is not None:
-            with state.gradients.during(stage):  # gradients that autograd accumulates are told of by its hooks
-                self._backward(state, backward)
+            with state.gradients.during(stage) as begins:  # autograd's hooks tell of gradients that it accumulates
+                self._backward(state, backward, begins)
             state.gradients.end(stage)
             return
         with self._sums.adding(True):
@@ -336,7 +336,9 @@ class Engine:
         if state.gradients is not None:
             state.gradients.end(reduce.stage)
 
-    def _backward(self, state: _State, backward: Backward) -> None:
+    def _backward(
+        self, state: _State, backward: Backward, begins: Callable[[torch.Tensor], None] | None = None
+    ) -> None:
         alive = state.alive.pop(backward.key)
         roots: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
@@ -362,6 +364,9 @@ class Engine:
                 roots.append(alive.sent[value])
                 gradients.append(gradient)
         if roots:
+            for root in roots if begins is not None else ():  # one of them runs first
+                if root.grad_fn is not None:
+                    root.register_hook(begins)  # type: ignore[no-untyped-call]
             run_backward(roots, gradients)
         for value, key in backward.made:
             gradient = alive.leaves[value].grad

@@ -103,6 +103,8 @@ class Program:
         self._rows: dict[tuple[int, frozenset[tuple[int, int]], bool], Row] = {}
         self._stack = stack
         self._world = place.world_size
+        self._trained = tuple(parameter for parameter in self.parameters.values() if parameter.requires_grad)
+        self._frozen = {name: p for name, p in self.parameters.items() if not p.requires_grad}
 
     @property
     def random(self) -> bool:
@@ -146,10 +148,18 @@ class Program:
     # -- steps ----------------------------------------------------------------------------------
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepResult:
-        """Forward and backward of this replica's micro-batches; gradients of the mean loss are in `.grad` afterwards.
+        """Forward and backward of this replica's micro-batches; gradients of the mean loss are in `.grad` afterwards,
+        added to what was there before.
 
-        Every rank calls it with its replica's micro-batches. Raises `DataflowError`, `TransferError`.
+        Every rank calls it with its replica's micro-batches. Raises `DataflowError`, `TransferError`, and `LayoutError`
+        for a parameter that was frozen when the model was laid out on several ranks and is not any more.
         """
+        thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        if thawed and self._world > 1:
+            raise LayoutError(
+                f"who sums a gradient is settled when a model is laid out, but {len(thawed)} parameters such as "
+                f"{thawed[0]} were frozen then and now ask for a gradient; lay the model out again"
+            )
         return self._run(micro_batches, step=step, backward=True)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, step: int = 0) -> StepResult:
@@ -188,6 +198,7 @@ class Program:
             group=self._everyone,
             positions={self.place.owner_of[flow.cut.loss_stage] for flow in flows},
         )
+        before = self._summed_before() if backward else []
         with contextlib.nullcontext() if self.divided is None else self.divided.step():
             _, moments = self._engine.run(
                 row, works, gradients=self._gradients if backward else None, after_last_forward=mean.start
@@ -197,12 +208,23 @@ class Program:
             self._gradients.finish()
         if self.divided is not None and self.divided.shares and backward:
             self.divided.sum_shared(self.parameters)
+        for parameter, gradient in before:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         sums_s = time.perf_counter() - computed_s
         for flow in flows:
             flow.met += 1
         loss = mean.wait()  # behind everything that the step sends
         experts = None if self._expert_counts is None else self._expert_counts.read()
         return StepResult(loss, weight, moments, experts, self._traffic.read(), edges, sums_s)
+
+    def _summed_before(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Gradients of earlier steps, put aside where this one's are summed over ranks: theirs have been."""
+        if self._gradients is None and (self.divided is None or not self.divided.shares):
+            return []
+        before = [(p, p.grad) for p in self._trained if p.grad is not None]
+        for parameter, _ in before:
+            parameter.grad = None
+        return before
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)

@@ -2,17 +2,20 @@
 
 Buffers that a forward writes (running statistics, counters) are put back to what the first run found while the second
 runs, and are then as they were before it: they are updated once. Which ones a stage writes is learned when its first
-forward is watched. Knows modules and buffers; no autograd, no order of actions.
+forward is watched, and one that is written later is found by its version. Knows modules and buffers; no autograd, no
+order of actions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn as nn
 
+from shardwise.errors import DataflowError
 from shardwise.execute.buffers import Buffer, buffers_of
 
 __all__ = ["Repetition"]
@@ -23,17 +26,28 @@ class Repetition:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._with_buffers = [module for module in model.modules() if module._buffers]
         self._written: dict[object, list[tuple[nn.Module, str]]] = {}
 
     @contextlib.contextmanager
     def first(self, stage: object) -> Iterator[list[Buffer]]:
         """Around the first run; the list holds, behind it, the buffers that it wrote, with their values before."""
         known = self._written.get(stage)
+        stamps = _stamps(self._with_buffers)
         before = buffers_of(self._model) if known is None else [_now(module, name) for module, name in known]
         found: list[Buffer] = []
         yield found
-        found += before if known is not None else [buffer for buffer in before if buffer.is_written()]
-        self._written.setdefault(stage, [(buffer.module, buffer.name) for buffer in found])
+        changed = [each for each in stamps if each.is_changed()]
+        if known is None:
+            names = {(id(each.module), each.name) for each in changed}
+            found += [buffer for buffer in before if (id(buffer.module), buffer.name) in names]
+            self._written[stage] = [(buffer.module, buffer.name) for buffer in found]
+            return
+        found += before
+        names = {(id(module), name) for module, name in known}
+        later = [each.as_it_was() for each in changed if (id(each.module), each.name) not in names]
+        found += later
+        known += [(buffer.module, buffer.name) for buffer in later]
 
     @contextlib.contextmanager
     def again(self, found: Sequence[Buffer]) -> Iterator[None]:
@@ -47,6 +61,38 @@ class Repetition:
         finally:
             for buffer, tensor in reversed(now):
                 buffer.module._buffers[buffer.name] = tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Stamp:
+    """A buffer without its value: which tensor, written how often."""
+
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor
+    version: int
+
+    def is_changed(self) -> bool:
+        return self.module._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version
+
+    def as_it_was(self) -> Buffer:
+        """Raises `DataflowError` where its value is gone."""
+        if self.tensor._version != self.version:
+            raise DataflowError(
+                f"a forward that is run again writes the buffers that it wrote the first time, but "
+                f"{type(self.module).__name__} wrote into {self.name} for the first time in a later step; use a "
+                "schedule without recompute"
+            )
+        return Buffer(self.module, self.name, self.tensor, self.tensor)
+
+
+def _stamps(modules: Sequence[nn.Module]) -> list[_Stamp]:
+    return [
+        _Stamp(module, name, buffer, buffer._version)
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _now(module: nn.Module, name: str) -> Buffer:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from shardwise.parallel.tensor.structure import Structures
 from shardwise.trace.absent import Absent
 from shardwise.trace.randomness import RandomMode, Scope, python_streams
 
-__all__ = ["SplitProof", "in_words", "prove_splits"]
+__all__ = ["Anywhere", "SplitProof", "in_words", "prove_splits"]
 
 # Relative; what sums in another order leave. A gradient that is lost, or counted twice, differs by 1e-2 and more.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -39,6 +40,8 @@ _FLOOR = 1e-6  # of the root mean square of all gradients: smaller ones are comp
 _WORTH = 0.05  # of a unit's matrices: for less its operations are not watched
 _SIGNATURES = 2  # of a kind of unit
 _MICRO_BATCHES = 2
+
+Anywhere = Callable[[bool], bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +65,17 @@ class SplitProof:
 
 
 def prove_splits(
-    sums: WeightSums, modules: Mapping[str, nn.Module], kinds: Sequence[Kind], *, seed: int = 0
+    sums: WeightSums,
+    modules: Mapping[str, nn.Module],
+    kinds: Sequence[Kind],
+    *,
+    seed: int = 0,
+    anywhere: Anywhere = lambda here: here,
 ) -> tuple[SplitProof, ...]:
     """Compare, and tell `sums` which of the units `modules` keep their whole backward.
 
-    Collective among the shards of these units, and among ranks that divide their experts. Parameters, gradients and
-    buffers are left as they are.
+    Collective among the shards of these units, and among ranks that divide their experts: `anywhere` tells whether
+    something is so on one of them. Parameters, gradients and buffers are left as they are.
     """
     structures, words = Structures(), dict[str, str]()
     for unit, module in modules.items():
@@ -82,7 +90,7 @@ def prove_splits(
             u for u, text in words.items() if u not in called and text == words[units[0]]
         ]  # dropped from the trace
         called.update(alike)
-        proofs.append(_best(sums, modules, (*units, *alike), kind.calls[:_SIGNATURES], seed))
+        proofs.append(_best(sums, modules, (*units, *alike), kind.calls[:_SIGNATURES], seed, anywhere))
     unknown = tuple(unit for unit, module in modules.items() if unit not in called and _trained(module))
     if unknown:
         proofs.append(SplitProof(units=unknown, share=0.0, why="it was not called when the model was traced"))
@@ -103,21 +111,32 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _best(
-    sums: WeightSums, modules: Mapping[str, nn.Module], units: tuple[str, ...], calls: Sequence[Call], seed: int
+    sums: WeightSums,
+    modules: Mapping[str, nn.Module],
+    units: tuple[str, ...],
+    calls: Sequence[Call],
+    seed: int,
+    anywhere: Anywhere,
 ) -> SplitProof:
     """With the products of layers alone, if they are all; else with those of plain code too, where that is right."""
     module = modules[units[0]]
-    proof = _prove(sums, module, units, calls, seed)
+    proof = _agreed(_prove(sums, module, units, calls, seed), anywhere)
     if proof.why or proof.share is None or proof.share == 1.0:
         return proof
     sums.watch(units[0], module)
-    more = _prove(sums, module, units, calls, seed)
+    more = _agreed(_prove(sums, module, units, calls, seed), anywhere)
     if more.why or more.share is None or more.share < proof.share + _WORTH:
         sums.unwatch(units[0])
         return proof
     for unit in units[1:]:
         sums.watch(unit, modules[unit])
     return more
+
+
+def _agreed(proof: SplitProof, anywhere: Anywhere) -> SplitProof:
+    """What holds on all ranks of the unit, so that they go on alike."""
+    failed = anywhere(bool(proof.why))
+    return dataclasses.replace(proof, share=0.0, why="not so on another rank") if failed and not proof.why else proof
 
 
 def _prove(sums: WeightSums, module: nn.Module, units: tuple[str, ...], calls: Sequence[Call], seed: int) -> SplitProof:
@@ -132,7 +151,7 @@ def _prove(sums: WeightSums, module: nn.Module, units: tuple[str, ...], calls: S
         except Exception as error:  # whatever a module raises when it is called by itself
             why = why or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             continue
-        why = why or _difference(whole, split, _dtype(module))
+        why = why or _difference(whole, split, _dtype(module)) or _nothing(whole)
     matrices = [p for p in _trained(module) if p.dim() > 1]
     held = sum(p.numel() for p in matrices if id(p) in waited)
     share = held / sum(p.numel() for p in matrices) if matrices else None
@@ -205,19 +224,36 @@ def _samples(args: Any, kwargs: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Gradients begin as none; they and the buffers are put back."""
+    """Gradients begin as none, and parameters that are zero (gates, biases) as something else, for behind a zero all
+    gradients are equal. They and the buffers are put back."""
+    zeros = [(name, p, p.data) for name, p in module.named_parameters() if p.requires_grad and _is_zero(p)]
     gradients = [(parameter, parameter.grad) for parameter in _trained(module)]
     buffers = buffers_of(module)
     for parameter, _ in gradients:
         parameter.grad = None
+    for name, parameter, value in zeros:  # of the name: what all ranks have whole is the same on all
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameter.data = (0.1 * torch.randn(value.shape, generator=generator)).to(value.device, value.dtype)
     try:
         yield
     finally:
+        for _, parameter, value in zeros:
+            parameter.data = value
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for buffer in buffers:
             if buffer.is_written():
                 buffer.restore()
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, Absent) and parameter.is_floating_point() and not parameter.detach().any()
+
+
+def _nothing(whole: Mapping[str, torch.Tensor | None]) -> str:
+    """Why gradients that are equal prove nothing; "" where they do."""
+    seen = any(gradient is not None and gradient.any() for gradient in whole.values())
+    return "" if seen else "called by itself it has no gradients, so nothing is proven"
 
 
 def _difference(

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+from shardwise.errors import DataflowError
 
 __all__ = ["DEFAULT_BUCKET_BYTES", "GradientSum"]
 
@@ -62,6 +64,7 @@ class GradientSum:
         self._open: set[int] = set()  # own stages that have not ended
         self._pending: set[int] = set()  # ids of parameters whose gradient is not final
         self._during: frozenset[int] | None = None  # the stages that are open while hooks report, without their own
+        self._task: int | None = None  # of autograd, whose accumulations are final; None: any
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for bucket in self._buckets
@@ -81,13 +84,21 @@ class GradientSum:
             bucket.waits_for = len(bucket.parameters)
 
     @contextlib.contextmanager
-    def during(self, stage: int) -> Iterator[None]:
-        """Around the last backward of a stage: a gradient that autograd has accumulated in it is final."""
+    def during(self, stage: int) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Around the last backward of a stage: a gradient that autograd has accumulated in it is final.
+
+        Not one that a backward inside it has accumulated (a function that calls `backward` in its own): others may
+        follow. What this gives is a hook for the roots of the outer one, which tells the two apart.
+        """
         self._during = frozenset(self._open - {stage})
+
+        def begins(gradient: torch.Tensor) -> None:
+            self._task = torch._C._current_graph_task_id()
+
         try:
-            yield
+            yield begins
         finally:
-            self._during = None
+            self._during = self._task = None
 
     def end(self, stage: int, *, but: Collection[int] = ()) -> None:
         """The gradients of a stage are final, those of the parameters with ids `but` only when `final` says so."""
@@ -138,7 +149,7 @@ class GradientSum:
         return False, bucket.group.size(), end, bucket.stages
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
-        if self._during is None:
+        if self._during is None or self._task not in (None, torch._C._current_graph_task_id()):
             return
         bucket = self._bucket_of[id(parameter)]
         if not self._during.intersection(bucket.stages):
@@ -202,6 +213,11 @@ def _scatter(bucket: _Bucket) -> None:
     counts = bucket.flat[size:].tolist()
     start = 0
     for parameter, count in zip(bucket.parameters, counts, strict=True):
+        if parameter.grad is not None:
+            raise DataflowError(
+                f"a gradient is summed over ranks when nothing more is added to it, but one of shape "
+                f"{tuple(parameter.shape)} was added to afterwards; let only the step's own backwards add to `.grad`"
+            )
         part = bucket.flat[start : start + parameter.numel()]
         parameter.grad = part.view(parameter.shape) if count else None
         start += parameter.numel()
