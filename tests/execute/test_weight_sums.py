@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,18 @@ def test_closing_gives_the_modules_their_own_forward_back() -> None:
     sums.close()
     assert "forward" not in vars(model.first)
     assert "forward" not in vars(model.head)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv1d(4, 4, 2), nn.ConvTranspose2d(4, 4, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_keeps_the_names_of_its_arguments(layer: nn.Module) -> None:
+    """Who divides units among ranks finds arguments by them."""
+    before = list(inspect.signature(layer.forward).parameters)
+    model, sums = nn.Sequential(layer), WeightSums()
+    sums.install(model, ["0"], dict(model.named_parameters()))
+    assert "forward" in vars(layer)
+    assert list(inspect.signature(layer.forward).parameters) == before
+    sums.close()

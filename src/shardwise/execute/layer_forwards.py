@@ -7,6 +7,7 @@ they compute around the product; refuses to know who takes it over, and when.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ def _padding(index: int | None) -> int:
 def _plain(module: nn.Module, of: LayerProducts, product: TakeOver) -> Forward:
     body, table = module.forward, module._parameters
 
+    @functools.wraps(body)  # who divides units looks for arguments by their names
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             y = product(of, args[0], table.get("bias"))
