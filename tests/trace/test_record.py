@@ -123,3 +123,8 @@ def test_a_buffer_that_glue_writes_is_noted() -> None:
 def test_a_model_without_a_loss_is_refused() -> None:
     with pytest.raises(ModelError, match="a loss is needed: Linear returned .*Tensor without one"):
         capture(nn.Linear(6, 6), (torch.ones(8, 6),))
+
+
+def test_nothing_stays_hooked_to_all_modules() -> None:
+    tape_of(awkward.Awkward())
+    assert not torch.nn.modules.module._has_any_global_hook()

@@ -92,6 +92,8 @@ class Recorder:
         finally:
             handle.remove()
             entered.remove()
+            # torch forgets this one, and then warns whoever compiles a module (2.13)
+            nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     @property
     def place(self) -> int | None:
