@@ -83,7 +83,7 @@ def _emulated(options: argparse.Namespace, starter: RankStarter) -> dict[str, An
     steps = _at_least_two(EMULATED_STEPS * options.share)
     rows = []
     print("emulated compute (every action sleeps)")
-    print("  ranks stages  schedule       measured  simulated    error  over bound")
+    print("  ranks stages  schedule       measured  simulated    error  predicted    error  over bound")
     for num_ranks in EMULATED_RANKS[:1] if options.quick else EMULATED_RANKS:
         for even in (True, False):
             cases = emulated.cases(num_ranks, even=even, search_s=1.0 if options.quick else 4.0)
