@@ -157,6 +157,11 @@ def agreed_schedule(layout: Layout, *, rank: int, find: Callable[[], Schedule]) 
             told = [made.schedule]
         except ShardwiseError as error:
             told = [error]
+        except Exception as error:  # the others wait to be told
+            told = [LayoutError(f"rank 0 makes the schedule, but {type(error).__name__}: {error}; see its traceback")]
+            if dist.is_initialized():
+                dist.broadcast_object_list(told, src=0)
+            raise
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     if isinstance(told[0], ShardwiseError):

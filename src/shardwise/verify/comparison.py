@@ -86,6 +86,7 @@ class Comparison:
     reference: str = "the whole model on one device"
     experts: tuple[str, ...] = ()  # how experts were divided and what they exchanged, in words
     splits: tuple[str, ...] = ()  # which units split their backward and which do not, in words
+    notes: tuple[str, ...] = ()  # what else is to be known of what was compared
     tensor: TensorPlan | None = None  # how units were divided among shards, proven block by block before
     rounding: Rounding | None = None  # where float32 left something in doubt, what float64 says
 
@@ -127,7 +128,7 @@ class Comparison:
             lines.append(f"  edge stage {source} -> {target}: {nbytes:,} bytes a micro-batch: {what}")
         if self.tensor is not None:
             lines += [f"  {line}" for line in self.tensor.lines()]
-        lines += [f"  {line}" for line in (*self.experts, *self.splits)]
+        lines += [f"  {line}" for line in (*self.experts, *self.splits, *self.notes)]
         lines.append(f"  tolerance {self.tolerance:.0e}: {self.reason}")
         if self.rounding is not None:
             lines.append(f"  {self.rounding}")

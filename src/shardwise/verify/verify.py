@@ -20,6 +20,7 @@ from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.plan.sources import check_source
+from shardwise.schedule import GENERATORS
 from shardwise.trace.objective import LossFunction
 from shardwise.verify.comparison import Comparison, Rounding, errors_of, relative
 from shardwise.verify.difference import first_difference
@@ -233,6 +234,18 @@ def _comparison(
         tensor=sides[0].tensor,
         experts=_experts(sides[0]),
         splits=in_words([proof for side in sides for proof in side.split_proofs]),
+        notes=_notes(job.layout),
+    )
+
+
+def _notes(layout: Layout) -> tuple[str, ...]:
+    """What a comparison of this layout does not say."""
+    family = GENERATORS.get(layout.schedule)
+    if family is None or family.flushes:
+        return ()
+    return (
+        f"every step was run by itself; in training, steps of {layout.schedule} overlap and gradients are one step "
+        "late (docs/asynchronous.md)",
     )
 
 
