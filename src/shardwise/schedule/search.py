@@ -33,7 +33,7 @@ __all__ = ["Searched", "search", "textbooks"]
 NAME = "searched"
 VISITS_PER_SECOND = 2_000_000  # actions that a slow core times in a second: makes a budget of seconds one of steps
 VISITS_OF_DISPATCH = 15  # an action of the list scheduler costs as much as so many that are only timed
-SECONDS_PER_ACTION, MOST_SECONDS = 4e-3, 8.0  # the budget where none is given
+SECONDS_PER_ACTION, MOST_SECONDS = 40e-3, 10.0  # the budget where none is given
 SHARE_OF_ROWS = 0.65  # of the budget goes to local search
 ROUNDS = ((0, 0.3), (1, 0.1), (0, 0.0), (2, 0.3), (0, 0.1), (0, 0.0))  # of local search: (place of the start, heat)
 
