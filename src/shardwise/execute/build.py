@@ -105,12 +105,8 @@ def build(
             mine = [name for name in mine if divided_experts.holds(name)]
         if fill is not None:
             fill(model, mine, cut_by(divided, divided_experts))
-        # parameters as they are from here on; where one device alone computes, its products stay torch's
-        sums.divide(
-            model.get_parameter(name)
-            for name in mine
-            if place.pp > 1 or (divided is not None and divided.part_of(name) is not None)
-        )
+        if divided is not None:  # parameters as they are from here on
+            sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
         if divided is not None and start_up and place.ep == 1:
             here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) in place.stages}
             divided.start_up_errors = prove_on_ranks(divided.shardings, here, divided.group)
