@@ -7,8 +7,7 @@ the rows that it looked up. Where a backward is split, the same products wait in
 Only inside units, for layers that torch, transformers and shardwise define (`layer_forwards`), and, where that leaves
 much, for products in plain code (`plain_products`).
 Whatever else asks for a gradient (hooks, double backward, `autograd.grad` in a forward) gets it as from plain torch.
-Layers that are divided among ranks, or belong to one stage of several, also multiply by `products`: their sums have
-another order than one device's anyway.
+Layers that are divided among ranks, whose sums have another order anyway, also multiply by `products`.
 """
 
 from __future__ import annotations
