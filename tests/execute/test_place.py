@@ -56,3 +56,21 @@ def test_a_weight_is_on_all_replicas_and_an_expert_on_those_that_have_it(expert:
 def test_every_rank_is_in_one_group_of_each_axis(place: Place) -> None:
     for groups in (place.ranks_sharing(), place.ranks_dividing_experts()):
         assert sum(place.rank in ranks for ranks in groups) == 1
+
+
+def test_ranks_that_divide_states_differ_in_their_part_alone() -> None:
+    places = [Place(rank=rank, dp=8, pp=1, ep=2, fsdp=2, cp=2, tp=2) for rank in range(32)]
+    groups = places[0].ranks_dividing_states()
+    assert sorted(rank for group in groups for rank in group) == list(range(32))
+    for place in places:
+        own = next(group for group in groups if place.rank in group)
+        assert own == place.parts()
+        assert [places[rank].part for rank in own] == [0, 1]
+        assert len({(p.expert, p.context, p.shard, p.replica // 4) for p in (places[rank] for rank in own)}) == 1
+
+
+def test_contexts_are_between_replicas_and_shards() -> None:
+    place = Place(rank=13, dp=2, pp=2, cp=2, tp=2)
+    assert (place.position, place.replica, place.context, place.shard) == (1, 1, 0, 1)
+    assert (place.contexts(), place.shards(), place.pipeline()) == ([13, 15], [12, 13], [5, 13])
+    assert [13, 15] in place.ranks_dividing_sequences()

@@ -75,7 +75,7 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
         ({"pp": 2, "stages": [["a"], []]}, r"stages \[1\] of 2 have none"),
         ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
         ({"stages": [[1]]}, "lists of unit names"),
-        ({"xp": 2}, "has dp, pp, tp, ep, sequence_parallel, micro_batches, schedule, chunks, stages, seed, but got xp"),
+        ({"xp": 2}, "chunks, stages, seed, but got xp"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:
@@ -100,3 +100,26 @@ def test_too_small_a_batch_is_refused_with_the_largest_number_that_fits() -> Non
         Layout(dp=2, pp=2, micro_batches=4).num_micro_batches(7)
     with pytest.raises(LayoutError, match="dp=1 or less"):
         Layout(dp=2).num_micro_batches(1)
+
+
+def test_divided_state_and_sequences_multiply_the_world() -> None:
+    layout = Layout.parse("dp=2,fsdp=4,zero=2,cp=2,context=ulysses,recompute=512MiB,offload=both,unshard=step")
+    assert (layout.num_replicas, layout.world_size) == (8, 16)
+    assert Layout.parse(str(layout)) == layout == Layout.from_json(layout.to_json())
+    assert layout.unshards_by_step
+    assert Layout(pp=2, fsdp=2).unshards_by_step
+    assert not Layout(fsdp=2).unshards_by_step
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fsdp": 2, "zero": 4}, "zero is 1"),
+        ({"recompute": "some"}, "recompute is none, full, selective, or the bytes"),
+        ({"cp": 2, "context": "star"}, "context is ring, ulysses"),
+        ({"tp": 2, "cp": 2, "sequence_parallel": "on"}, "both deal out tokens"),
+    ],
+)
+def test_what_divides_state_and_sequences_is_checked(fields, message) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout(**fields)

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from shardwise.errors import LayoutError
-from shardwise.layout import Coordinates, Layout, coordinates, pipelines, position_ranks, rank_of, replicas, shards
+from shardwise.layout import (
+    Coordinates,
+    Layout,
+    contexts,
+    coordinates,
+    experts,
+    pipelines,
+    position_ranks,
+    rank_of,
+    replicas,
+    shards,
+    states,
+)
 from shardwise.layout.rules import check_world_size
 
 LAYOUT = Layout(dp=2, pp=3)
@@ -52,3 +64,13 @@ def test_a_world_of_another_size_is_refused_with_the_layouts_that_fit() -> None:
         check_world_size(dp=2, pp=3, world_size=4)
     with pytest.raises(LayoutError, match="2 × 3 × 2 = 12 and there are 4; start 12 ranks"):
         check_world_size(dp=2, pp=3, tp=2, world_size=4)
+
+
+def test_every_axis_has_groups_of_all_ranks() -> None:
+    layout = Layout(dp=2, fsdp=2, ep=2, pp=2, cp=2, tp=2)
+    sizes = {replicas: 8, pipelines: 2, shards: 2, contexts: 2, experts: 2, states: 2}
+    for groups_of, size in sizes.items():
+        groups = groups_of(layout)
+        assert {len(group) for group in groups} == {size}
+        assert sorted(rank for group in groups for rank in group) == list(range(64))
+    assert states(layout)[0] == (0, 8)  # replicas 0 and 2, four ranks each: experts and sequences lie between

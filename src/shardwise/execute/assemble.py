@@ -22,7 +22,7 @@ from shardwise.execute.build import Fill, Part, build
 from shardwise.execute.large_blocks import give_back_large_blocks, passing
 from shardwise.execute.place import Place, owners_of
 from shardwise.execute.program import Program
-from shardwise.layout import SEARCHED, Layout
+from shardwise.layout import SEARCHED, Layout, Offload, Techniques
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.calls import kinds_of
 from shardwise.parallel.tensor.given_plan import GivenPlan
@@ -58,6 +58,7 @@ def assemble(
     tp_plan: GivenPlan | None = None,
     schedule: AnySource | None = None,
     num_micro_batches: int | None = None,
+    techniques: Techniques | None = None,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
@@ -65,14 +66,15 @@ def assemble(
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
     layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it
     is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). `schedule` is the
-    layout's; without it rank 0 reads it, or searches for one for `num_micro_batches` of a replica. Collective. Raises
-    `LayoutError` if the rank is none of the layout's.
+    layout's; without it rank 0 reads it, or searches for one for `num_micro_batches` of a replica. `techniques` say how
+    numbers are kept and sent. Collective. Raises `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
             f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} "
             "ranks"
         )
+    _refuse_unbuilt(layout)
     counters: list[Counter] = []
 
     def watch(recorder: Any) -> Any:
@@ -103,6 +105,8 @@ def assemble(
         pp=layout.pp,
         tp=layout.tp,
         ep=layout.ep,
+        fsdp=layout.fsdp,
+        cp=layout.cp,
         owner_of=owners_of(schedule.ranks),
     )
     start_up: StartUp = {}
@@ -124,8 +128,22 @@ def assemble(
         tensor=tensor,
         experts=experts,
         start_up=start_up,
+        layout=layout,
+        techniques=techniques or Techniques(),
         split=kinds_of(model, inputs, loss=loss, units=units) if splits else (),
     )
+
+
+def _refuse_unbuilt(layout: Layout) -> None:
+    """What a layout can say and nobody can run yet."""
+    asked = {
+        "cp": layout.cp > 1,
+        "recompute": layout.recompute != "none",
+        "offload": layout.offload is not Offload.NONE,
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise LayoutError(f"{name} of {layout} cannot be run yet; leave it out")
 
 
 def _splits(schedule: AnySource, num_micro_batches: int) -> bool:

@@ -26,6 +26,7 @@ from shardwise.execute.place import Place
 from shardwise.execute.program import Program
 from shardwise.execute.split_proof import Anywhere, SplitProof, prove_splits
 from shardwise.execute.weight_sums import WeightSums
+from shardwise.layout import Layout, Techniques
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.hold import hold, holders_of, take_own
 from shardwise.parallel.tensor.calls import Kind
@@ -65,6 +66,8 @@ def build(
     experts: ExpertPlan | None = None,
     start_up: StartUp | None = None,
     split: Sequence[Kind] = (),
+    layout: Layout | None = None,
+    techniques: Techniques | None = None,
 ) -> Program:
     """Lay `model` out on this rank, in place: its own parameters filled, the others absent, units installed.
 
@@ -73,6 +76,7 @@ def build(
     model's own values are copied. `tensor` says how units are divided among the shards; without it, shards do the same
     work. `experts` says the same of experts and the replicas that divide them. Units in `start_up` are proven once more
     by their ranks.
+    `layout` says what `place` does not: how long parameters are whole, what is computed again, what waits elsewhere.
     `split` are kinds of units of which a split backward is proven equal to the whole; those that fail keep it whole.
     Collective: every rank calls it with the same arguments.
     """

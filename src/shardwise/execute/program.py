@@ -32,6 +32,7 @@ from shardwise.execute.place import Place
 from shardwise.execute.split_proof import SplitProof
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
+from shardwise.parallel.states import State
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
 from shardwise.plan.sources import ScheduleSource
@@ -122,6 +123,18 @@ class Program:
             if self.place.owns_any(self.holders[name]) and (self.experts is None or self.experts.holds(name))
         }
 
+    @property
+    def states(self) -> dict[str, State]:
+        """What an optimizer updates here, by the name of the parameter; `updated()` is told behind every update."""
+        return {
+            name: State(parameter=parameter, shape=tuple(parameter.shape))
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
+        }
+
+    def updated(self) -> None:
+        """An optimizer has written into `states`: bring the values to where the next step reads them. Collective."""
+
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica that
         has it, and the first shard where all have the same."""
@@ -139,7 +152,9 @@ class Program:
     def counts(self, name: str) -> bool:
         """Whether this rank counts the parameter, or its part of it, in its replica's norm."""
         first = self.place.owner_of[self.holders[name][0]]
-        return first == self.place.position and (self.place.shard == 0 or self.part_of(name) is not None)
+        if first != self.place.position or self.place.context != 0:
+            return False
+        return self.place.shard == 0 or self.part_of(name) is not None
 
     def part_of(self, name: str) -> Slice | None:
         """How a parameter is divided among the shards; None where each has it whole."""
@@ -194,7 +209,7 @@ class Program:
             factors,
             device=self._engine_device,
             alone=self._world == 1,
-            shards=self.place.tp,
+            shards=self.place.tp * self.place.cp,
             group=self._everyone,
             positions={self.place.owner_of[flow.cut.loss_stage] for flow in flows},
         )
@@ -231,7 +246,7 @@ class Program:
         if self.place.dp == 1:  # every rank has the same micro-batches
             return total, None
         # Every rank of a replica counts the same micro-batches: the sum over the world is too large.
-        total /= self.place.pp * self.place.tp
+        total /= self.place.pp * self.place.cp * self.place.tp
         return total, dist.all_reduce(total, async_op=True)
 
     @property

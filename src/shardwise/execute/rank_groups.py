@@ -40,21 +40,20 @@ class Kind:
 
 
 def same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -> SameHostTransport | None:
-    """Shared memory between the ranks of this rank's pipeline, between its shards, and between the ranks that divide
-    its experts; None on every rank where there is none."""
-    pipeline = set(place.pipeline())
-    shards = {place.rank - place.shard + shard for shard in range(place.tp)}
+    """Shared memory between the ranks of this rank's pipeline, between its shards, between those that divide its
+    sequences, and between those that divide its experts; None on every rank where there is none."""
+    near = {*place.pipeline(), *place.shards(), *place.contexts()}
     experts = next(set(ranks) for ranks in place.ranks_dividing_experts() if place.rank in ranks)
-    if place.pp * place.tp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
+    if place.pp * place.tp * place.cp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
         return None
     if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
         return None
-    return stack.enter_context(same_host_transport(pipeline | shards | experts))
+    return stack.enter_context(same_host_transport(near | experts))
 
 
 def everyone(place: Place, shared: SameHostTransport | None) -> SameHostGroup | None:
     """All ranks, where they are one pipeline on one host."""
-    if shared is None or place.dp * place.tp > 1:  # on every rank
+    if shared is None or place.dp * place.cp * place.tp > 1:  # on every rank
         return None
     connected = torch.tensor(len(shared.connected) == place.pp - 1, dtype=torch.int64)
     dist.all_reduce(connected, op=dist.ReduceOp.MIN)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from shardwise.layout.layout import SCHEDULE_FILES, SEARCHED, Layout, StageRule, Stages
+from shardwise.layout.layout import SCHEDULE_FILES, SEARCHED, Context, Layout, Offload, StageRule, Stages, Unshard
 from shardwise.layout.ranks import (
     Coordinates,
+    contexts,
     coordinates,
     experts,
     pipelines,
@@ -12,17 +13,26 @@ from shardwise.layout.ranks import (
     rank_of,
     replicas,
     shards,
+    states,
 )
+from shardwise.layout.techniques import Communication, Precision, Techniques
 from shardwise.layout.unit_names import compress, expand
 
 __all__ = [
     "SCHEDULE_FILES",
     "SEARCHED",
+    "Communication",
+    "Context",
     "Coordinates",
     "Layout",
+    "Offload",
+    "Precision",
     "StageRule",
     "Stages",
+    "Techniques",
+    "Unshard",
     "compress",
+    "contexts",
     "coordinates",
     "expand",
     "experts",
@@ -31,4 +41,5 @@ __all__ = [
     "rank_of",
     "replicas",
     "shards",
+    "states",
 ]

@@ -4,6 +4,8 @@ A value: parsed, printed, compared and saved. Refuses to know models, devices an
 
     dp=2,pp=2,tp=2,micro_batches=4,schedule=gpipe,stages=[embed+layers.0|layers.1-3+head],seed=1
     pp=2,schedule=zb-v,chunks=2          4 stages, two on each rank of the pipeline
+    dp=2,fsdp=4,zero=3                   HSDP: parameters, gradients and optimizer state divided by 4, twice
+    cp=4,context=ulysses                 every sequence divided among 4 ranks
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from shardwise.describe.tensor import SequenceParallel
 from shardwise.errors import LayoutError, ScheduleError
 from shardwise.layout import rules
 from shardwise.schedule import GENERATORS, chunks_of
 
-__all__ = ["SCHEDULE_FILES", "SEARCHED", "Layout", "StageRule", "Stages"]
+__all__ = ["SCHEDULE_FILES", "SEARCHED", "Context", "Layout", "Offload", "StageRule", "Stages", "Unshard"]
+
+_Word = TypeVar("_Word", bound=StrEnum)
 
 SEARCHED = "searched"  # the schedule that is found for the model, not one of GENERATORS
 SCHEDULE_FILES = (".json", ".csv")  # a schedule whose name ends so is the path of a file
@@ -33,13 +37,44 @@ class StageRule(StrEnum):
     DEPTH = "depth"  # unit calls
 
 
+class Context(StrEnum):
+    """How ranks that divide a sequence attend to each other's tokens."""
+
+    RING = "ring"  # keys and values go round
+    ULYSSES = "ulysses"  # every rank gets all tokens of its heads
+
+
+class Unshard(StrEnum):
+    """How long parameters that are divided among ranks are whole."""
+
+    MICRO_BATCH = "micro-batch"  # while a unit computes; gradients are divided behind every backward
+    STEP = "step"  # from a stage's first forward to its last backward of a step
+
+
+class Offload(StrEnum):
+    """What waits in the host's memory until it is needed."""
+
+    NONE = "none"
+    ACTIVATIONS = "activations"
+    OPTIMIZER = "optimizer"
+    BOTH = "both"
+
+
 Stages = StageRule | tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`dp` times `ep` replicas of pipelines of `pp` times `tp` ranks. Raises `LayoutError` where a rule is broken.
+    """`dp` times `fsdp` times `ep` replicas of pipelines of `pp` times `cp` times `tp` ranks. Raises `LayoutError`
+    where a rule is broken.
 
+    fsdp: replicas that divide the state of training among them: at `zero=1` the optimizer's, at 2 gradients too, at 3
+        parameters too. With dp > 1 besides, that many such groups hold the same (hybrid sharding).
+    unshard: how long parameters are whole at zero=3; None: a step where there is a pipeline, else a micro-batch.
+    cp: ranks that divide every sequence; `context` says how they attend.
+    recompute: "none", "full" (of a unit only its inputs are kept), "selective" (attention and what costs little is
+        computed again), or the bytes that a rank may keep of activations, such as "512MiB".
+    offload: what waits in the host's memory.
     ep: replicas that divide the experts among them; each has its own share of the batch, and the rest of the model.
 
     sequence_parallel: "on" where, between the layers that shards divide, each shard is to work on its tokens (needs
@@ -54,6 +89,13 @@ class Layout:
     pp: int = 1
     tp: int = 1
     ep: int = 1
+    fsdp: int = 1
+    zero: int = 3
+    unshard: Unshard | None = None
+    cp: int = 1
+    context: Context = Context.RING
+    recompute: str = "none"
+    offload: Offload = Offload.NONE
     sequence_parallel: SequenceParallel = SequenceParallel.OFF
     micro_batches: int | None = None
     schedule: str = "1f1b"
@@ -63,9 +105,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
-        rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep)
+        rules.check_axes(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep, fsdp=self.fsdp, cp=self.cp)
+        object.__setattr__(self, "unshard", None if self.unshard is None else _word(Unshard, "unshard", self.unshard))
+        object.__setattr__(self, "context", _word(Context, "context", self.context))
+        object.__setattr__(self, "offload", _word(Offload, "offload", self.offload))
+        rules.check_zero(self.zero)
+        rules.check_recompute(self.recompute)
         object.__setattr__(self, "sequence_parallel", _sequence_parallel(self.sequence_parallel))
-        rules.check_sequence_parallel(bool(self.sequence_parallel), tp=self.tp, ep=self.ep)
+        rules.check_sequence_parallel(bool(self.sequence_parallel), tp=self.tp, ep=self.ep, cp=self.cp)
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, (*GENERATORS, SEARCHED), files=SCHEDULE_FILES)
         rules.check_chunks(self.chunks)
@@ -76,7 +123,7 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.num_replicas * self.pp * self.tp
+        return self.num_replicas * self.pp * self.cp * self.tp
 
     @property
     def num_stages(self) -> int:
@@ -90,14 +137,20 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """Shares of a batch: replicas that hold the same experts, times the ranks that divide the experts."""
-        return self.dp * self.ep
+        """Shares of a batch: replicas that hold the same, times those that divide state, times those of experts."""
+        return self.dp * self.fsdp * self.ep
+
+    @property
+    def unshards_by_step(self) -> bool:
+        """Whether parameters that are divided are whole for a step, not for a micro-batch."""
+        return self.unshard is Unshard.STEP if self.unshard is not None else self.pp > 1
 
     def num_micro_batches(self, global_batch: int) -> int:
         """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
         wanted = 1 if self.pp == 1 else 2 * self.pp
         chosen = self.micro_batches or max(1, min(wanted, global_batch // self.num_replicas))
-        rules.check_batch(dp=self.dp, micro_batches=chosen, global_batch=global_batch, ep=self.ep)
+        replicas = self.dp * self.fsdp
+        rules.check_batch(dp=replicas, micro_batches=chosen, global_batch=global_batch, ep=self.ep)
         return chosen
 
     def __str__(self) -> str:
@@ -119,7 +172,7 @@ class Layout:
                     f"a layout is written name=value once each, with commas between, but got {part!r} in "
                     f'{text!r}; write for example "dp=2,pp=2,micro_batches=4"'
                 )
-            fields[name] = value if name in ("schedule", "stages", "sequence_parallel") else _integer(name, value)
+            fields[name] = value if name in _WORDS else _integer(name, value)
         stages = fields.get("stages", "")
         if stages.startswith("[") and stages.endswith("]"):
             fields["stages"] = [stage.split("+") for stage in stages[1:-1].split("|")]
@@ -164,12 +217,43 @@ class Layout:
     def _differences(self, default: Layout | None) -> dict[str, Any]:
         """The fields after dp and pp that differ from `default` (all, if it is None), as plain values."""
         fields: dict[str, Any] = {}
-        for name in ("tp", "ep", "sequence_parallel", "micro_batches", "schedule", "chunks", "stages", "seed"):
+        for name in _AFTER_DP_AND_PP:
             value = getattr(self, name)
             if value is None or (default is not None and value == getattr(default, name)):
                 continue
             fields[name] = [list(units) for units in value] if isinstance(value, tuple) else value
         return {name: str(value) if isinstance(value, StrEnum) else value for name, value in fields.items()}
+
+
+_WORDS = ("schedule", "stages", "sequence_parallel", "unshard", "context", "recompute", "offload")
+_AFTER_DP_AND_PP = (
+    "tp",
+    "ep",
+    "fsdp",
+    "zero",
+    "unshard",
+    "cp",
+    "context",
+    "recompute",
+    "offload",
+    "sequence_parallel",
+    "micro_batches",
+    "schedule",
+    "chunks",
+    "stages",
+    "seed",
+)
+
+
+def _word(kind: type[_Word], name: str, value: object) -> _Word:
+    """One of an enumeration's words. Raises `LayoutError`."""
+    try:
+        return kind(str(value))
+    except ValueError:
+        words = list(kind)
+        raise LayoutError(
+            f"{name} is {', '.join(words)}, but got {value!r}; write for example {name}={words[0]}"
+        ) from None
 
 
 def _sequence_parallel(value: object) -> SequenceParallel:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from shardwise.errors import LayoutError
+from shardwise.errors import ConfigError, LayoutError
+from shardwise.quantities import parse_bytes
 
 __all__ = [
     "check_axes",
@@ -16,21 +17,54 @@ __all__ = [
     "check_chunks",
     "check_explicit_stages",
     "check_micro_batches",
+    "check_recompute",
     "check_schedule",
     "check_sequence_parallel",
     "check_world_size",
+    "check_zero",
 ]
 
+RECOMPUTE = ("none", "full", "selective")
 
-def check_axes(*, dp: int, pp: int, tp: int = 1, ep: int = 1) -> None:
+
+def check_axes(*, dp: int, pp: int, tp: int = 1, ep: int = 1, fsdp: int = 1, cp: int = 1) -> None:
     """Every axis has at least one rank."""
-    for name, size in (("dp", dp), ("pp", pp), ("tp", tp), ("ep", ep)):
+    for name, size in (("dp", dp), ("pp", pp), ("tp", tp), ("ep", ep), ("fsdp", fsdp), ("cp", cp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise LayoutError(f"an axis has 1 rank or more, but {name}={size!r}; use {name}=1 to leave it out")
 
 
-def check_sequence_parallel(sequence_parallel: bool, *, tp: int, ep: int = 1) -> None:
+def check_zero(zero: int) -> None:
+    """What is divided is one of three."""
+    if not isinstance(zero, int) or isinstance(zero, bool) or zero not in (1, 2, 3):
+        raise LayoutError(
+            f"zero is 1 (optimizer state is divided), 2 (gradients too) or 3 (parameters too), but got {zero!r}; write "
+            "for example fsdp=2,zero=3"
+        )
+
+
+def check_recompute(recompute: str) -> None:
+    """What is computed again is a word, or follows from a number of bytes."""
+    if recompute in RECOMPUTE:
+        return
+    try:
+        fits = isinstance(recompute, str) and parse_bytes(recompute) > 0
+    except ConfigError:
+        fits = False
+    if not fits:
+        raise LayoutError(
+            f"recompute is {', '.join(RECOMPUTE)}, or the bytes that a rank may keep of activations, but got "
+            f"{recompute!r}; write for example recompute=selective or recompute=512MiB"
+        )
+
+
+def check_sequence_parallel(sequence_parallel: bool, *, tp: int, ep: int = 1, cp: int = 1) -> None:
     """Tokens are dealt out among shards that divide layers too."""
+    if sequence_parallel and cp > 1:
+        raise LayoutError(
+            f"sequence parallelism and context parallelism both deal out tokens, but cp={cp}; use one of the two, "
+            "or write sequence_parallel=off"
+        )
     if sequence_parallel and tp == 1:
         raise LayoutError(
             "sequence parallelism deals out tokens among the shards of tp, but tp=1; use tp=2 or more, or leave it out"

@@ -115,7 +115,7 @@ def check_source(layout: Layout, num_micro_batches: int) -> None:
     if isinstance(source, GeneratedSource):
         try:
             if not GENERATORS[source.name].flushes:
-                _check_experts(layout)
+                _check_flushed(layout)
                 pipedream_2bw.check_micro_batches(num_ranks=layout.pp, num_micro_batches=num_micro_batches)
             source(num_micro_batches)
         except ScheduleError as error:
@@ -129,7 +129,13 @@ def check_source(layout: Layout, num_micro_batches: int) -> None:
         )
 
 
-def _check_experts(layout: Layout) -> None:
+def _check_flushed(layout: Layout) -> None:
+    for axis, size in (("fsdp", layout.fsdp), ("cp", layout.cp)):
+        if size > 1:
+            raise LayoutError(
+                f"steps of {layout.schedule} overlap, and {axis} is for steps that end by themselves, but {axis}="
+                f"{size}; use another schedule, or {axis}=1"
+            )
     if layout.ep > 1:
         raise LayoutError(
             f"what experts do is counted step by step, and steps of {layout.schedule} overlap, but ep={layout.ep}; use "

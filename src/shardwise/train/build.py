@@ -171,11 +171,12 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         fill=fill_from(values, device) if values is not None else None,
         tensor=tensor,
         experts=experts,
+        techniques=run.techniques,
         schedule=agreed_schedule(layout, rank=context.rank, find=on_rank_0),
     )
     training = run.training
     optimizer = optimizer_over(
-        program.parameters,
+        program.states,
         name=training.optimizer,
         betas=training.betas,
         epsilon=training.epsilon,

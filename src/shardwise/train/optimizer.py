@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn as nn
+
+from shardwise.parallel.states import State
 
 __all__ = ["optimizer_over", "set_rate"]
 
 
 def optimizer_over(
-    parameters: Mapping[str, nn.Parameter],
+    states: Mapping[str, State],
     *,
     name: str = "adamw",
     betas: tuple[float, float],
@@ -24,10 +25,9 @@ def optimizer_over(
     Biases, norms and other parameters of one dim do not decay. The rate is set before every step (`set_rate`).
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [state.parameter for state in states.values() if state.is_matrix], "weight_decay": weight_decay},
+        {"params": [state.parameter for state in states.values() if not state.is_matrix], "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
     if not filled:

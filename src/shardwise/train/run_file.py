@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardwise.errors import ConfigError, ShardwiseError
-from shardwise.layout import Layout, StageRule
+from shardwise.layout import Layout, StageRule, Techniques
 from shardwise.plan.sources import check_source
 from shardwise.tasks.faults import fault_text, unknown_text
 
@@ -210,6 +210,11 @@ class Run(_Table):
         """
         stages = StageRule(self.balance) if self.balance in ("parameters", "depth") else self.layout.stages
         return dataclasses.replace(self.layout, seed=self.training.seed, stages=stages)
+
+    @property
+    def techniques(self) -> Techniques:
+        """How numbers are kept and sent."""
+        return Techniques()
 
     @property
     def num_micro_batches(self) -> int:

@@ -167,4 +167,4 @@ def _owns_buffer(program: Program, name: str) -> bool:
         if near:
             stage = program.holders[near[0]][0]
             break
-    return place.owner_of[stage] == place.position and place.replica == 0
+    return place.owner_of[stage] == place.position and place.replica == 0 and place.context == 0

@@ -73,5 +73,5 @@ def pipelines(rows: Sequence[Row], offsets: Sequence[ClockOffset], place: Place)
                 for action, start_s, end_s in shifted[rank]
             ),
         )
-        for first in range(place.dp * place.tp)  # the ranks at position 0
+        for first in range(place.dp * place.cp * place.tp)  # the ranks at position 0
     )

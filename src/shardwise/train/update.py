@@ -21,6 +21,7 @@ def update(
     if optimizer is not None:
         set_rate(optimizer, rate_of(options, step))
         optimizer.step()
+    program.updated()
 
 
 def rate_of(options: TrainingOptions, step: int) -> float:

@@ -23,7 +23,7 @@ from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import Fill, fill_from
 from shardwise.execute.batches import split
 from shardwise.execute.weights import weigher
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Techniques
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -68,6 +68,7 @@ class Job:
     device: str = "cpu"
     checkpoint: str | None = None
     experts: ExpertPlan | None = None  # of layouts that divide experts
+    techniques: Techniques | None = None  # of the layout's side
     tensor: TensorPlan | None = None  # as somebody wrote it, proven; None: rank 0 finds one
 
 

@@ -91,6 +91,7 @@ def run_side(
         experts=job.experts if layout.ep > 1 else None,
         tensor=job.tensor if layout.tp > 1 else None,
         num_micro_batches=micro_batches,
+        techniques=job.techniques if layout == job.layout else None,
     )
     mine = parts[program.place.replica]
     nothing: Outputs = {}
@@ -120,7 +121,7 @@ def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Seq
 def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
     owned = {name: p for name, p in program.parameters.items() if program.owns(name)}
     before = {name: p.detach().clone() for name, p in owned.items()}
-    held = [p for p in program.parameters.values() if p.requires_grad]
+    held = [state.parameter for state in program.states.values()]
     optimizer = optimizer_over(job, held) if held else None
     losses: list[float] = []
     experts: ExpertStep | None = None
@@ -137,6 +138,7 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
             gradients = {name: None if p.grad is None else p.grad.detach().clone() for name, p in owned.items()}
         if optimizer is not None:
             optimizer.step()
+        program.updated()
         for parameter in held:
             parameter.grad = None
     return Side(

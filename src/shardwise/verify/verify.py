@@ -17,7 +17,7 @@ from shardwise.errors import ConfigError
 from shardwise.execute.batches import batch_size
 from shardwise.execute.split_proof import in_words
 from shardwise.launch import RankContext, RankPool, RankStarter
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Techniques
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.plan.sources import check_source
 from shardwise.schedule import GENERATORS
@@ -56,6 +56,7 @@ def verify(
     reference: str = "auto",
     memory_bytes: int | None = None,
     tp_plan: GivenPlan | None = None,
+    techniques: Techniques | None = None,
     starter: RankStarter | None = None,
     timeout_s: float = 600.0,
 ) -> Comparison:
@@ -77,6 +78,8 @@ def verify(
     tp_plan: how layouts with tp > 1 divide units, in the words of transformers (`{"layers.*.mlp.up_proj": "colwise",
     …}`) or as a `TensorPlan`; by default a plan is found. It is proven before ranks are started, and refused with the
     module and the first tensor that differs where it is wrong; so is a `tp_plan` that was set on the model.
+
+    techniques: how the layout's side keeps and sends numbers; the reference does as the model says.
 
     starter: starts all ranks and is left open, so that several verifications pay the start once (seconds); else one
     is made and ended. Let it preload what models are made of, such as "transformers.models.llama.modeling_llama".
@@ -103,6 +106,7 @@ def verify(
         batch_dims=dict(batch_dims or {}),
         units=tuple(units),
         weight=weight,
+        techniques=techniques,
         checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()),
     )
     check_source(laid_out, job.micro_batches)
