@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from benchmarks.pipeline.model import Decoder, Part, Shape, loss_of
 
-__all__ = ["MegatronPipeline"]
+__all__ = ["MegatronPipeline", "torch_on_cpu"]
 
 
 class MegatronPipeline:
@@ -29,7 +29,7 @@ class MegatronPipeline:
         config_class: Any = importlib.import_module("megatron.core.transformer").TransformerConfig
         model_type: Any = importlib.import_module("megatron.core.enums").ModelType
 
-        schedules.torch = p2p_communication.torch = _torch_on_cpu()
+        schedules.torch = p2p_communication.torch = torch_on_cpu()
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, create_gloo_process_groups=False)
         self._run = schedules.forward_backward_pipelining_without_interleaving
@@ -73,7 +73,7 @@ class MegatronPipeline:
         return part(ids if self._first else self._received), reduce
 
 
-def _torch_on_cpu() -> types.ModuleType:
+def torch_on_cpu() -> types.ModuleType:
     """A copy of the module `torch` in which the current accelerator is the CPU."""
 
     def zeros(*sizes: Any, **options: Any) -> torch.Tensor:
