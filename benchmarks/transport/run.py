@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.common.circumstances import circumstances
 from benchmarks.transport.ranks import GLOO, OURS, Seconds, timed_sums, timed_transfers
 from shardwise.launch import RankPool, RankStarter
 
 __all__ = ["main"]
 
-FULL = {4 << 10: 300, 64 << 10: 300, 1 << 20: 100, 16 << 20: 15}  # bytes -> rounds
+FULL = {4 << 10: 200, 64 << 10: 200, 1 << 20: 60, 4 << 20: 30, 16 << 20: 12, 64 << 20: 5}  # bytes -> rounds
 QUICK = {4 << 10: 50, 1 << 20: 20}
-PRELOAD = ("shardwise.comm.same_host_group",)
+PRELOAD = ("shardwise.comm.same_host_group", "shardwise.comm.collective_over")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         of_ranks = pool.run(timed_transfers, num_bytes, rounds, timeout_s=300)
                         rows += _rows(of_ranks[0], num_bytes, world)  # rank 0 sees there and back
                     of_ranks = pool.run(timed_sums, num_bytes, rounds, timeout_s=300)
-                    rows += _rows(_slowest([each["all-reduce"] for each in of_ranks]), num_bytes, world)
+                    rows += _rows(_slowest(of_ranks), num_bytes, world)
     figures = _figures(rows)
-    record: dict[str, Any] = {**_circumstances(), "figures": figures, "rows": rows}
+    record: dict[str, Any] = {**circumstances("benchmarks.transport"), "figures": figures, "rows": rows}
     output = options.output or _file(record["date"], quick=options.quick)
     output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {output}")
@@ -68,43 +63,38 @@ def _rows(measured: Mapping[str, Seconds], num_bytes: int, world: int) -> list[d
         }
         rows.append(row)
         print(
-            f"{what:15} {world} ranks {num_bytes / 1024:8.0f} KiB   {row['shardwise_us']:10.1f} us   "
+            f"{what:24} {world} ranks {num_bytes / 1024:8.0f} KiB   {row['shardwise_us']:10.1f} us   "
             f"gloo {row['gloo_us']:10.1f} us   {row['ratio']:6.3f}",
             flush=True,
         )
     return rows
 
 
-def _slowest(of_ranks: Sequence[Seconds]) -> Mapping[str, Seconds]:
+def _slowest(of_ranks: Sequence[Mapping[str, Seconds]]) -> Mapping[str, Seconds]:
     """A sum is there when the last rank has it."""
     return {
-        "all-reduce": {
-            name: [max(turn) for turn in zip(*(rank[name] for rank in of_ranks), strict=True)] for name in (OURS, GLOO)
+        what: {
+            name: [max(turn) for turn in zip(*(rank[what][name] for rank in of_ranks), strict=True)]
+            for name in (OURS, GLOO)
         }
+        for what in of_ranks[0]
     }
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    def worst(what: str, ranks: int) -> float | None:
-        return max((row["ratio"] for row in rows if row["what"] == what and row["ranks"] == ranks), default=None)
+    def worst(what: str, ranks: int, least: int = 0) -> float | None:
+        found = [r["ratio"] for r in rows if r["what"] == what and r["ranks"] == ranks and r["bytes"] >= least]
+        return max(found, default=None)
 
-    return {
+    figures = {
         "one_way_vs_gloo": worst("one way", 2),
         "all_reduce_2_vs_gloo": worst("all-reduce", 2),
         "all_reduce_4_vs_gloo": worst("all-reduce", 4),
     }
-
-
-def _circumstances() -> dict[str, Any]:
-    cores = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", "-m", "benchmarks.transport", *sys.argv[1:]]),
-        "machine": f"{len(cores)} x {cores[0].partition(': ')[2] if cores else platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": found.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    for ranks in (2, 4):  # of 1 MiB and more
+        for what in ("all-reduce in place", "all-reduce of any memory", "reduce-scatter", "all-gather"):
+            figures[f"{what.replace('-', '_').replace(' ', '_')}_{ranks}_vs_gloo"] = worst(what, ranks, 1 << 20)
+    return figures
 
 
 def _file(date: str, *, quick: bool) -> Path:

@@ -42,6 +42,7 @@ class SameHostGroup:
         self.reduced_bytes = 0
         self.gathered_bytes = 0  # of the whole tensors: half an all-reduce of as many
         self.scattered_bytes = 0
+        self.sent_bytes = 0  # from rank to rank
 
     @property
     def rank(self) -> int:
@@ -86,6 +87,15 @@ class SameHostGroup:
         for work in works:
             work.wait()
         return tensor
+
+    def isend(self, tensor: torch.Tensor, peer: int) -> Waitable:
+        """Send a contiguous tensor to one rank of the group, by its place in the order."""
+        self.sent_bytes += tensor.nbytes
+        return self._transport.isend(tensor, self._ranks[peer])
+
+    def irecv(self, tensor: torch.Tensor, peer: int) -> Waitable:
+        """Have the next tensor of one rank of the group put into this one."""
+        return self._transport.irecv(tensor, self._ranks[peer])
 
     def _reduce(self, tensor: torch.Tensor, combine: Combine) -> torch.Tensor:
         self.reduced_bytes += tensor.nbytes

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from shardwise.comm.same_host_channel import Channel
 from shardwise.errors import TransferError
 
-__all__ = ["connect"]
+__all__ = ["connect", "meet"]
 
 _SECRET_BYTES = 32
 _HELLO = struct.Struct(f"<{_SECRET_BYTES}sI")  # the secret of the rank that is called, the number of the one that calls
@@ -51,6 +51,11 @@ def connect(peers: Collection[int], *, timeout_s: float) -> dict[int, Channel]:
 
     Raises `TransferError` where a peer on this host announced itself and does not answer.
     """
+    return {rank: Channel(each, rank, timeout_s=timeout_s) for rank, each in meet(peers).items()}
+
+
+def meet(peers: Collection[int]) -> dict[int, socket.socket]:
+    """The same as connected sockets, by rank."""
     own = dist.get_rank()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         card = _announce(listener, frozenset(peers) - {own})
@@ -64,7 +69,7 @@ def connect(peers: Collection[int], *, timeout_s: float) -> dict[int, Channel]:
             for each in connected.values():
                 each.close()
             raise
-    return {rank: Channel(each, rank, timeout_s=timeout_s) for rank, each in sorted(connected.items())}
+    return dict(sorted(connected.items()))
 
 
 def _announce(listener: socket.socket, peers: frozenset[int]) -> _Card:

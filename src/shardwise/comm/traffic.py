@@ -6,6 +6,9 @@
     pp.all_reduce, tp.gradients         gradients of weights that stages share, and that are partial on every shard
     pp.send                             activations and their gradients between stages, with their headers
     ep.all_to_all                       rows that go to the ranks of other experts
+    cp.send                             keys, values and their gradients between ranks that divide sequences
+    cp.all_gather, cp.reduce_scatter    sequences of which somebody needs all tokens, and their gradients
+    cp.all_reduce                       sums over all tokens: losses, means
 
 Refuses to know who waits for what, and what the loss and the norm need (a few numbers a step).
 """

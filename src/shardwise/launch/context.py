@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from shardwise.errors import LaunchError
 from shardwise.launch.environment import World
 
-__all__ = ["RankContext", "context_of_world", "init_process_group"]
+__all__ = ["RankContext", "context_of_world", "init_process_group", "store_of"]
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -85,6 +85,18 @@ def init_process_group(context: RankContext, *, timeout_s: float = 300.0, backen
             world_size=context.world_size,
             timeout=timeout,
         )
+
+
+def store_of(context: RankContext, *, timeout: timedelta) -> Store:
+    """Where the ranks of `context` meet, without a process group; every rank calls it, and keeps what it gets."""
+    meeting = urlsplit(context.rendezvous)
+    if meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
+        return _loopback_store(context, port=meeting.port, timeout=timeout)
+    met = dist.rendezvous(context.rendezvous, context.rank, context.world_size, timeout=timeout)
+    store, _, _ = next(met)
+    assert isinstance(store, Store)
+    store.set_timeout(timeout)
+    return store
 
 
 def _loopback_store(context: RankContext, *, port: int, timeout: timedelta) -> Store:
