@@ -88,6 +88,8 @@ class CallProfile:
     weight_flops: what of the backward makes gradients of parameters; None: nobody counted.
     weight_bytes: what those gradients are made of, inputs and gradients of outputs, which a backward that puts them off
     keeps; None: nobody counted.
+    product_flops, product_bytes: of the products with weights, and their results: what a unit need not compute again
+    where it keeps them; None: nobody counted.
     """
 
     node: int
@@ -102,12 +104,15 @@ class CallProfile:
     backward_s: float | None = None
     weight_flops: int | None = None
     weight_bytes: int | None = None
+    product_flops: int | None = None
+    product_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _not_negative(
             f"{self.unit}#{self.call}",
             (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes),
             (self.forward_s or 0.0, self.backward_s or 0.0, self.weight_flops or 0, self.weight_bytes or 0),
+            (self.product_flops or 0, self.product_bytes or 0),
         )
 
 
@@ -252,7 +257,7 @@ def _bytes(parameters: Iterable[ParameterProfile]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
 
-def _not_negative(what: str, counts: Iterable[int], seconds: Iterable[float]) -> None:
-    for number in (*counts, *seconds):
+def _not_negative(what: str, counts: Iterable[int], seconds: Iterable[float], more: Iterable[int] = ()) -> None:
+    for number in (*counts, *seconds, *more):
         if not number >= 0:
             raise ModelError(f"what {what} costs is 0 or more, but got {number}; measure or count it again")
