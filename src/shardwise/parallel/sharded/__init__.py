@@ -1,0 +1,1 @@
+"""Replicas that divide the state of training among them: optimizer state, gradients, parameters (ZeRO, FSDP)."""
