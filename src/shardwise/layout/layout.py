@@ -145,6 +145,16 @@ class Layout:
         """Whether parameters that are divided are whole for a step, not for a micro-batch."""
         return self.unshard is Unshard.STEP if self.unshard is not None else self.pp > 1
 
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what forwards keep waits in the host's memory."""
+        return self.offload in (Offload.ACTIVATIONS, Offload.BOTH)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether what the optimizer remembers waits in the host's memory."""
+        return self.offload in (Offload.OPTIMIZER, Offload.BOTH)
+
     def num_micro_batches(self, global_batch: int) -> int:
         """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
         wanted = 1 if self.pp == 1 else 2 * self.pp
