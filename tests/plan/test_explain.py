@@ -98,3 +98,13 @@ def test_what_a_search_gained_is_told() -> None:
     assert "schedule      searched: 3 s predicted" in explain(
         profile, layout, cut, found, found="searched: 3 s predicted"
     )
+
+
+def test_a_plan_says_what_replicas_divide_and_what_that_sends() -> None:
+    whole, divided = (explained(chain([10**6] * 4), Layout(**layout)) for layout in ({"dp": 4}, {"dp": 2, "fsdp": 2}))
+    assert "state" not in whole
+    assert "parameters 64 B + gradients 64 B + optimizer 128 B" in whole
+    text = " ".join(divided.split())
+    assert "optimizer state, gradients and parameters divided by 2, parameters whole a unit at a time; 2 such" in text
+    assert "parameters 64 B + gradients 64 B + optimizer 64 B" in text  # half, and two units of 16 B that are whole
+    assert "averaging gradients and gathering parameters" in text

@@ -16,6 +16,7 @@ from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.continuous import VERSIONS, further_step_s
 from shardwise.plan.cut import Cut, StageCut
+from shardwise.plan.divide_states import StateBytes, divided, sent_bytes
 from shardwise.plan.sources import source_of
 from shardwise.plan.work import Work, work_of
 from shardwise.schedule import GENERATORS, Costs, Kind, Schedule, Timeline, check, simulate
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 # Tensors as large as the parameter that an optimizer of torch.optim keeps for each one, in its dtype.
-OPTIMIZER_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 0, "sgd-momentum": 1})
+OPTIMIZER_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 0, "momentum": 1, "muon": 1})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class StageEstimate:
     forward_s: float
     backward_s: float
     weight_s: float  # of the backward: gradients of weights, which a schedule may put off
-    all_reduce_bytes: int  # sent by each replica in one step to average the gradients
+    all_reduce_bytes: int  # sent by each replica in one step to average the gradients, and to gather parameters
 
     @property
     def memory_bytes(self) -> int:
@@ -175,6 +176,20 @@ def estimate(
     timeline = simulate(schedule, frozenset(cut.edges), costs=costs)
     ranks = _ranks(profile, cut, stages, schedule, OPTIMIZER_STATES[optimizer])
     stages = tuple(_alone(stage, ranks[schedule.owners[stage.stage]]) for stage in stages)
+    if layout.fsdp > 1:
+        stages = tuple(
+            dataclasses.replace(
+                _divided(stage, layout, profile, [cut.stages[stage.stage]]),
+                all_reduce_bytes=sent_bytes(
+                    layout,
+                    parameters=stage.parameter_bytes,
+                    gradients=stage.gradient_bytes,
+                    num_micro_batches=num_micro_batches,
+                ),
+            )
+            for stage in stages
+        )
+        ranks = tuple(_divided(rank, layout, profile, [cut.stages[s] for s in rank.stages]) for rank in ranks)
     made = Estimate(stages=stages, ranks=ranks, edges=edges, schedule=schedule, timeline=timeline)
     if layout.schedule not in GENERATORS or GENERATORS[layout.schedule].flushes:
         return made
@@ -242,6 +257,17 @@ def costs_of(
         },
         activation_seconds={pair: edge.forward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
         gradient_seconds={pair: edge.backward_bytes / (bytes_per_s or 1.0) for pair, edge in priced},
+    )
+
+
+def _divided(held: Held, layout: Layout, profile: ModelProfile, cuts: Sequence[StageCut]) -> Held:
+    """With what is left of parameters, gradients and optimizer state where replicas divide them."""
+    names = {name for stage in cuts for name in stage.parameters}
+    units = [sum(p.nbytes for name, p in unit.parameters.items() if name in names) for unit in profile.units]
+    whole = StateBytes(parameters=held.parameter_bytes, gradients=held.gradient_bytes, optimizer=held.optimizer_bytes)
+    left = divided(layout, whole, largest=max(units, default=0))
+    return dataclasses.replace(
+        held, parameter_bytes=left.parameters, gradient_bytes=left.gradients, optimizer_bytes=left.optimizer
     )
 
 

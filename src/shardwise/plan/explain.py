@@ -16,6 +16,7 @@ from shardwise.layout import Layout, compress, position_ranks
 from shardwise.plan.continuous import NOTE
 from shardwise.plan.cut import Cut
 from shardwise.plan.estimate import EdgeEstimate, Estimate, RankEstimate, StageEstimate
+from shardwise.plan.recompute import How, RecomputePlan
 from shardwise.quantities import format_bytes, format_count, format_flops, format_seconds
 from shardwise.schedule import draw
 
@@ -35,13 +36,17 @@ def explain(
     assumes: str = "",
     tensor: TensorPlan | None = None,
     found: str = "",
+    again: RecomputePlan | None = None,
 ) -> str:
     """Model, layout, one paragraph a stage, what several stages hold, and the drawn schedule.
 
     `assumes` says where the seconds of the estimate come from, `found` what a search for its schedule gained, `tensor`
-    how units are divided among shards: profile and estimate are then those of one shard.
+    how units are divided among shards: profile and estimate are then those of one shard. `again` says what is computed
+    again: profile and estimate are then those of a model that does it.
     """
     lines = [*_model(profile, tensor), *_layout(layout, estimate), *_tensor(tensor)]
+    if again is not None and layout.recompute != How.NONE:
+        lines += [line for told in again.lines() for line in _labelled("recompute", told)]
     for stage in estimate.stages:
         lines += ["", *_stage(profile, layout, cut, estimate, stage)]
     if layout.num_stages > layout.pp:
@@ -92,11 +97,23 @@ def _layout(layout: Layout, estimate: Estimate) -> list[str]:
     if layout.num_stages > layout.pp:
         counts = sorted({len(rank.stages) for rank in estimate.ranks})
         text += f", {counts[0]} a rank," if len(counts) == 1 else f", {counts[0]} to {counts[-1]} a rank,"
+    if layout.cp > 1:
+        text += f", each sequence on {layout.cp} ranks ({layout.context}),"
     if layout.tp > 1:
         text += f" of {layout.tp} shards"
     ranks = f"{_plural(layout.world_size, 'rank')}; {schedule.name}"
     micro_batches = _plural(schedule.num_micro_batches, "micro-batch", "micro-batches")
-    return _labelled("layout", f"{text} on {ranks} with {micro_batches} a replica")
+    lines = _labelled("layout", f"{text} on {ranks} with {micro_batches} a replica")
+    return lines if layout.fsdp == 1 else [*lines, *_labelled("state", _state(layout), indent=2)]
+
+
+def _state(layout: Layout) -> str:
+    """What replicas divide among them."""
+    what = ("optimizer state", "gradients", "parameters")[: layout.zero]
+    text = f"{' and '.join(filter(None, [', '.join(what[:-1]), what[-1]]))} divided by {layout.fsdp}"
+    if layout.zero == 3:
+        text += ", parameters whole for a step" if layout.unshards_by_step else ", parameters whole a unit at a time"
+    return text if layout.num_replicas == layout.fsdp else f"{text}; {layout.num_replicas // layout.fsdp} such groups"
 
 
 def _stage(profile: ModelProfile, layout: Layout, cut: Cut, estimate: Estimate, stage: StageEstimate) -> list[str]:
@@ -232,12 +249,15 @@ def _left_out(layout: Layout, estimate: Estimate) -> str:
     rest = "the optimizer, reading data"
     if layout.tp > 1:
         rest = f"sums over the shards of a unit, {rest}"
+    if layout.cp > 1:
+        rest = f"keys and values that go to the ranks of a sequence, {rest}"
     if layout.ep > 1:
         rest = f"rows that go to experts and back, {rest}"
     if layout.num_replicas == 1:
         return rest
     reduced = max(stage.all_reduce_bytes for stage in estimate.stages)
-    return f"averaging gradients (each rank sends {format_bytes(reduced)} at most), {rest}"
+    gathering = "averaging gradients" if layout.fsdp == 1 else "averaging gradients and gathering parameters"
+    return f"{gathering} (each rank sends {format_bytes(reduced)} at most), {rest}"
 
 
 def _plural(count: int, one: str, several: str | None = None) -> str:

@@ -15,15 +15,18 @@ from typing import Protocol
 from shardwise.errors import LayoutError, ScheduleError
 from shardwise.layout import SEARCHED, Layout
 from shardwise.schedule import GENERATORS, Action, Kind, Schedule, generate, pipedream_2bw, placement
+from shardwise.schedule.passes import with_offload
 from shardwise.schedule.torch_csv import read_csv
 
 __all__ = [
     "AnySource",
     "GeneratedSource",
     "GivenSource",
+    "OffloadedSource",
     "ScheduleSource",
     "breadth_first",
     "check_source",
+    "moves_by_schedule",
     "source_of",
 ]
 
@@ -71,6 +74,28 @@ class GivenSource:
 AnySource = GeneratedSource | GivenSource
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadedSource:
+    """Another source's schedules, with what forwards keep moved to the host and back (`schedule.passes`); those that
+    move something themselves stay as they are. A load stands up to two actions ahead of its use; where a stage's
+    backwards follow too soon for that, one, or none."""
+
+    source: AnySource
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """[r]: the stages of place r of the pipeline."""
+        return self.source.ranks
+
+    def __call__(self, num_micro_batches: int, /) -> Schedule:
+        made = self.source(num_micro_batches)
+        if any(isinstance(each, Action) and each.kind is Kind.O for row in made.actions for each in row):
+            return made
+        for stage in range(made.num_stages):
+            made = _moved_early(made, stage)
+        return made
+
+
 def breadth_first(ranks: tuple[tuple[int, ...], ...], num_micro_batches: int) -> Schedule:
     """Every stage runs all micro-batches forward, the lowest stage of a rank first, then all backward, the highest
     first: right for any stages of any ranks (arXiv:2211.05953)."""
@@ -91,6 +116,21 @@ def breadth_first(ranks: tuple[tuple[int, ...], ...], num_micro_batches: int) ->
         ranks=ranks,
         actions=tuple(map(row, ranks)),
     )
+
+
+def _moved_early(schedule: Schedule, stage: int) -> Schedule:
+    for distance in (2, 1, 0):
+        moved = with_offload(schedule, (stage,), distance=distance)
+        if moved != schedule:
+            return moved
+    return schedule
+
+
+def moves_by_schedule(layout: Layout) -> bool:
+    """Whether activations of the layout go to the host when its schedule says so: where a pipeline has forwards whose
+    backwards do not follow at once. Else each unit's go when it is done."""
+    flushes = layout.schedule not in GENERATORS or GENERATORS[layout.schedule].flushes
+    return layout.offloads_activations and layout.pp > 1 and flushes
 
 
 def source_of(layout: Layout) -> AnySource | None:

@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from shardwise.trace.kept_products import is_kept
 from shardwise.trace.record import Recorder
 
 __all__ = ["Counter", "flops_of"]
@@ -73,8 +74,11 @@ class Counter:
         self.backward_flops: dict[int, int] = {}
         self.weight_flops: dict[int, int] = {}  # of forward products with trained parameters
         self.weight_bytes: dict[int, int] = {}  # of their other operands, each once, and of their results
+        self.product_flops: dict[int, int] = {}  # of products whose results a unit keeps that computes the rest again
+        self.product_bytes: dict[int, int] = {}  # of those results
         self.reached: set[int] = set()  # nodes of which some backward ran
         self._trained: set[int] = set()  # storages of parameters that have gradients
+        self._weights: set[int] = set()  # storages of parameters
         self._operands: set[tuple[int, int]] = set()  # (node, storage): counted in `weight_bytes`
         self._makers: dict[int, int | None] = {}  # storage -> the node that made it
         self._saved: dict[int, int] = {}  # storage -> bytes
@@ -119,8 +123,10 @@ class Counter:
     def _forward(self, place: int | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         for tensor in _strided((args, kwargs)):  # seen before it was made: a parameter, a buffer, the batch
             self._made(tensor, None)
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                self._trained.add(tensor.untyped_storage()._cdata)
+            if isinstance(tensor, nn.Parameter):
+                self._weights.add(tensor.untyped_storage()._cdata)
+                if tensor.requires_grad:
+                    self._trained.add(tensor.untyped_storage()._cdata)
         for tensor in _strided(out):
             self._made(tensor, place)
         if place is None:
@@ -129,6 +135,12 @@ class Counter:
         flops = flops_of(func, args, kwargs, out)
         if flops:
             self.forward_flops[place] = self.forward_flops.get(place, 0) + flops
+        if flops:
+            operands = (tensor.untyped_storage()._cdata for tensor in _strided((args, kwargs)))
+            if is_kept(func._schema.name, has_weight=any(own in self._weights for own in operands)):
+                self.product_flops[place] = self.product_flops.get(place, 0) + flops
+                results = sum(tensor.nbytes for tensor in _strided(out))
+                self.product_bytes[place] = self.product_bytes.get(place, 0) + results
         if flops or func._schema.name == _EMBEDDING:
             self._product(place, list(_strided((args, kwargs))), list(_strided(out)), flops)
 

@@ -112,6 +112,8 @@ def _call(flow: Dataflow, node: Node, counter: Counter, saved: Mapping[int, int]
         dtype=next((value.dtype for value in made if "float" in value.dtype), "float32"),
         weight_flops=min(_backward_flops(flow, node, counter, forward), counter.weight_flops.get(node.index, 0)),
         weight_bytes=counter.weight_bytes.get(node.index, 0),
+        product_flops=counter.product_flops.get(node.index, 0),
+        product_bytes=counter.product_bytes.get(node.index, 0),
     )
 
 
