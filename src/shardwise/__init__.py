@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shardwise.trace.deferred import defer as defer
     from shardwise.trace.profile import trace as trace
     from shardwise.trace.timing import measure as measure
+    from shardwise.train.export import export as export
     from shardwise.train.run import train as train
     from shardwise.verify import Comparison as Comparison
     from shardwise.verify import verify as verify
@@ -43,6 +44,7 @@ PUBLIC_NAMES = MappingProxyType(
         "TensorGroup": "shardwise.parallel.tensor.collectives",
         "VocabParallelEmbedding": "shardwise.parallel.tensor.modules",
         "defer": "shardwise.trace.deferred",
+        "export": "shardwise.train.export",
         "measure": "shardwise.trace.timing",
         "plan_experts": "shardwise.parallel.expert.plan_experts",
         "plan_tensor": "shardwise.parallel.tensor.plan_tensor",

@@ -12,6 +12,7 @@ from shardwise.checkpoint.slices import (
     HeldTensor,
     SliceTable,
     TensorSlice,
+    boxes_of_run,
     check_cover,
     first_hole,
     plan_reads,
@@ -147,3 +148,27 @@ def test_the_lowest_holder_of_a_slice_writes_it() -> None:
 def test_a_table_with_a_hole_is_refused_when_it_is_made() -> None:
     with pytest.raises(CheckpointError, match=r"\[2:4\] of w"):
         SliceTable(tensors={"w": HeldTensor(global_shape=(4,), dtype="float32", holders=((0, box((0, 2))),))})
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    """A shape and a run of its elements in row-major order."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    start, stop = sorted(draw(st.tuples(*[st.integers(0, math.prod(shape))] * 2)))
+    return shape, start, stop
+
+
+@settings(max_examples=300)
+@given(runs())
+def test_a_run_of_elements_is_boxes_in_its_order(run: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = run
+    found = boxes_of_run(shape, start, stop)
+    elements = np.arange(math.prod(shape)).reshape(shape)
+    told = [elements[index(each)].ravel() for each in found]
+    assert np.concatenate([*told, []]).tolist() == list(range(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+def test_a_run_that_leaves_its_tensor_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="7 .. 13 leaves the 12"):
+        boxes_of_run((4, 3), 7, 13)

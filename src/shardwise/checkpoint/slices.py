@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from shardwise.errors import CheckpointError
 
-__all__ = ["HeldTensor", "Read", "SliceTable", "TensorSlice", "check_cover", "first_hole", "plan_reads"]
+__all__ = ["HeldTensor", "Read", "SliceTable", "TensorSlice", "boxes_of_run", "check_cover", "first_hole", "plan_reads"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +177,47 @@ class SliceTable:
                 lowest[held] = min(holder, lowest.get(held, holder))
             written.extend((name, held) for held, writer in lowest.items() if writer == rank)
         return tuple(written)
+
+
+def boxes_of_run(shape: Sequence[int], start: int, stop: int) -> tuple[TensorSlice, ...]:
+    """The elements start <= i < stop of a tensor in row-major order, as boxes in that order: at most 2 n - 1 of n dims.
+
+    Each box is a run of its own, so that it is a view of the flat elements.
+
+        shape (4, 3), 2 .. 10      . . #        box 1
+                                   # # #        box 2
+                                   # # #
+                                   # . .        box 3
+
+    Raises CheckpointError where the run leaves the tensor.
+    """
+    if not 0 <= start <= stop <= math.prod(shape):
+        raise CheckpointError(
+            f"a run of elements lies inside its tensor, but {start} .. {stop} leaves the {math.prod(shape)} of shape "
+            f"{tuple(shape)}; correct it"
+        )
+    if start == stop:
+        return ()
+    if len(shape) < 2:
+        return (TensorSlice(offsets=(start,) * len(shape), sizes=(stop - start,) * len(shape)),)
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last:
+        return _in_row(first, boxes_of_run(shape[1:], start - first * row, stop - first * row))
+    head, tail = start - first * row, stop - last * row  # from where row `first`, and up to where row `last` is in it
+    whole_from, whole_to = first + (head > 0), last + (tail == row)
+    boxes = _in_row(first, boxes_of_run(shape[1:], head, row)) if head else ()
+    if whole_from < whole_to:
+        offsets = (whole_from, *(0 for _ in shape[1:]))
+        boxes = (*boxes, TensorSlice(offsets=offsets, sizes=(whole_to - whole_from, *shape[1:])))
+    if tail < row:
+        boxes = (*boxes, *_in_row(last, boxes_of_run(shape[1:], 0, tail)))
+    return boxes
+
+
+def _in_row(index: int, boxes: tuple[TensorSlice, ...]) -> tuple[TensorSlice, ...]:
+    """Boxes of one row of a tensor, as boxes of the tensor."""
+    return tuple(TensorSlice(offsets=(index, *box.offsets), sizes=(1, *box.sizes)) for box in boxes)
 
 
 def _subtract(box: TensorSlice, cut: TensorSlice) -> list[TensorSlice]:

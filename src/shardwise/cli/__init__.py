@@ -25,6 +25,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "verify": ("shardwise.cli.verify", "Prove that a layout computes what one device computes."),
         "train": ("shardwise.cli.train", "Train: starts the processes here, or joins those of torchrun, SLURM, MPI."),
         "draw": ("shardwise.cli.draw", "Draw a pipeline schedule as text."),
+        "export": ("shardwise.cli.export", "Make a transformers folder of a run's checkpoint."),
     }
 )
 

@@ -10,6 +10,7 @@ import typer
 
 from shardwise.cli.options import Overrides
 from shardwise.errors import ConfigError
+from shardwise.execute.contexts import context_plan
 from shardwise.layout import Layout
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -17,9 +18,17 @@ from shardwise.plan.sources import check_source
 from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
 from shardwise.trace.model_config import empty_model, read_config, synthetic_batch
 from shardwise.trace.profile import trace
+from shardwise.train.asynchronous.note import workers_note
 from shardwise.train.balance import layout_for, profile_for, with_threads
 from shardwise.train.build import build_model, build_task, first_micro_batch
-from shardwise.train.plan import experts_note, plan_of_profile, schedule_for, statistics_note, threads_of_rank
+from shardwise.train.plan import (
+    context_note,
+    experts_note,
+    plan_of_profile,
+    schedule_for,
+    statistics_note,
+    threads_of_rank,
+)
 from shardwise.train.run import prepare
 from shardwise.train.run_file import load_run
 
@@ -121,8 +130,15 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
         tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss, sequence=sequence, tp_plan=told)
     micro_batches = described.num_micro_batches
     experts = plan_experts(model, inputs, ep=layout.ep, loss=task.loss) if layout.ep > 1 else None
+    context = context_plan(model, inputs, layout=layout, loss=task.loss) if layout.cp > 1 else None
     found = schedule_for(
-        profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor, experts=experts
+        profile,
+        layout=layout,
+        num_micro_batches=micro_batches,
+        flops_per_s=rate,
+        tensor=tensor,
+        experts=experts,
+        context=context,
     )
     plan = plan_of_profile(
         profile,
@@ -131,9 +147,11 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
         flops_per_s=rate,
         tensor=tensor,
         experts=experts,
+        context=context,
         found=found,
     )
-    print(plan + experts_note(experts) + statistics_note(model, layout))
+    notes = experts_note(experts) + context_note(context) + statistics_note(model, layout)
+    print(plan + notes + workers_note(described, model))
 
 
 def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: int, rate: float | None) -> None:
@@ -151,11 +169,20 @@ def _plan_config(path: str, layout: Layout, batch_size: int, sequence_length: in
     proven_s = time.perf_counter() - start - traced_s
     micro_batches = layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
     check_source(layout, micro_batches)
-    found = schedule_for(profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor)
-    told = plan_of_profile(
-        profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor, found=found
+    context = context_plan(model, batch, layout=layout, loss=None) if layout.cp > 1 else None
+    found = schedule_for(
+        profile, layout=layout, num_micro_batches=micro_batches, flops_per_s=rate, tensor=tensor, context=context
     )
-    print(told)
+    told = plan_of_profile(
+        profile,
+        layout=layout,
+        num_micro_batches=micro_batches,
+        flops_per_s=rate,
+        tensor=tensor,
+        context=context,
+        found=found,
+    )
+    print(told + context_note(context))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     count = format_count(profile.num_parameters, "parameters")
     proven = "" if tensor is None else f", how shards divide them found and proven in {format_seconds(proven_s)}"

@@ -62,6 +62,7 @@ def command(
         checkpoint=described.checkpoint_folder if trained else described.model.path,
         reference=reference,
         tp_plan=described.tp_plan,
+        techniques=described.techniques,
     )
     print(comparison)
     if not comparison.equal:

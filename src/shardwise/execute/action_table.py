@@ -27,6 +27,7 @@ __all__ = [
     "Entry",
     "Forward",
     "Message",
+    "Move",
     "Post",
     "Reduce",
     "SendGradients",
@@ -93,6 +94,7 @@ class Forward:
     idle: bool  # all layers of the stage are dropped
     has_loss: bool
     twice: bool  # keeps its inputs alone: it is run again
+    moves: bool  # what it keeps goes to the host
     inputs: tuple[Arrival, ...]
     handed: tuple[tuple[int, int], ...]  # (value, key) of what other stages of this rank read
 
@@ -131,7 +133,14 @@ class Done:
     action: Action
 
 
-Entry = Post | SendValues | SendGradients | Forward | Backward | Weights | Reduce | Done
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """What a forward keeps goes to the host, or comes back."""
+
+    key: int
+
+
+Entry = Post | SendValues | SendGradients | Forward | Backward | Weights | Reduce | Done | Move
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

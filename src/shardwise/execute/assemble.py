@@ -14,24 +14,31 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.point_to_point import Transport
+from shardwise.describe.context import ContextPlan
 from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.flow import Dataflow
 from shardwise.describe.profile import ModelProfile
-from shardwise.describe.tensor import TensorPlan
+from shardwise.describe.tensor import Slice, TensorPlan
 from shardwise.errors import LayoutError, ShardwiseError
 from shardwise.execute.build import Fill, Part, build
+from shardwise.execute.contexts import agreed_context
+from shardwise.execute.expert_ranks import OwnPart
 from shardwise.execute.large_blocks import give_back_large_blocks, passing
 from shardwise.execute.place import Place, owners_of
 from shardwise.execute.program import Program
-from shardwise.layout import SEARCHED, Layout, Offload, Techniques
+from shardwise.layout import SEARCHED, Layout, Techniques
 from shardwise.parallel.expert.plan_experts import plan_experts
+from shardwise.parallel.precision.numerics import Numerics
 from shardwise.parallel.tensor.calls import kinds_of
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.start_up import StartUp, calls_at_start_up
+from shardwise.plan.cut import cut_stages
 from shardwise.plan.divide import profile_of_shard
 from shardwise.plan.partition import place as place_calls
+from shardwise.plan.recompute import How, RecomputePlan, plan_recompute
 from shardwise.plan.searched import find_schedule
-from shardwise.plan.sources import AnySource, GivenSource, source_of
+from shardwise.plan.sources import AnySource, GivenSource, OffloadedSource, moves_by_schedule, source_of
 from shardwise.schedule import Action, Kind, Schedule
 from shardwise.trace.capture import capture
 from shardwise.trace.count import Counter
@@ -55,6 +62,7 @@ def assemble(
     measured: ModelProfile | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    context: ContextPlan | None = None,
     tp_plan: GivenPlan | None = None,
     schedule: AnySource | None = None,
     num_micro_batches: int | None = None,
@@ -65,7 +73,8 @@ def assemble(
     `fill(model, names)` gives parameters their values where the model has none yet. Stages are balanced by `measured`
     (see `trace.timing`) where it is given, by counted work otherwise. `tensor` divides units among the shards of
     layouts with tp > 1; without it rank 0 finds and proves how (`parallel.tensor.plan_tensor`), by `tp_plan` where it
-    is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`). `schedule` is the
+    is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`) and of `context` for
+    those with cp > 1 (`parallel.context.plan_context`). `schedule` is the
     layout's; without it rank 0 reads it, or searches for one for `num_micro_batches` of a replica. `techniques` say how
     numbers are kept and sent. Collective. Raises `LayoutError` if the rank is none of the layout's.
     """
@@ -74,14 +83,17 @@ def assemble(
             f"layout {layout} has ranks 0..{layout.world_size - 1}, and this is rank {rank}; start {layout.world_size} "
             "ranks"
         )
-    _refuse_unbuilt(layout)
     counters: list[Counter] = []
 
     def watch(recorder: Any) -> Any:
         counters.append(Counter())
         return counters[-1].watching(recorder)
 
-    captured = _whole_path(model, inputs, loss, units, watch)
+    numerics = Numerics(model, None if techniques is None else techniques.precision, device)
+    if layout.tp > 1 and numerics.precision.compute == "float8":
+        raise LayoutError(f"float8 layers are whole, but tp={layout.tp}; use tp=1, or compute = \"bfloat16\"")
+    with numerics.traced():
+        captured = _whole_path(model, inputs, loss, units, watch)
     profile = profile_of(model, captured, counters[-1])
     profile = _with_seconds(profile, measured)
     stages = place_calls(profile, layout)
@@ -90,12 +102,14 @@ def assemble(
         tensor = agreed_plan(model, inputs, layout=layout, rank=rank, loss=loss, units=units, tp_plan=tp_plan)
     if layout.ep > 1 and experts is None:
         experts = agreed_experts(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
+    if layout.cp > 1 and context is None:
+        context = agreed_context(model, inputs, layout=layout, rank=rank, loss=loss, units=units)
     if torch.device(device).type == "cpu":  # before parameters get their values: these are the first large blocks
         held_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // layout.pp
         give_back_large_blocks(held_bytes)
+    known = profile if tensor is None else profile_of_shard(profile, tensor)
     if schedule is None:
         wanted = num_micro_batches or layout.micro_batches or 2 * layout.pp
-        known = profile if tensor is None else profile_of_shard(profile, tensor)
         schedule = agreed_schedule(
             layout, rank=rank, find=lambda: find_schedule(known, layout, stages, num_micro_batches=wanted).schedule
         )
@@ -118,7 +132,7 @@ def assemble(
         place=place,
         tape=captured.tape,
         placement=placement,
-        schedule=schedule,
+        schedule=OffloadedSource(source=schedule) if moves_by_schedule(layout) else schedule,
         loss=loss,
         seed=layout.seed,
         device=device,
@@ -127,23 +141,31 @@ def assemble(
         fill=fill,
         tensor=tensor,
         experts=experts,
+        context=context,
         start_up=start_up,
         layout=layout,
         techniques=techniques or Techniques(),
+        recompute=_recompute(known, layout, stages, schedule, captured.tape.flow, num_micro_batches).units,
+        numerics=numerics,
         split=kinds_of(model, inputs, loss=loss, units=units) if splits else (),
     )
 
 
-def _refuse_unbuilt(layout: Layout) -> None:
-    """What a layout can say and nobody can run yet."""
-    asked = {
-        "cp": layout.cp > 1,
-        "recompute": layout.recompute != "none",
-        "offload": layout.offload is not Offload.NONE,
-    }
-    for name, wanted in asked.items():
-        if wanted:
-            raise LayoutError(f"{name} of {layout} cannot be run yet; leave it out")
+def _recompute(
+    profile: ModelProfile,
+    layout: Layout,
+    stages: Mapping[int, int],
+    schedule: AnySource,
+    flow: Dataflow,
+    num_micro_batches: int | None,
+) -> RecomputePlan:
+    """Which units are computed again, the same on every rank: all know the same profile and schedule."""
+    if layout.recompute == How.NONE:
+        return RecomputePlan(units={})
+    made = schedule.schedule if isinstance(schedule, GivenSource) else None
+    if made is None:
+        made = schedule(num_micro_batches or layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp))
+    return plan_recompute(profile, cut_stages(flow, stages, layout.num_stages), made, layout.recompute)
 
 
 def _splits(schedule: AnySource, num_micro_batches: int) -> bool:
@@ -257,8 +279,19 @@ def _whole_path(model: nn.Module, inputs: Any, loss: LossFunction | None, units:
             module.training = training
 
 
-def fill_from(values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], device: torch.device | str) -> Fill:
-    """A `fill` that asks `values(names)` for whole tensors, one parameter at a time."""
+def fill_from(
+    values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    device: torch.device | str,
+    *,
+    read: Callable[[str, Sequence[tuple[Slice, int]]], torch.Tensor] | None = None,
+) -> Fill:
+    """A `fill` that asks `values(names)` for whole tensors, one parameter at a time; or, of what is divided,
+    `read(name, slices)` for this rank's part alone."""
+
+    def value_of(name: str, part: Part) -> torch.Tensor:
+        if read is not None and isinstance(part, OwnPart):
+            return read(name, part.slices(name))
+        return part(name, values([name])[name])
 
     def fill(model: nn.Module, names: Sequence[str], part: Part = lambda name, whole: whole) -> None:
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -269,8 +302,7 @@ def fill_from(values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], dev
                 if parameter is None or canonical[id(parameter)] not in wanted:
                     continue
                 if id(parameter) not in made:
-                    name = canonical[id(parameter)]
-                    value = part(name, values([name])[name].to(device=device, dtype=parameter.dtype))
+                    value = value_of(canonical[id(parameter)], part).to(device=device, dtype=parameter.dtype)
                     made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
                 module._parameters[leaf] = made[id(parameter)]
 

@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from shardwise.errors import DataflowError
 from shardwise.execute.layer_products import LayerProducts
+from shardwise.parallel.precision.masters import gradient_dtype
 
 __all__ = ["Deferred", "Part", "add_gradient", "is_summed"]
 
@@ -88,7 +89,7 @@ class Deferred:
                 _check(product)
                 add_gradient(product.of, product.x, product.dy, product.weight, product.part)
                 if product.bias is not None:
-                    _add(product.bias, product.of.bias_gradient(product.dy).to(product.bias.dtype))
+                    _add(product.bias, product.of.bias_gradient(product.dy).to(gradient_dtype(product.bias)))
                 if done is None:
                     continue
                 for parameter in (product.weight, product.bias):
@@ -105,17 +106,18 @@ def add_gradient(
 
     x and dy may be of a narrower type than the weight, as under autocast.
     """
+    dtype = gradient_dtype(weight)
     if part is not None and weight.grad is None:
-        weight.grad = torch.zeros_like(weight, requires_grad=False)
+        weight.grad = torch.zeros_like(weight, dtype=dtype, requires_grad=False)
     own = weight if part is None else _part_of(weight, part)
     if dy.dtype == weight.dtype and is_summed(weight):
         assert weight.grad is not None
         of.add_weight_gradient(weight.grad if part is None else _part_of(weight.grad, part), dy, x, own)
         return
     like = own if dy.dtype == weight.dtype else torch.empty_like(own, dtype=dy.dtype)  # of its shape, with any values
-    dw = of.weight_gradient(dy, x, like).to(weight.dtype)
+    dw = of.weight_gradient(dy, x, like).to(dtype)
     if part is not None:
-        whole = torch.zeros_like(weight, requires_grad=False)
+        whole = torch.zeros_like(weight, dtype=dtype, requires_grad=False)
         _part_of(whole, part).copy_(dw)
         dw = whole
     _add(weight, dw)

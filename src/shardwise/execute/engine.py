@@ -17,18 +17,31 @@ import torch.nn as nn
 
 from shardwise.comm.buffers import ReceiveBuffers
 from shardwise.comm.point_to_point import Incoming, Outgoing, Transport, receive, send
-from shardwise.execute.action_table import Backward, Forward, Post, Reduce, SendGradients, SendValues, Table, Weights
+from shardwise.execute.action_table import (
+    Backward,
+    Forward,
+    Move,
+    Post,
+    Reduce,
+    SendGradients,
+    SendValues,
+    Table,
+    Weights,
+)
+from shardwise.execute.around import Around
 from shardwise.execute.backward import run_backward
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.buffers import Buffer
 from shardwise.execute.deferred import Deferred
 from shardwise.execute.flows import Flow
 from shardwise.execute.moments import Moment, Moments, clock_of
+from shardwise.execute.offload import Offloads
 from shardwise.execute.repetition import Repetition
 from shardwise.execute.resolve import Keys, resolve
 from shardwise.execute.row_plan import Item, Op, RowPlan, plan_of
 from shardwise.execute.stage import StageRun, Surroundings
 from shardwise.execute.weight_sums import WeightSums
+from shardwise.execute.whole_run import WholeRun
 from shardwise.schedule.actions import Action
 from shardwise.trace.capture import own
 from shardwise.trace.install import Switch
@@ -50,6 +63,14 @@ class Waiting(Protocol):
     def end(self, stage: int, *, but: Collection[int] = ()) -> None: ...
 
     def final(self, parameter: nn.Parameter) -> None: ...
+
+
+class Gathered(Protocol):
+    """Who makes the parameters of a stage whole, where ranks divide them (`execute.divided_states.DividedStates`)."""
+
+    def unshard(self, stage: int) -> None: ...
+
+    def reshard(self, stage: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,7 +136,13 @@ class Engine:
         device: torch.device,
         sums: WeightSums | None = None,
         repeating: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        around: Around | None = None,
+        offloads: Offloads | None = None,
+        parameters: Gathered | None = None,
+        copies: int = 1,
     ) -> None:
+        self._parameters = parameters
+        self._copies = copies  # ranks that compute the same loss of their own tokens: they differentiate its mean
         self.model = model
         self.rank = rank
         self.rank_of_stage = tuple(rank_of_stage)
@@ -123,7 +150,9 @@ class Engine:
         self._loss = loss
         self._transport = transport
         self._sums = sums or WeightSums()
-        self._surroundings = Surroundings()
+        self._around = around or Around()
+        self._offloads = offloads  # where a schedule moves what forwards keep
+        self._surroundings = Surroundings(self._around)
         self.device = device
         self._clock = clock_of(device)
         self._modules = dict(model.named_modules())
@@ -139,9 +168,13 @@ class Engine:
             Op.SEND_VALUES: self._send_values,
             Op.SEND_GRADIENTS: self._send_gradients,
             Op.REDUCE: self._reduce,
+            Op.UNSHARD: self._unshard,
+            Op.RESHARD: self._reshard,
             Op.FORWARD: self._forward,
             Op.FORWARD_TWICE: self._forward,
             Op.AGAIN: self._again,
+            Op.OFFLOAD: self._offload,
+            Op.LOAD: self._load,
             Op.BACKWARD: self._whole_backward,
             Op.INPUTS: self._backward_of_inputs,
             Op.WEIGHTS: self._weights,
@@ -272,13 +305,23 @@ class Engine:
                 sent, loss = self._compute(work, forward, given)
             alive = _Alive(_detached(sent), leaves, None, written=written)
         else:
-            sent, loss = self._compute(work, forward, leaves)
+            moves = forward.moves and self._offloads is not None
+            with self._offloads.keeping(forward.key) if moves else contextlib.nullcontext():  # type: ignore[union-attr]
+                sent, loss = self._compute(work, forward, leaves)
             alive = _Alive(sent, leaves, loss) if torch.is_grad_enabled() else _Alive(_detached(sent), {}, None)
         state.alive[forward.key] = alive
         if loss is not None:
             state.losses[m] = loss.detach()
         for value, key in forward.handed:
             state.local[key] = sent[value].detach()
+
+    def _offload(self, state: _State, move: Move) -> None:
+        if self._offloads is not None:
+            self._offloads.put(move.key)
+
+    def _load(self, state: _State, move: Move) -> None:
+        if self._offloads is not None:
+            self._offloads.bring(move.key)
 
     def _again(self, state: _State, forward: Forward) -> None:
         """The forward once more, of which all is kept; it sends nothing."""
@@ -295,7 +338,7 @@ class Engine:
         """What a stage sends, and the loss on the loss stage, of what it has received."""
         inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
         if len(work.flow.cut.stages) == 1 and not work.flow.random and not work.headers:
-            return {}, objective(self.model, inputs, self._loss)
+            return {}, self._whole(inputs)
         run = StageRun(
             tape=work.flow.tape,
             cut=forward.stage,
@@ -305,9 +348,21 @@ class Engine:
             dealt=work.flow.dealt,
             scope=work.scope,
             checked=work.headers,
+            around=self._around if self._around else None,
         )
         loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
         return run.sent, loss if forward.has_loss else None
+
+    def _whole(self, inputs: Any) -> torch.Tensor:
+        """The loss of a model that is one stage and draws nothing."""
+        if not self._around:
+            return objective(self.model, inputs, self._loss)
+        run = self._surroundings.run = WholeRun(self._around)
+        try:
+            with self._switch.on(run):
+                return objective(self.model, inputs, self._loss)
+        finally:
+            self._surroundings.run = None
 
     def _whole_backward(self, state: _State, backward: Backward) -> None:
         stage = backward.action.stage
@@ -332,6 +387,14 @@ class Engine:
         else:
             queue.run()
 
+    def _unshard(self, state: _State, stage: Reduce) -> None:
+        if self._parameters is not None:
+            self._parameters.unshard(stage.stage)
+
+    def _reshard(self, state: _State, stage: Reduce) -> None:
+        if self._parameters is not None:
+            self._parameters.reshard(stage.stage)
+
     def _reduce(self, state: _State, reduce: Reduce) -> None:
         if state.gradients is not None:
             state.gradients.end(reduce.stage)
@@ -344,7 +407,7 @@ class Engine:
         gradients: list[torch.Tensor] = []
         if alive.loss is not None and alive.loss.requires_grad:
             roots.append(alive.loss)
-            gradients.append(self._factor(state.works[backward.action.micro_batch].factor, alive.loss))
+            gradients.append(self._factor(state.works[backward.action.micro_batch].factor / self._copies, alive.loss))
         arrived: dict[int, torch.Tensor] = {}
         for arrival in backward.gradients:
             if arrival.local:

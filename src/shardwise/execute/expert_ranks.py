@@ -15,12 +15,13 @@ import torch.nn as nn
 
 from shardwise.comm.same_host import SameHostTransport
 from shardwise.describe.expert import ExpertPlan
+from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 from shardwise.parallel.expert.groups import ExpertGroup, ProcessExpertGroup, SameHostExpertGroup
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.tensor.divided import Divided
 
-__all__ = ["ExpertCounts", "ExpertStep", "cut_by", "divide_experts", "whole_for_traces"]
+__all__ = ["ExpertCounts", "ExpertStep", "OwnPart", "divide_experts", "whole_for_traces"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,14 +112,25 @@ def _group(
     return SameHostExpertGroup(same_host, ranks, rank) if everybody.item() else ProcessExpertGroup(group)
 
 
-def cut_by(divided: Divided | None, experts: DividedExperts | None) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """What of a whole value belongs on this rank: of its experts, its shard."""
+class OwnPart:
+    """What of a whole value belongs on this rank: of its experts, its shard. Called with a name and its whole value."""
 
-    def part(name: str, whole: torch.Tensor) -> torch.Tensor:
-        own = whole if experts is None else experts.cut(name, whole)
-        return own if divided is None else divided.cut(name, own)
+    def __init__(self, divided: Divided | None, experts: DividedExperts | None) -> None:
+        self._divided = divided
+        self._experts = experts
 
-    return part
+    def __call__(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        own = whole if self._experts is None else self._experts.cut(name, whole)
+        return own if self._divided is None else self._divided.cut(name, own)
+
+    def slices(self, name: str) -> tuple[tuple[Slice, int], ...]:
+        """How the value is divided, and which part is this rank's."""
+        both: list[tuple[Slice | None, int]] = []
+        if self._experts is not None:
+            both.append((self._experts.slice_of(name), self._experts.rank))
+        if self._divided is not None:
+            both.append((self._divided.part_of(name), self._divided.shard))
+        return tuple((part, rank) for part, rank in both if part is not None and part.num_ranks > 1)
 
 
 def whole_for_traces(

@@ -19,6 +19,7 @@ from shardwise.errors import DataflowError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch, signature
 from shardwise.execute.dealt import Dealt
 from shardwise.execute.stage import Programme, StageRun, programme
+from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut, StageCut, cut_stages
 from shardwise.trace.capture import capture, own
@@ -58,9 +59,11 @@ class Flows:
         units: Sequence[str] = (),
         whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         divided: Divided | None = None,
+        context: DealtContext | None = None,
     ) -> None:
         self.model = model
         self._divided = divided
+        self._context = context
         self._whole = whole  # around a trace: the model as it is on one device
         self._switch = switch
         self.placement = dict(placement)
@@ -119,7 +122,7 @@ class Flows:
             digest=int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()),
             writes_batch=any(record.changes for record in tape.records),
             random=tape.random,
-            dealt=Dealt(tape, self._divided),
+            dealt=Dealt(tape, self._divided, self._context),
         )
 
     def _stage(self, unit: str, call: int) -> int:

@@ -60,8 +60,10 @@ class Linear:
             return products.times(dy, weight)
         return dy @ weight
 
-    def weight_gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _rows(dy).t() @ _rows(x)
+    def weight_gradient(
+        self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.mm(_rows(dy).t(), _rows(x), out=out)
 
     def add_weight_gradient(self, into: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         into.addmm_(_rows(dy).t(), _rows(x))

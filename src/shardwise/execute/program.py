@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from shardwise.comm.traffic import Traffic
 from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.compiled import Compiled
 from shardwise.execute.continuous import Stream
+from shardwise.execute.divided_states import DividedStates, Sums
 from shardwise.execute.engine import Engine, Work
 from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
@@ -30,13 +32,17 @@ from shardwise.execute.moments import Moments
 from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.place import Place
 from shardwise.execute.split_proof import SplitProof
+from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
+from shardwise.parallel.precision.numerics import Numerics
 from shardwise.parallel.states import State
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
 from shardwise.plan.sources import ScheduleSource
+from shardwise.schedule.actions import StageAction, StageKind
 from shardwise.schedule.check import check
+from shardwise.schedule.passes.shard import with_sharding
 from shardwise.schedule.schedule import Schedule, forward_only
 from shardwise.schedule.transfers import Row, with_transfers
 from shardwise.trace.randomness import Scope
@@ -71,6 +77,7 @@ class Program:
         schedule: ScheduleSource,
         holders: Mapping[str, tuple[int, ...]],
         gradients: GradientSum | None,
+        divided_states: DividedStates | None = None,
         edges: frozenset[tuple[int, int]],
         seed: int,
         tape: Tape,
@@ -78,16 +85,22 @@ class Program:
         stack: contextlib.ExitStack,
         divided: Divided | None = None,
         experts: DividedExperts | None = None,
+        context: DealtContext | None = None,
         everyone: SameHostGroup | None = None,
         traffic: Traffic | None = None,
         split_proofs: Sequence[SplitProof] = (),
+        numerics: Numerics | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.model = model
+        self.compiled = compiled
+        self.numerics = numerics or Numerics(model)
         self.split_proofs = tuple(split_proofs)  # which units split their backward, where the schedule does
         self._traffic = traffic or Traffic()
         self._everyone = everyone
         self.divided = divided
         self.experts = experts
+        self.context = context  # the units on own tokens of sequences, where these are divided
         self._expert_counts = (
             None if experts is None else ExpertCounts(experts, shard=place.shard, device=engine.device)
         )
@@ -99,7 +112,9 @@ class Program:
         self._flows = flows
         self._engine = engine
         self._schedule = schedule
-        self._gradients = gradients
+        self._divided_states = divided_states
+        parts = None if divided_states is None else divided_states.parts
+        self._gradients = gradients if parts is None else Sums(parts, gradients)
         self._edges = edges
         self._rows: dict[tuple[int, frozenset[tuple[int, int]], bool], Row] = {}
         self._stack = stack
@@ -126,20 +141,62 @@ class Program:
     @property
     def states(self) -> dict[str, State]:
         """What an optimizer updates here, by the name of the parameter; `updated()` is told behind every update."""
+        own = {} if self._divided_states is None else self._divided_states.states
         return {
-            name: State(parameter=parameter, shape=tuple(parameter.shape))
+            name: own.get(name)
+            or State(parameter=self.numerics.masters.of(name, parameter), shape=tuple(parameter.shape))
             for name, parameter in self.parameters.items()
-            if parameter.requires_grad
+            if parameter.requires_grad and (name in own or not self.divides_state(name))
         }
 
     def updated(self) -> None:
         """An optimizer has written into `states`: bring the values to where the next step reads them. Collective."""
+        self.numerics.masters.cast()
+        if self._divided_states is not None:
+            self._divided_states.refresh()
+
+    def accepts(self, norm: float) -> bool:
+        """Whether the step with gradients of this norm is to be updated: not where scaled gradients overflowed. Asked
+        once a step, of every rank; the loss scale of the next step follows."""
+        return self.numerics.accepts(norm)
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica that
         has it, and the first shard where all have the same."""
         first = self.place.expert if self.divides_experts(name) else 0
         return self.counts(name) and self.place.replica == first
+
+    def divides_state(self, name: str) -> bool:
+        """Whether replicas divide the state of a parameter: of its elements this rank may have some, or none."""
+        return self._divided_states is not None and name in self._divided_states
+
+    def part(self, name: str) -> State | None:
+        """This rank's elements of a parameter whose state is divided, trained or not; None where it has none."""
+        return None if self._divided_states is None else self._divided_states.held(name)
+
+    def owns_part(self, name: str) -> bool:
+        """Whether this rank saves its elements of a parameter whose state is divided: the first group of replicas."""
+        first = self.place.expert if self.divides_experts(name) else 0
+        return self.counts(name) and self.place.replica - self.place.part * self.place.ep == first
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, `parameters` have all their values, also where replicas divide them between steps. Collective."""
+        return contextlib.nullcontext() if self._divided_states is None else self._divided_states.whole()
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The value of every parameter of this rank, whole, one after another; of its master, where it has one.
+        Collective."""
+        if self._divided_states is not None:
+            yield from self._divided_states.values()
+        for name, parameter in self._updated_here():
+            yield name, parameter.detach()
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The gradient of every parameter of this rank behind a step, whole, one after another. Collective."""
+        if self._divided_states is not None:
+            yield from self._divided_states.gradients()
+        for name, parameter in self._updated_here():
+            yield name, parameter.grad
 
     def divides_experts(self, name: str) -> bool:
         """Whether the parameter, or its part on this rank, is that of experts that other replicas do not have."""
@@ -192,11 +249,12 @@ class Program:
         if pending is not None:
             pending.wait()
         weight = float(total.item())
+        scale = self.numerics.scale if backward else 1.0
         works = [
             Work(
                 mb,
                 flow,
-                mb.weight / weight if weight else 0.0,
+                scale * mb.weight / weight if weight else 0.0,
                 scope,
                 headers=flow.met == 0 and len(flow.cut.stages) > 1,
             )
@@ -204,7 +262,7 @@ class Program:
         ]
         edges = self._edges.union(*(flow.cut.edges for flow in flows))
         row = self._row(len(micro_batches), edges, backward)
-        factors = [work.factor for work in works]
+        factors = [work.factor / scale for work in works]
         mean = MeanLoss(
             factors,
             device=self._engine_device,
@@ -214,15 +272,28 @@ class Program:
             positions={self.place.owner_of[flow.cut.loss_stage] for flow in flows},
         )
         before = self._summed_before() if backward else []
-        with contextlib.nullcontext() if self.divided is None else self.divided.step():
+        with contextlib.ExitStack() as around:
+            around.enter_context(self.numerics.running())
+            if self.divided is not None:
+                around.enter_context(self.divided.step())
+            told = None if self._divided_states is None else around.enter_context(self._divided_states.step())
             _, moments = self._engine.run(
-                row, works, gradients=self._gradients if backward else None, after_last_forward=mean.start
+                row,
+                works,
+                gradients=self._gradients if backward else None,
+                after_last_forward=mean.start,
+                before_action=told,
             )
         computed_s = time.perf_counter()
         if self._gradients is not None and backward:
             self._gradients.finish()
         if self.divided is not None and self.divided.shares and backward:
             self.divided.sum_shared(self.parameters)
+        if backward:
+            self.numerics.settle(self.parameters)
+            if self._divided_states is not None:
+                self.numerics.settle({name: state.parameter for name, state in self._divided_states.states.items()})
+            self.numerics.masters.collect()
         for parameter, gradient in before:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         sums_s = time.perf_counter() - computed_s
@@ -239,7 +310,7 @@ class Program:
         before = [(p, p.grad) for p in self._trained if p.grad is not None]
         for parameter, _ in before:
             parameter.grad = None
-        return before
+        return before if self._divided_states is None else [*before, *self._divided_states.put_aside()]
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
         total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
@@ -259,6 +330,8 @@ class Program:
             schedule = self._schedule(num_micro_batches)
             if not backward:
                 schedule = forward_only(schedule)
+            if self._divided_states is not None and self._divided_states.by_step:
+                schedule = with_sharding(schedule) if not _gathers(schedule) else schedule
             check(schedule, edges)
             self._rows[key] = with_transfers(schedule, edges)[self.place.position]
         return self._rows[key]
@@ -282,6 +355,17 @@ class Program:
                 f"steps without a flush do not count what experts do, but ep={self.place.ep}; use another schedule, or "
                 "ep=1"
             )
+        if self.place.fsdp > 1:
+            raise LayoutError(
+                f"steps without a flush update parameters that every replica holds, but fsdp={self.place.fsdp} divides "
+                "their state; use another schedule, or dp in its place"
+            )
+        precision = self.numerics.precision
+        if precision.compute != "float32" or precision.deterministic:
+            raise LayoutError(
+                f"steps without a flush compute in the model's own dtype, but precision is {precision.label}; use "
+                "another schedule, or leave precision out"
+            )
         group = None
         if self._world > 1:  # of its own: nothing else stands between two of its sums
             group = dist.new_group()
@@ -290,7 +374,7 @@ class Program:
         updates = LateUpdates(
             place=self.place,
             parameters=self.parameters,
-            gradients=self._gradients,
+            gradients=self._gradients if isinstance(self._gradients, GradientSum) else None,
             divided=self.divided,
             squares=self._own_squares,
             group=group,
@@ -321,21 +405,43 @@ class Program:
             squares /= self.place.dp
         return float(squares.sqrt().item())
 
+    def _updated_here(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, self.numerics.masters.of(name, parameter))
+            for name, parameter in self.parameters.items()
+            if not self.divides_state(name)
+        ]
+
     def _own_squares(self) -> torch.Tensor:
         """Of this rank's gradients, () in float64; their sum over all ranks is that of every replica."""
         own = [
             p.grad if self.divided is None else self.divided.counted(name, p.grad)
-            for name, p in self.parameters.items()
+            for name, p in self._updated_here()
             if p.grad is not None and self.counts(name) and not self.divides_experts(name)
         ]
         squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
-        return squares + self._squares_of_experts()
+        return squares + self._squares_of_experts() + self._squares_of_parts()
+
+    def _squares_of_parts(self) -> torch.Tensor:
+        """Of what replicas divide, weighed so that the mean over all replicas counts each element once."""
+        total = torch.zeros((), dtype=torch.float64, device=self._engine_device)
+        states = {} if self._divided_states is None else self._divided_states.states
+        for of_experts, weight in ((False, self.place.fsdp), (True, self.place.fsdp * self.place.ep)):
+            own = [
+                state.parameter.grad
+                for name, state in states.items()
+                if state.parameter.grad is not None
+                and self.counts(name)
+                and self.divides_experts(name) is of_experts
+            ]
+            total += sum_of_squares(own).to(total.device) * weight
+        return total
 
     def _squares_of_experts(self) -> torch.Tensor:
         """Of experts that are divided, weighed so that the mean over all replicas counts each once."""
         own = [
             p.grad if self.divided is None else self.divided.counted(name, p.grad)
-            for name, p in self.parameters.items()
+            for name, p in self._updated_here()
             if p.grad is not None and self.counts(name) and self.divides_experts(name)
         ]
         squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
@@ -343,12 +449,22 @@ class Program:
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients, as clipping does."""
-        own = [p.grad for p in self.parameters.values() if p.grad is not None]
+        own = [state.parameter.grad for state in self.states.values() if state.parameter.grad is not None]
         if own:
             torch._foreach_mul_(own, factor)
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Ask for `callback` when the program is taken apart, the last one first."""
+        self._stack.callback(callback)
 
     def close(self) -> None:
         """Take hooks and substitutions out of the model."""
         if self._gradients is not None:
             self._gradients.close()
         self._stack.close()
+        self.numerics.close()
+
+
+def _gathers(schedule: Schedule) -> bool:
+    """Whether the schedule says itself when stages are gathered."""
+    return any(isinstance(each, StageAction) and each.kind is StageKind.U for row in schedule.actions for each in row)

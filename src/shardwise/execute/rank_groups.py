@@ -8,20 +8,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from shardwise.comm.collective import ALL_REDUCE, KINDS, Collective
+from shardwise.comm.collective_over import collective_over
+from shardwise.comm.compress.make import compressing
 from shardwise.comm.same_host import SameHostTransport, same_host_transport
 from shardwise.comm.same_host_group import SameHostGroup
 from shardwise.comm.traffic import Traffic
 from shardwise.execute.place import Place
+from shardwise.layout import Communication
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
 
-__all__ = ["Kind", "everyone", "gradient_sum", "same_host", "tensor_group"]
+__all__ = ["Kind", "context_group", "everyone", "gradient_sum", "same_host", "tensor_group"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -32,6 +36,11 @@ class Kind:
     positions: tuple[int, ...]
     partial: bool
     divides_experts: bool
+
+    @property
+    def sums_replicas(self) -> bool:
+        """Whether replicas, and nobody else, sum it."""
+        return not self.partial and len(self.positions) == 1
 
     @property
     def axis(self) -> str:
@@ -64,7 +73,20 @@ def tensor_group(
     place: Place, shared: SameHostTransport | None, stack: contextlib.ExitStack
 ) -> ProcessTensorGroup | SameHostGroup:
     """What sums over this rank's shards: shared memory where it reaches them all."""
-    group, ranks = _own_group(place, stack)
+    return _exchanging(place, place.ranks_sharing(), shared, stack)
+
+
+def context_group(
+    place: Place, shared: SameHostTransport | None, stack: contextlib.ExitStack
+) -> ProcessTensorGroup | SameHostGroup:
+    """What those who divide this rank's sequences exchange by: shared memory where it reaches them all."""
+    return _exchanging(place, place.ranks_dividing_sequences(), shared, stack)
+
+
+def _exchanging(
+    place: Place, groups: Sequence[list[int]], shared: SameHostTransport | None, stack: contextlib.ExitStack
+) -> ProcessTensorGroup | SameHostGroup:
+    group, ranks = _own_group(place, groups, stack)
     if shared is None:  # on every rank
         return ProcessTensorGroup(group)
     everybody = torch.tensor(shared.connected >= {*ranks} - {place.rank}, dtype=torch.int64)
@@ -72,9 +94,11 @@ def tensor_group(
     return SameHostGroup(shared, ranks, place.rank) if everybody.item() else ProcessTensorGroup(group)
 
 
-def _own_group(place: Place, stack: contextlib.ExitStack) -> tuple[dist.ProcessGroup, list[int]]:
+def _own_group(
+    place: Place, groups: Sequence[list[int]], stack: contextlib.ExitStack
+) -> tuple[dist.ProcessGroup, list[int]]:
     own: tuple[dist.ProcessGroup, list[int]] | None = None
-    for ranks in place.ranks_sharing():
+    for ranks in groups:
         group = dist.new_group(ranks)
         if place.rank in ranks:
             assert isinstance(group, dist.ProcessGroup)
@@ -91,34 +115,59 @@ def gradient_sum(
     holders: Mapping[str, tuple[int, ...]],
     traffic: Traffic,
     stack: contextlib.ExitStack,
+    communication: Communication | None = None,
 ) -> GradientSum | None:
     """Sums the gradients of `held`, this rank's parameters; None where each of them has one holder.
 
-    `kinds` are those of all parameters of the model, by name, and `holders` the stages that hold them.
+    `communication` says how they travel; what is compressed are sums over replicas. `kinds` are those of all parameters
+    of the model, by name, and `holders` the stages that hold them.
     """
-    groups = _groups(place, set(kinds.values()))
-    for group in groups.values():
-        stack.callback(dist.destroy_process_group, group)
+    device = next((parameter.device for parameter in held.values()), torch.device("cpu"))
+    communication = communication or Communication()
+    groups = _groups(place, set(kinds.values()), device, communication.algorithm, stack)
     shared = {name: groups[kinds[name]] for name in held if kinds[name] in groups}
     if not shared:
         return None
-    gradients = GradientSum(held, shared, stages=holders, own=place.stages)
+    compress = compressing(communication)
+    replicas = [group for kind, group in groups.items() if kind.sums_replicas]
+    gradients = GradientSum(
+        held, shared, stages=holders, own=place.stages, compress=compress, compressed=replicas if compress else ()
+    )
     for kind, group in groups.items():
-        traffic.add(kind.axis, functools.partial(gradients.reduced_bytes, group))
+        count(traffic, kind.axis, group, communication)
+    if compress is not None:
+        traffic.add("dp.saved", lambda: gradients.saved_bytes)
     return gradients
 
 
-def _groups(place: Place, kinds: Collection[Kind]) -> dict[Kind, dist.ProcessGroup]:
-    """A process group for every set of several ranks that sum a gradient; those that this rank is in."""
-    groups: dict[Kind, dist.ProcessGroup] = {}
+def count(traffic: Traffic, axis: str, group: Collective, communication: Communication) -> None:
+    """From now on `traffic` tells what a group sums by the name of the axis; what stands for sums by that and its
+    kind."""
+    traffic.add(axis, functools.partial(_sent, group, ALL_REDUCE))
+    if communication.gradients != "none" or communication.algorithm == "hierarchical":
+        for kind in KINDS:
+            if kind != ALL_REDUCE:
+                traffic.add(f"{axis.partition('.')[0]}.{kind}", functools.partial(_sent, group, kind))
+
+
+def _sent(group: Collective, kind: str) -> int:
+    return group.sent_bytes.get(kind, 0)
+
+
+def _groups(
+    place: Place, kinds: Collection[Kind], device: torch.device, algorithm: str, stack: contextlib.ExitStack
+) -> dict[Kind, Collective]:
+    """For every set of several ranks that sum a gradient, what moves it; those that this rank is in."""
+    found: dict[Kind, Collective] = {}
     everyone = range(place.tp)
     for kind in sorted(kinds):
-        for shards in [tuple(everyone)] if kind.partial else [(shard,) for shard in everyone]:
-            for expert in range(place.ep) if kind.divides_experts else [None]:
-                ranks = place.ranks_holding(kind.positions, shards, expert)
-                if len(ranks) > 1:
-                    group = dist.new_group(ranks)
-                    if place.rank in ranks:
-                        assert isinstance(group, dist.ProcessGroup)
-                        groups[kind] = group
-    return groups
+        groups = [
+            place.ranks_holding(kind.positions, shards, expert)
+            for shards in ([tuple(everyone)] if kind.partial else [(shard,) for shard in everyone])
+            for expert in (range(place.ep) if kind.divides_experts else [None])
+        ]
+        if len(groups[0]) > 1:
+            own = collective_over(groups, device=device, stack=stack, algorithm=algorithm)
+            if own is not None:
+                found[kind] = own
+    return found

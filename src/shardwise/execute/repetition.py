@@ -33,6 +33,8 @@ class Repetition:
     def first(self, stage: object) -> Iterator[list[Buffer]]:
         """Around the first run; the list holds, behind it, the buffers that it wrote, with their values before."""
         known = self._written.get(stage)
+        if known is not None:  # batch norms write without telling torch, and not while they are evaluated
+            known += [pair for pair in self._statistics() if not any(_same(pair, other) for other in known)]
         stamps = _stamps(self._with_buffers)
         before = buffers_of(self._model) if known is None else [_now(module, name) for module, name in known]
         found: list[Buffer] = []
@@ -40,6 +42,7 @@ class Repetition:
         changed = [each for each in stamps if each.is_changed()]
         if known is None:
             names = {(id(each.module), each.name) for each in changed}
+            names |= {(id(module), name) for module, name in self._statistics()}
             found += [buffer for buffer in before if (id(buffer.module), buffer.name) in names]
             self._written[stage] = [(buffer.module, buffer.name) for buffer in found]
             return
@@ -48,6 +51,11 @@ class Repetition:
         later = [each.as_it_was() for each in changed if (id(each.module), each.name) not in names]
         found += later
         known += [(buffer.module, buffer.name) for buffer in later]
+
+    def _statistics(self) -> list[tuple[nn.Module, str]]:
+        """Buffers of batch norms that a forward writes, though their count of writes stays as it was."""
+        norms = [m for m in self._with_buffers if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+        return [(norm, name) for norm in norms for name, own in norm._buffers.items() if own is not None]
 
     @contextlib.contextmanager
     def again(self, found: Sequence[Buffer]) -> Iterator[None]:
@@ -61,6 +69,10 @@ class Repetition:
         finally:
             for buffer, tensor in reversed(now):
                 buffer.module._buffers[buffer.name] = tensor
+
+
+def _same(one: tuple[nn.Module, str], other: tuple[nn.Module, str]) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

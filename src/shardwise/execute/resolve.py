@@ -20,6 +20,7 @@ from shardwise.execute.action_table import (
     Entry,
     Forward,
     Message,
+    Move,
     Post,
     Reduce,
     SendGradients,
@@ -65,13 +66,19 @@ def resolve(
 ) -> Table:
     """`flows` of the micro-batches, in order; `run` says who runs an entry, `rank_of_stage` are global ranks. `grad`:
     whether there are gradients."""
-    made = _Resolver(tuple(flows), rank, rank_of_stage, keys, grad)
-    actions = tuple(step.item for step in plan.steps if isinstance(step.item, Action))
+    moved = frozenset(
+        (step.item.stage, step.item.micro_batch)
+        for step in plan.steps
+        if isinstance(step.item, Action) and step.op is Op.OFFLOAD
+    )
+    made = _Resolver(tuple(flows), rank, rank_of_stage, keys, grad, moved)
+    timed = [step.item if step.op not in (Op.OFFLOAD, Op.LOAD) else None for step in plan.steps]
+    actions = tuple(item for item in timed if isinstance(item, Action))
     return Table(
         plan=plan,
         entries=tuple(
-            (run[step.op], made.entry(step), step.item if isinstance(step.item, Action) else None, step.last_forward)
-            for step in plan.steps
+            (run[step.op], made.entry(step), item if isinstance(item, Action) else None, step.last_forward)
+            for step, item in zip(plan.steps, timed, strict=True)
         ),
         actions=actions,
         flows=made.flows,
@@ -85,6 +92,7 @@ class _Resolver:
     rank_of_stage: Sequence[int]
     keys: Keys
     grad: bool
+    moved: frozenset[tuple[int, int]]  # stages and micro-batches of which something goes to the host
 
     def entry(self, step: Step) -> Entry:
         item = step.item
@@ -94,6 +102,8 @@ class _Resolver:
             return self._transfer(item)
         if step.op is Op.DONE:
             return Done(item)
+        if step.op in (Op.OFFLOAD, Op.LOAD):
+            return Move(self.keys.forward(item.stage, item.micro_batch))
         if step.op is Op.WEIGHTS:
             return Weights(item, self.keys.forward(item.stage, item.micro_batch), step.ends)
         if step.op in (Op.BACKWARD, Op.INPUTS):
@@ -113,6 +123,7 @@ class _Resolver:
             idle=not stage.computes and not has_loss,
             has_loss=has_loss,
             twice=twice and self.grad,
+            moves=(s, m) in self.moved and self.grad,
             inputs=tuple(
                 Arrival(
                     value,

@@ -29,11 +29,15 @@ class Op(enum.Enum):
     FORWARD = enum.auto()
     FORWARD_TWICE = enum.auto()  # keeps its inputs alone: C runs it again
     AGAIN = enum.auto()
+    OFFLOAD = enum.auto()  # what a forward keeps goes to the host
+    LOAD = enum.auto()
     BACKWARD = enum.auto()
     INPUTS = enum.auto()  # the gradients of inputs; weights' are put off
     WEIGHTS = enum.auto()
     DONE = enum.auto()  # the W of a whole backward
     REDUCE = enum.auto()
+    UNSHARD = enum.auto()
+    RESHARD = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,12 +84,13 @@ def _op(row: Sequence[Item], position: int, again: set[tuple[int, int]]) -> Op:
             return Op.POST
         return Op.SEND_GRADIENTS if item.gradient else Op.SEND_VALUES
     if isinstance(item, StageAction):
-        if item.kind is StageKind.G:
-            return Op.REDUCE
-    elif item.kind is Kind.F:
+        return {StageKind.G: Op.REDUCE, StageKind.U: Op.UNSHARD, StageKind.H: Op.RESHARD}[item.kind]
+    if item.kind is Kind.F:
         return Op.FORWARD_TWICE if (item.stage, item.micro_batch) in again else Op.FORWARD
     elif item.kind is Kind.C:
         return Op.AGAIN
+    elif item.kind in (Kind.O, Kind.L):
+        return Op.OFFLOAD if item.kind is Kind.O else Op.LOAD
     elif item.kind is Kind.B:
         return Op.BACKWARD
     elif item.kind is Kind.I:
@@ -95,8 +100,7 @@ def _op(row: Sequence[Item], position: int, again: set[tuple[int, int]]) -> Op:
         before = row[position - 1] if position else None
         return Op.DONE if isinstance(before, Action) and _is_rest(item, before) else Op.WEIGHTS
     raise DataflowError(
-        f"this executor runs F, B, I, W, C and G, but the row holds {item}; use a schedule without offload and "
-        "unshard actions"
+        f"this executor runs F, B, I, W, C, O, L, G, U and H, but the row holds {item}; use another schedule"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.execute.deferred import Deferred, Part, add_gradient, is_summed
-from shardwise.execute.layer_products import LayerProducts
+from shardwise.execute.layer_products import LayerProducts, Linear, Lookup
 
 __all__ = ["Backward", "Product", "Target", "cast_of"]
 
@@ -25,6 +25,10 @@ class Backward(Protocol):
 
     @property
     def adds(self) -> bool: ...
+
+    def home(self, parameter: nn.Parameter, /) -> torch.Tensor | None:
+        """Where the first gradient of a parameter in a step may be computed, dense and shaped as it is."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,10 +90,26 @@ class Product(torch.autograd.Function):
             elif is_summed(target.weight) and dy.dtype == target.weight.dtype:
                 add_gradient(of, x, dy, target.weight, target.part)
             else:
-                dw = of.weight_gradient(dy, x, weight)
+                dw = _first(of, x, dy, weight, target, now)
+        elif wants_weight and _accumulates(ctx, target, weight):
+            dw = _first(of, x, dy, weight, target, now)
         elif wants_weight:
             dw = of.weight_gradient(dy, x, weight)
         return dx, dw, of.bias_gradient(dy) if wants_bias else None, None, None, None, None
+
+
+def _first(
+    of: LayerProducts, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, target: Target, now: Backward
+) -> torch.Tensor:
+    """A weight gradient that autograd takes as it is, where nothing is to be added to: in its home, if it has one."""
+    if target.part is None and target.weight.grad is None and isinstance(of, Linear | Lookup):
+        home = now.home(target.weight)
+        if home is not None and home.dtype == dy.dtype and isinstance(of, Lookup):
+            of.add_weight_gradient(home.zero_(), dy, x, weight)
+            return home
+        if home is not None and isinstance(of, Linear) and home.dtype == dy.dtype == x.dtype:
+            return of.weight_gradient(dy, x, weight, out=home)
+    return of.weight_gradient(dy, x, weight)
 
 
 def _accumulates(ctx: Any, target: Target, weight: torch.Tensor) -> bool:

@@ -23,10 +23,12 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
+from shardwise.execute.around import Around
 from shardwise.execute.collectors import feed, pick_up, watched
 from shardwise.execute.dealt import Dealt
 from shardwise.execute.ledger import Ledger
 from shardwise.execute.programme import Programme, programme
+from shardwise.execute.whole_run import WholeRun
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent, first_absent
 from shardwise.trace.checkpointing import Contexts, noticed
@@ -70,8 +72,9 @@ class Surroundings:
     Opened once a step, not once a forward: to change a class costs every lookup in it afterwards.
     """
 
-    def __init__(self) -> None:
-        self.run: StageRun | None = None  # the stage that is in its forward
+    def __init__(self, around: Around | None = None) -> None:
+        self.run: StageRun | WholeRun | None = None  # what is in its forward
+        self._around = around
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Surroundings]:
@@ -82,7 +85,9 @@ class Surroundings:
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Contexts | None]:
         """What the running stage says of a checkpointed call; torch's own way where none runs (a repetition)."""
-        if self.run is None:
+        if self._around is not None and self._around.keeps:
+            yield None
+        elif self.run is None:
             yield noop_context_fn
         else:
             with self.run.checkpoint() as chosen:
@@ -110,7 +115,9 @@ class StageRun:
         scope: Scope,
         checked: bool = False,
         dealt: Dealt | None = None,
+        around: Around | None = None,
     ) -> None:
+        self._around = around
         self.tape = tape
         self.cut = cut
         self.table = table
@@ -315,6 +322,8 @@ class StageRun:
             if record.extras or record.hooked:
                 feed(self.modules, record, unit, self.cut.stage, self._value, args, kwargs)
             return out
+        if self._around is not None:
+            body = self._around.wrap(unit, body)
         if self.table.simple[index] and not (self.checked or self._recomputes or ledger.stale):
             self.inside = True
             try:
@@ -343,7 +352,7 @@ class StageRun:
         self.inside = True
         try:
             with watched(self.modules, record, taken) if record.extras else contextlib.nullcontext():
-                if self._recomputes:
+                if self._recomputes and (self._around is None or not self._around.recomputes(unit)):
                     body = functools.partial(checkpoint, body, use_reentrant=False)
                 if record.random or record.host_random:
                     out = self._run_random(record, unit, self.tape.flow.nodes[index].call, body, args, kwargs)
@@ -402,19 +411,21 @@ def _repeated(mode: RandomMode | None) -> contextlib.AbstractContextManager[Any]
     """Draws of the torch, numpy and Python generators from here on, for a part that is run a second time."""
     if mode is None:
         return contextlib.nullcontext()
-    again, host = mode.again(), (random.getstate(), np.random.get_state())
+    again, host = mode.again(), (random.getstate(), np.random.get_state(), torch.default_generator.get_state())
 
     @contextlib.contextmanager
     def repeated() -> Iterator[None]:
-        now = random.getstate(), np.random.get_state()
+        now = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
         random.setstate(host[0])
         np.random.set_state(host[1])
+        torch.default_generator.set_state(host[2])
         try:
             with again:
                 yield
         finally:
             random.setstate(now[0])
             np.random.set_state(now[1])
+            torch.default_generator.set_state(now[2])
 
     return repeated()
 

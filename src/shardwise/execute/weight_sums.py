@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class WeightSums:
         self.splits = False
         self.adds = False
         self.deferred: Deferred | None = None
+        self.home: Callable[[nn.Parameter], torch.Tensor | None] = _nowhere
         self._divided: set[int] = set()
         self._layers: dict[int, _Layer] = {}
         self._undo: list[tuple[nn.Module, str, Any]] = []
@@ -180,7 +181,8 @@ class WeightSums:
     def _takes(self, layer: _Layer, of: LayerProducts, x: torch.Tensor, weight: nn.Parameter) -> bool:
         """Whether a forward on `x`, now, is one whose weight gradient may be taken over."""
         splits = self.splits and layer.splits
-        if not (splits or (self.on and layer.large)) and id(weight) not in self._divided:
+        writes = layer.large and (self.on or self.home is not _nowhere)
+        if not (splits or writes) and id(weight) not in self._divided:
             return False
         return (
             not torch.compiler.is_compiling()
@@ -218,3 +220,7 @@ class WeightSums:
 
 def _hooked(weight: nn.Parameter) -> bool:
     return bool(weight._backward_hooks) or bool(getattr(weight, "_post_accumulate_grad_hooks", None))
+
+
+def _nowhere(parameter: nn.Parameter) -> None:
+    """No gradient has a home."""

@@ -6,6 +6,7 @@ resumes, from a folder of safetensors, or from the model's own initialisation ke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,26 +17,35 @@ import torch
 import torch.nn as nn
 
 from shardwise.checkpoint.source import Source, open_checkpoint, open_safetensors
+from shardwise.describe.context import ContextPlan
 from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.tensor import TensorPlan
-from shardwise.execute.assemble import agreed_experts, agreed_plan, agreed_schedule, assemble, fill_from
+from shardwise.execute.assemble import Fill, agreed_experts, agreed_plan, agreed_schedule, assemble, fill_from
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.contexts import agreed_context
 from shardwise.execute.continuous import Stream
 from shardwise.execute.program import Place, Program
 from shardwise.launch import RankContext
+from shardwise.launch.worker import Worker
 from shardwise.layout import SEARCHED
 from shardwise.plan.searched import Found
+from shardwise.plan.sources import GivenSource
 from shardwise.quantities import format_bytes, format_count
 from shardwise.schedule import GENERATORS, Schedule, Timeline
 from shardwise.tasks import LanguageModelling, Split, Task, sample_indices, task_from
 from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
+from shardwise.train.asynchronous.note import workers_note
+from shardwise.train.asynchronous.outer import Outer
+from shardwise.train.asynchronous.saved import restore_worker
+from shardwise.train.asynchronous.workers import Workers
 from shardwise.train.balance import layout_for, of_rank_0, profile_for
 from shardwise.train.memory import own_memory
 from shardwise.train.model import Values, model_factory, names_in, values_of
-from shardwise.train.optimizer import optimizer_over
-from shardwise.train.plan import experts_note, plan_and_timeline, schedule_for, statistics_note
+from shardwise.train.optimizer import optimizer_of
+from shardwise.train.plan import context_note, experts_note, plan_and_timeline, schedule_for, statistics_note
 from shardwise.train.run_file import Run
+from shardwise.train.saved_values import SavedValues
 from shardwise.train.shares import share
 from shardwise.train.state import check_model, check_state, restore
 from shardwise.train.update import update
@@ -72,6 +82,8 @@ class World:
     first_step: int = 0
     planned: Timeline | None = None  # of a step, as the plan has it; on rank 0
     stream: Stream | None = None  # of a schedule that is not drained between steps
+    workers: Workers | None = None  # that train by themselves, where the run has several
+    outer: Outer | None = None  # what they exchange
 
     def micro_batches(self, step: int) -> tuple[MicroBatch, ...]:
         """This replica's share of a step's samples."""
@@ -99,19 +111,34 @@ class World:
             self.task,
             indices,
             split=split,
-            replica=place.replica,
-            replicas=place.dp,
+            replica=place.replica + (0 if self.workers is None else self.workers.index * place.dp),
+            replicas=self.run.layout.num_replicas,
             num_micro_batches=num_micro_batches,
             device=self.device,
         )
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the parameters are those of all workers together; where there is one, they are so anyway."""
+        return contextlib.nullcontext() if self.outer is None else self.outer.averaged()
 
-def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | None = None) -> World:
+    def mean_over_workers(self, loss: float, weight: float) -> tuple[float, float]:
+        """The mean loss of all workers and its weight, from those of each. Collective."""
+        if self.workers is None:
+            return loss, weight
+        (mean, total, _), *_ = self.workers.numbers([(loss, weight, 0.0)]).wait()
+        return mean, total
+
+
+def build(
+    job: Job, context: RankContext, *, worker: Worker | None = None, on_plan: Callable[[str], None] | None = None
+) -> World:
     """The world of this rank. Collective; rank 0 gives the plan in words to `on_plan` before the model is laid out.
+
+    `context` is that of the rank inside its `worker`, where a run has several.
 
     Raises what a wrong run raises: ConfigError, ModelError, LayoutError, CheckpointError.
     """
-    run, layout = job.run, job.run.seeded_layout
+    run, layout = job.run if worker is None else _of_worker(job.run, worker), job.run.seeded_layout
     device = torch.device(run.device, context.local_rank) if run.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -134,6 +161,9 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
     experts = job.experts
     if layout.ep > 1 and experts is None:
         experts = agreed_experts(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
+    context_plan: ContextPlan | None = None
+    if layout.cp > 1:
+        context_plan = agreed_context(model, inputs, layout=layout, rank=context.rank, loss=task.loss)
     searches = layout.schedule == SEARCHED
     found: Found | None = None
     planned: Timeline | None = None
@@ -141,7 +171,14 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
         layout = layout_for(run, profile)
         micro_batches = run.num_micro_batches
-        found = schedule_for(profile, layout=layout, num_micro_batches=micro_batches, tensor=tensor, experts=experts)
+        found = schedule_for(
+            profile,
+            layout=layout,
+            num_micro_batches=micro_batches,
+            tensor=tensor,
+            experts=experts,
+            context=context_plan,
+        )
         if found is not None:
             _write_schedule(run, found)
         if on_plan is not None:
@@ -151,16 +188,24 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
                 num_micro_batches=micro_batches,
                 tensor=tensor,
                 experts=experts,
+                context=context_plan,
                 found=found,
             )
-            on_plan(plan + experts_note(experts) + statistics_note(model, layout))
+            notes = experts_note(experts) + context_note(context_plan) + statistics_note(model, layout)
+            on_plan(plan + notes + workers_note(run, model))
     if run.balance == "measured":
         layout = of_rank_0(layout)
+    workers = None if worker is None or run.asynchronous is None else Workers(worker, run.asynchronous)
+    if workers is not None:  # what each has measured differs
+        layout = workers.of_first(layout)
 
     def on_rank_0() -> Schedule:
         assert found is not None  # a layout that searches has been searched for
         return found.schedule
 
+    schedule = agreed_schedule(layout, rank=context.rank, find=on_rank_0)
+    if workers is not None and isinstance(schedule, GivenSource):
+        schedule = GivenSource(schedule=workers.of_first(schedule.schedule))
     program = assemble(
         model,
         inputs,
@@ -168,19 +213,22 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         rank=context.rank,
         loss=task.loss,
         device=device,
-        fill=fill_from(values, device) if values is not None else None,
+        fill=_fill(values, device),
         tensor=tensor,
         experts=experts,
+        context=context_plan,
         techniques=run.techniques,
-        schedule=agreed_schedule(layout, rank=context.rank, find=on_rank_0),
+        schedule=schedule,
     )
     training = run.training
-    optimizer = optimizer_over(
-        program.states,
+    optimizer = optimizer_of(
+        program,
         name=training.optimizer,
         betas=training.betas,
         epsilon=training.epsilon,
         weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
     )
     first_step = source.manifest.step if source is not None else 0
     stream = None
@@ -191,7 +239,11 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
             tell=lambda: own_memory(device),
         )
     if source is not None:
+        program.numerics.from_state(source.manifest.state)
         restore(source, program=program, optimizer=optimizer, older=None if stream is None else stream.older)
+    outer = None if workers is None else workers.outer_of(program)
+    if source is not None and workers is not None and outer is not None:
+        restore_worker(source, program, optimizer, workers, outer)
     return World(
         run=run,
         task=task,
@@ -202,7 +254,24 @@ def build(job: Job, context: RankContext, *, on_plan: Callable[[str], None] | No
         first_step=first_step,
         planned=planned,
         stream=stream,
+        workers=workers,
+        outer=outer,
     )
+
+
+def _of_worker(run: Run, worker: Worker) -> Run:
+    """The run as a worker writes it: those behind the first have a folder of their own, but for checkpoints."""
+    if worker.index == 0:
+        return run
+    checkpoint = run.checkpoint.model_copy(update={"folder": str(run.checkpoint_folder)})
+    return run.model_copy(update={"folder": str(Path(run.folder) / worker.folder), "checkpoint": checkpoint})
+
+
+def _fill(values: Values | None, device: torch.device) -> Fill | None:
+    """How parameters get their values; None: they have them."""
+    if values is None:
+        return None
+    return fill_from(values, device, read=values.read if isinstance(values, SavedValues) else None)
 
 
 def _write_schedule(run: Run, found: Found) -> None:

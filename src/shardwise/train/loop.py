@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from shardwise.checkpoint.save import Shard
 from shardwise.execute.program import StepResult
+from shardwise.train.asynchronous.saved import shards_of_worker, state_of_workers
 from shardwise.train.build import World
 from shardwise.train.state import save
 from shardwise.train.steps import steps_of
@@ -41,6 +43,11 @@ def run_steps(world: World, emit: Emit) -> list[float]:
             sent_bytes=dict(result.sent_bytes),
             memory_bytes=list(done.memory_bytes),
         )
+        if step == world.first_step and world.program.compiled is not None:
+            emit("compiled", step=step, notes=list(world.program.compiled.notes()))
+        scale = world.program.numerics.loss_scale
+        if scale is not None:
+            emit("loss_scale", step=step, next_value=scale.value, skipped_steps=scale.skipped_steps)
         if result.experts is not None:
             emit(
                 "experts",
@@ -104,12 +111,13 @@ def evaluate(world: World, emit: Emit, step: int) -> None:
     total = weight = 0.0
     modes = [(module, module.training) for module in program.model.modules()]
     program.model.eval()
-    for number in range(min(options.evaluate_batches, available // size)):
-        result = program.evaluate(world.held_out(number, size), step=step)
-        total, weight = total + result.loss * result.weight, weight + result.weight
+    with world.averaged():
+        for number in range(min(options.evaluate_batches, available // size)):
+            result = program.evaluate(world.held_out(number, size), step=step)
+            total, weight = total + result.loss * result.weight, weight + result.weight
     for module, training in modes:
         module.training = training
-    loss = total / weight if weight else 0.0
+    loss, weight = world.mean_over_workers(total / weight if weight else 0.0, weight)
     emit("evaluation", step=step, loss=loss, weight=weight, **world.task.metrics(loss))
 
 
@@ -117,9 +125,25 @@ def save_world(world: World, emit: Emit, steps: int) -> None:
     """A checkpoint of `steps` finished steps."""
     start = time.perf_counter()
     folder = world.run.checkpoint_folder
-    state = {**world.state, "layout": str(world.run.layout)}
+    state = {**world.state, "layout": str(world.run.layout), **world.program.numerics.to_state()}
     older, keep = None if world.stream is None else world.stream.older, world.run.checkpoint.keep
-    save(folder, steps, program=world.program, optimizer=world.optimizer, state=state, keep=keep, older=older)
+    program, optimizer, workers, outer = world.program, world.optimizer, world.workers, world.outer
+    of_worker: Iterable[Shard] = ()
+    if workers is not None and outer is not None:
+        state |= state_of_workers(workers, outer)
+        of_worker = shards_of_worker(program, optimizer, workers, outer)
+    with world.averaged():
+        save(
+            folder,
+            steps,
+            program=program,
+            optimizer=optimizer,
+            state=state,
+            keep=keep,
+            older=older,
+            workers=workers,
+            of_worker=of_worker,
+        )
     emit("checkpoint", step=steps - 1, folder=str(folder), step_s=time.perf_counter() - start)
 
 

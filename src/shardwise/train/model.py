@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from shardwise.checkpoint.load import load_slices
-from shardwise.checkpoint.slices import TensorSlice
 from shardwise.checkpoint.source import Source
 from shardwise.errors import ConfigError
 from shardwise.trace.model_config import read_config
-from shardwise.trace.placing import named_tensors
 from shardwise.train.run_file import ModelOptions
+from shardwise.train.saved_values import SavedValues, names_in
 
 __all__ = ["Values", "model_factory", "names_in", "sizes_of", "values_of"]
 
@@ -48,39 +46,9 @@ def sizes_of(options: ModelOptions) -> tuple[int | None, int | None]:
     return rows, places
 
 
-def values_of(source: Source, model: nn.Module) -> Values:
-    """Whole tensors by the model's names, out of a source; only their bytes are read.
-
-    Take it while the model still has its shapes. A tied tensor is found under any of its names, and a transformers
-    model's also without the prefix of its base model. Raises CheckpointError, when asked, for what is missing or of
-    another shape.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    saved = names_in(source, model)
-
-    def values(names: Sequence[str]) -> dict[str, torch.Tensor]:
-        renamed = source.renamed({name: saved.get(name, name) for name in names})
-        wanted = {name: TensorSlice.whole(shapes[name]) for name in names}
-        return load_slices(renamed, wanted, global_shapes={name: shapes[name] for name in names})
-
-    return values
-
-
-def names_in(source: Source, model: nn.Module) -> dict[str, str]:
-    """Name of a parameter or buffer -> its name in the source, for those that it has."""
-    tensors = named_tensors(model)
-    tied: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        tied.setdefault(id(tensor), []).append(name)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        names = [name, *tied[id(tensor)]]
-        for candidate in [*names, *(each.removeprefix(prefix) for each in names)]:
-            if candidate in source.manifest.tensors:
-                found[name] = candidate
-                break
-    return found
+def values_of(source: Source, model: nn.Module) -> SavedValues:
+    """The values of a model out of a source. Take it while the model still has its shapes."""
+    return SavedValues(source, model)
 
 
 def _config_of(options: ModelOptions) -> Any:

@@ -12,24 +12,29 @@ import time
 import torch
 import torch.nn as nn
 
+from shardwise.describe.context import ContextPlan
 from shardwise.describe.expert import ExpertPlan
 from shardwise.describe.profile import ModelProfile
 from shardwise.describe.tensor import TensorPlan
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, LayoutError
 from shardwise.layout import SEARCHED, Layout
 from shardwise.plan.cut import cut_stages
 from shardwise.plan.divide import profile_of_shard
+from shardwise.plan.divide_context import profile_of_context
 from shardwise.plan.divide_experts import profile_of_expert_rank
 from shardwise.plan.estimate import estimate
 from shardwise.plan.explain import explain
 from shardwise.plan.partition import place
+from shardwise.plan.recompute import plan_recompute, profile_with
 from shardwise.plan.searched import Found, find_schedule
+from shardwise.plan.sources import source_of
 from shardwise.plan.work import work_of
 from shardwise.quantities import format_bytes, format_flops
-from shardwise.schedule import Timeline
+from shardwise.schedule import Schedule, Timeline
 from shardwise.train.balance import with_threads
 
 __all__ = [
+    "context_note",
     "experts_note",
     "link_rate",
     "machine_rate",
@@ -53,6 +58,7 @@ def plan_of_profile(
     flops_per_s: float | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    context: ContextPlan | None = None,
     found: Found | None = None,
 ) -> str:
     """The plan of a traced model; `flops_per_s` of one rank is measured here if not given. `tensor` divides units,
@@ -67,6 +73,7 @@ def plan_of_profile(
         flops_per_s=flops_per_s,
         tensor=tensor,
         experts=experts,
+        context=context,
         found=found,
     )
     return text
@@ -80,6 +87,7 @@ def plan_and_timeline(
     flops_per_s: float | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    context: ContextPlan | None = None,
     found: Found | None = None,
 ) -> tuple[str, Timeline]:
     """What `plan_of_profile` says, and the step that it predicts."""
@@ -89,7 +97,10 @@ def plan_and_timeline(
     cut = cut_stages(profile.flow, stages, layout.num_stages)
     timed = work_of(profile).in_seconds
     rate = flops_per_s or (1.0 if timed else machine_rate(layout.world_size))
-    profile = _of_one_rank(profile, tensor, experts)
+    profile = _of_one_rank(profile, tensor, experts, context)
+    schedule = _schedule(layout, num_micro_batches, found)
+    again = plan_recompute(profile, cut, schedule, layout.recompute)
+    profile = profile_with(profile, again)
     predicted = estimate(
         profile,
         layout,
@@ -97,7 +108,7 @@ def plan_and_timeline(
         num_micro_batches=num_micro_batches,
         flops_per_s=rate if found is None else found.flops_per_s,
         bytes_per_s=None if found is None else found.bytes_per_s,
-        schedule=None if found is None else found.schedule,
+        schedule=schedule,
     )
     free = "take no time" if found is None else f"at {format_bytes(round(found.bytes_per_s))} a second"
     if timed:
@@ -106,7 +117,17 @@ def plan_and_timeline(
         source = "as given" if flops_per_s else _source(layout.world_size)
         assumes = f"{format_flops(rate)} a second on every rank, {source}; transfers {free}"
     gain = "" if found is None else str(found)
-    return explain(profile, layout, cut, predicted, assumes=assumes, tensor=tensor, found=gain), predicted.timeline
+    told = explain(profile, layout, cut, predicted, assumes=assumes, tensor=tensor, found=gain, again=again)
+    return told, predicted.timeline
+
+
+def _schedule(layout: Layout, num_micro_batches: int, found: Found | None) -> Schedule:
+    if found is not None:
+        return found.schedule
+    source = source_of(layout)
+    if source is None:
+        raise LayoutError(f"schedule={layout.schedule} is found for a model; search, and give what was found")
+    return source(num_micro_batches)
 
 
 def schedule_for(
@@ -117,6 +138,7 @@ def schedule_for(
     flops_per_s: float | None = None,
     tensor: TensorPlan | None = None,
     experts: ExpertPlan | None = None,
+    context: ContextPlan | None = None,
 ) -> Found | None:
     """The schedule that is searched for a traced model; None where the layout names one. Rates are measured here if
     not given. Raises LayoutError, ScheduleError."""
@@ -124,7 +146,7 @@ def schedule_for(
         return None
     timed = work_of(profile).in_seconds
     return find_schedule(
-        _of_one_rank(profile, tensor, experts),
+        _of_one_rank(profile, tensor, experts, context),
         layout,
         place(profile, layout),
         num_micro_batches=num_micro_batches,
@@ -133,7 +155,11 @@ def schedule_for(
     )
 
 
-def _of_one_rank(profile: ModelProfile, tensor: TensorPlan | None, experts: ExpertPlan | None) -> ModelProfile:
+def _of_one_rank(
+    profile: ModelProfile, tensor: TensorPlan | None, experts: ExpertPlan | None, context: ContextPlan | None
+) -> ModelProfile:
+    if context is not None:
+        profile = profile_of_context(profile, context)
     if tensor is not None:
         profile = profile_of_shard(profile, tensor)
     if experts is not None:
@@ -167,6 +193,14 @@ def machine_rate(num_ranks: int = 1) -> float:
 def threads_of_rank(num_ranks: int) -> int:
     """Threads of each of `num_ranks` ranks that share this machine."""
     return max(1, _num_cores() // num_ranks)
+
+
+def context_note(context: ContextPlan | None) -> str:
+    """How sequences are divided, as further lines of a plan; empty where they are not."""
+    if context is None:
+        return ""
+    first, *rest = context.lines()
+    return "".join(["\ncontext       " + first, *("\n              " + line for line in rest)])
 
 
 def experts_note(experts: ExpertPlan | None) -> str:

@@ -42,6 +42,9 @@ class ProgressSink:
                 self._start(data)
             case "step":
                 self._step(event.step or 0, data)
+            case "compiled":
+                for note in data["notes"]:
+                    self._print(f"rank 0: {note}")
             case "evaluation":
                 figures = [f"{k} {v:.2f}" for k, v in data.items() if k not in ("loss", "weight")]
                 told = "".join(f"  {figure}" for figure in figures)
@@ -72,6 +75,8 @@ class ProgressSink:
             f"training {format_count(data['num_parameters'], 'parameters')} for {self._total} steps on "
             f"{data['layout']}{resumed}; ready after {format_duration(data['ready_s'])}"
         )
+        if data.get("precision"):
+            self._print(f"precision: {data['precision']}")
         for line in data.get("split_backward", ()):
             self._print(f"  rank 0: {line}")
         if self._console.is_terminal:

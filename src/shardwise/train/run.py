@@ -11,21 +11,27 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from shardwise.checkpoint.source import open_checkpoint
 from shardwise.errors import ConfigError, LayoutError
 from shardwise.events import Event, JsonlSink, Sink
+from shardwise.execute.compiled import check_backend
 from shardwise.execute.split_proof import in_words
 from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
+from shardwise.launch.context import store_of
+from shardwise.launch.worker import join_worker, tell_all
 from shardwise.tasks import Task, prepare_task
 from shardwise.train.build import Job, ModelLike, about, build
 from shardwise.train.checks import check_experts, check_path, check_stages, check_task, check_tensor, make_folder
 from shardwise.train.divided import num_elements
+from shardwise.train.export import describe
 from shardwise.train.loop import run_steps
 from shardwise.train.model import model_factory
 from shardwise.train.progress import ProgressSink
@@ -34,6 +40,7 @@ from shardwise.train.run_file import Run, load_run, run_from
 __all__ = ["Trained", "prepare", "train", "train_on_rank"]
 
 _LAST = 10  # steps whose mean loss is told at the end
+_PREPARED_WITHIN = timedelta(minutes=30)  # the data, where ranks meet without a process group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,8 @@ def prepare(
         check_path(run.model.path)
     if run.device == "cuda" and torch.cuda.device_count() == 0:
         raise ConfigError('device = "cuda" needs a GPU, and torch sees 0 here; use device = "cpu"')
+    if run.compile:
+        check_backend(run.compile)
     if resume:
         open_checkpoint(run.checkpoint_folder)
     elif run.checkpoint.every and (run.checkpoint_folder / "latest").exists():
@@ -115,11 +124,19 @@ def prepare(
     return job
 
 
-def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) -> Trained:
-    """One rank's part. Events go to its own file; those of rank 0 also to `sinks` and to who started the ranks."""
-    run = job.run
-    if run.layout.world_size > 1:
-        init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
+def train_on_rank(
+    context: RankContext, job: Job, sinks: Sequence[Sink] = (), *, store: Store | None = None
+) -> Trained:
+    """One rank's part. Events go to its own file; those of rank 0 also to `sinks` and to who started the ranks.
+
+    `store` is where all ranks have met, if they have without a process group.
+    """
+    run, backend = job.run, "nccl" if job.run.device == "cuda" else "gloo"
+    worker = None
+    if run.num_workers > 1:
+        worker = join_worker(context, count=run.num_workers, backend=backend, store=store)
+    elif run.layout.world_size > 1:
+        init_process_group(context, backend=backend)
     if not job.resume:
         JsonlSink.path_of(run.events_folder, rank=context.rank).unlink(missing_ok=True)
         if context.rank == 0:
@@ -135,7 +152,10 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             for tell in told:
                 tell(event)
 
-        world = build(job, context, on_plan=lambda text: emit("plan", text=text))
+        inside = context if worker is None else worker.context
+        world = build(job, inside, worker=worker, on_plan=lambda text: emit("plan", text=text))
+        if context.rank == 0 and run.checkpoint.every:
+            describe(run, model=world.program.model, task=world.task)
         shapes = [
             num_elements(world.program, name, parameter) for name, parameter in world.program.model.named_parameters()
         ]
@@ -145,6 +165,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             first_step=world.first_step,
             layout=str(run.layout),
             data=about(world.task),
+            precision=run.techniques.precision.label,
             pid=os.getpid(),
             num_parameters=sum(shapes),
             held_parameters=sum(parameter.numel() for parameter in world.program.parameters.values()),
@@ -160,6 +181,8 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = ()) ->
             train_s=time.monotonic() - start,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+        if world.workers is not None:
+            world.workers.close()
         world.program.close()
     return Trained(folder=Path(run.folder), first_step=world.first_step, losses=tuple(losses))
 
@@ -194,17 +217,25 @@ def _as_one_rank(
             f"a layout has as many ranks as were started, but {run.layout} has {run.layout.world_size} and there are "
             f"{context.world_size}; start {run.layout.world_size}, or set layout"
         )
-    if context.world_size > 1:
-        init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
     if run.device == "cpu":
         torch.set_num_threads(1)
-    told: list[Any] = [None]
-    if context.rank == 0:
-        told = [prepare(run, model=model, task=task, resume=resume, started_s=started_s).task_options]
-    if context.world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    job = Job(run=run, task_options=told[0], model=model, task=task, resume=resume, started_s=started_s)
-    trained = train_on_rank(context, job, [sink] if context.rank == 0 else [])
+
+    def options() -> Mapping[str, object]:
+        return prepare(run, model=model, task=task, resume=resume, started_s=started_s).task_options
+
+    store = None
+    if run.num_workers > 1:
+        store = store_of(context, timeout=_PREPARED_WITHIN)
+        told = tell_all(context, store, options)
+    else:
+        if context.world_size > 1:
+            init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
+        of_rank_0: list[Any] = [options() if context.rank == 0 else None]
+        if context.world_size > 1:
+            dist.broadcast_object_list(of_rank_0, src=0)
+        told = of_rank_0[0]
+    job = Job(run=run, task_options=told, model=model, task=task, resume=resume, started_s=started_s)
+    trained = train_on_rank(context, job, [sink] if context.rank == 0 else [], store=store)
     if dist.is_initialized():
         dist.destroy_process_group()
     return trained

@@ -15,13 +15,17 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardwise.errors import ConfigError, ShardwiseError
-from shardwise.layout import Layout, StageRule, Techniques
+from shardwise.layout import Communication, Layout, Precision, StageRule, Techniques
 from shardwise.plan.sources import check_source
+from shardwise.schedule import GENERATORS
 from shardwise.tasks.faults import fault_text, unknown_text
 
 __all__ = [
+    "AsynchronousOptions",
     "CheckpointOptions",
+    "CommunicationOptions",
     "ModelOptions",
+    "PrecisionOptions",
     "Run",
     "TaskOptions",
     "TimelineOptions",
@@ -80,9 +84,12 @@ class TrainingOptions(_Table):
     """[training]: how it is trained.
 
     steps, global_batch  optimizer steps in all; samples of one step, over all replicas and micro-batches
-    optimizer            "adamw", or "sgd" without momentum, which keeps no state
+    optimizer            "adamw"; "sgd" without momentum, which keeps no state; "momentum"; "muon" for hidden matrices
+    momentum, nesterov   of "momentum" and "muon"; 0.9 and 0.95 if not given
+    accumulate           micro-batches of a replica whose gradients make one update: micro_batches of the layout
     warm_up              steps in which the learning rate rises to `learning_rate`
-    schedule             "cosine" falls from there to `final_fraction` of it at the last step; or "constant"
+    schedule             "cosine" and "linear" fall from there to `final_fraction` of it at the last step, "wsd" in the
+                         last `decay` steps (0: a fifth of all); "inverse-sqrt" with the steps; or "constant"
     weight_decay         of parameters of two dims and more (not of biases and norms)
     clip                 the greatest norm of all gradients; 0: not clipped
     seed                 of initial values, dropout and the order of data
@@ -92,10 +99,14 @@ class TrainingOptions(_Table):
 
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    accumulate: int | None = Field(default=None, ge=1)
+    optimizer: Literal["adamw", "sgd", "momentum", "muon"] = "adamw"
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    nesterov: bool = True
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     warm_up: int = Field(default=0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "linear", "wsd", "inverse-sqrt"] = "cosine"
+    decay: int = Field(default=0, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
@@ -117,6 +128,13 @@ class TrainingOptions(_Table):
     def _fits(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas lie in [0, 1), but got {list(self.betas)}; [0.9, 0.95] is usual")
+        if self.nesterov and self.momentum == 0 and "nesterov" in self.model_fields_set:
+            raise ValueError("nesterov looks ahead by the momentum, which is 0; drop one of the two")
+        if self.decay > self.steps - self.warm_up:
+            raise ValueError(
+                f"the decay is behind the warm-up, but decay={self.decay} and warm_up={self.warm_up} of "
+                f"{self.steps} steps; use decay={max(0, self.steps - self.warm_up) // 5}"
+            )
         if self.warm_up > self.steps:
             raise ValueError(
                 f"the warm-up ends within the steps, but warm_up={self.warm_up} and steps={self.steps}; "
@@ -163,11 +181,108 @@ class TimelineOptions(_Table):
         return wanted or (self.every > 0 and number % self.every == 0)
 
 
+class PrecisionOptions(_Table):
+    """[precision]: in which dtypes a step computes; the model's own where nothing is said.
+
+    compute             "float32", "bfloat16", "float16", or "float8" where the device has it
+    reduce              in which dtype gradients are summed over ranks
+    emulate             compute in float32, with operands and results of products rounded to `compute`
+    loss_scale          "dynamic", "none" or a number; without it dynamic for float16, else none
+    loss_scale_window   steps without an overflow behind which a dynamic one doubles
+    logits              "float32": what the head returns is made float32; "compute": it stays as it is
+    keep                what stays in float32: "norms", "routers", names of modules
+    deterministic       the same bits in every run
+    """
+
+    compute: str = "float32"
+    reduce: str = "float32"
+    emulate: bool = False
+    loss_scale: float | int | str | None = None
+    loss_scale_window: int = 2000
+    logits: str = "float32"
+    keep: tuple[str, ...] = ("norms", "routers")
+    deterministic: bool = False
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.value()
+        return self
+
+    def value(self) -> Precision:
+        """What it says, checked. Raises `ConfigError`."""
+        return Precision(**self.model_dump())
+
+
+class CommunicationOptions(_Table):
+    """[communication]: how tensors travel between ranks; as they are where nothing is said.
+
+    gradients     their sums over replicas: "none", "bf16", "fp16", "int8", "powersgd:4" (matrices of that rank),
+                  "topk:0.01" (that fraction of them)
+    activations   what crosses between stages: "none", "bf16", "fp16", "int8"
+    algorithm     of sums of gradients: "auto", "ring", "tree", "hierarchical" (inside each host, then between hosts)
+    """
+
+    gradients: str = "none"
+    activations: str = "none"
+    algorithm: str = "auto"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.value()
+        return self
+
+    def value(self) -> Communication:
+        """What it says, checked. Raises `ConfigError`."""
+        return Communication(**self.model_dump())
+
+
+class AsynchronousOptions(_Table):
+    """[asynchronous]: the replicas of dp are workers, which train by themselves and meet every so many steps.
+
+    method               "local-sgd" (the mean of their weights), "diloco" (an outer optimizer on what they have done),
+                         "delayed" (a mean that travels while the next round is computed), "eager-diloco" (both)
+    every                steps between two exchanges of a fragment
+    outer_learning_rate  of the outer optimizer of diloco and eager-diloco, with outer_momentum and nesterov
+    fragments            parts of the parameters that are exchanged one behind the other, each every so many steps
+    wire                 how sums travel: "none" (as they are) or what [communication] gradients can be, such as "bf16"
+    """
+
+    method: Literal["local-sgd", "diloco", "delayed", "eager-diloco"] = "diloco"
+    every: int = Field(default=32, ge=1)
+    outer_learning_rate: float = Field(default=0.7, gt=0, allow_inf_nan=False)
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = True
+    fragments: int = Field(default=1, ge=1)
+    wire: str = "none"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        Communication(gradients=self.wire)  # raises ConfigError
+        outer = self.model_fields_set & {"outer_learning_rate", "outer_momentum", "nesterov"}
+        if outer and not self.method.endswith("diloco"):
+            raise ValueError(
+                f'{self.method} has no outer optimizer, but {", ".join(sorted(outer))} is given; drop it, or use '
+                'method = "diloco"'
+            )
+        if self.fragments > self.every:
+            raise ValueError(
+                f"a fragment is exchanged in a step of its own, but there are {self.fragments} and every={self.every}; "
+                f"use fragments={self.every} or fewer"
+            )
+        return self
+
+
 class Run(_Table):
     """A whole run. `folder` gets events, checkpoints and prepared data.
 
     balance   what makes stages equal: "flops" that were counted, "measured" seconds (every unit call is timed once at
               the start), "parameters", or "depth" (unit calls); not where `layout` says it, or lists the stages
+    compile   torch.compile's backend for every unit, such as "inductor"; without it units are not compiled
     tp_plan   a table of names of modules, `*` for numbers, and transformers' styles: how shards divide units. It is
               proven, and refused before training where it is wrong; without it a plan is found
     """
@@ -182,6 +297,10 @@ class Run(_Table):
     checkpoint: CheckpointOptions = CheckpointOptions()
     timeline: TimelineOptions = TimelineOptions()
     tp_plan: dict[str, str] | None = None
+    precision: PrecisionOptions = PrecisionOptions()
+    communication: CommunicationOptions = CommunicationOptions()
+    compile: str = ""
+    asynchronous: AsynchronousOptions | None = None
 
     @field_validator("layout", mode="before")
     @classmethod
@@ -192,6 +311,24 @@ class Run(_Table):
             raise ValueError(f'it is text or a table, but got {value!r}; write "dp=2,pp=2" or {{ dp = 2, pp = 2 }}')
         return Layout.from_dict(value) if isinstance(value, Mapping) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accumulated(cls, tables: Any) -> Any:
+        """`training.accumulate` is the layout's number of micro-batches, under the name that many know."""
+        training = tables.get("training") if isinstance(tables, Mapping) else None
+        wanted = training.get("accumulate") if isinstance(training, Mapping) else None
+        layout = tables.get("layout", Layout()) if wanted is not None else None
+        if not isinstance(wanted, int) or not isinstance(layout, str | Mapping | Layout):
+            return tables
+        known = cls._parsed(layout)
+        assert isinstance(known, Layout)
+        if known.micro_batches not in (None, wanted):
+            raise ValueError(
+                f"accumulate is the layout's number of micro-batches, but accumulate = {wanted} and micro_batches = "
+                f"{known.micro_batches}; write one of the two"
+            )
+        return {**tables, "layout": dataclasses.replace(known, micro_batches=wanted)}
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         check_source(self.layout, self.layout.num_micro_batches(self.training.global_batch))
@@ -200,21 +337,47 @@ class Run(_Table):
                 f'stages are balanced in one way, but balance = "{self.balance}" and the layout is {self.layout}; '
                 "drop balance, or stages of the layout"
             )
+        if self.asynchronous is not None:
+            self._has_workers()
+        assert self.techniques  # checked when made
         return self
+
+    def _has_workers(self) -> None:
+        layout = self.layout
+        if layout.dp == 1:
+            raise ValueError(
+                "workers that meet now and then are the replicas of dp, but dp=1; set layout.dp=2, or drop "
+                "[asynchronous]"
+            )
+        if layout.schedule in GENERATORS and not GENERATORS[layout.schedule].flushes:
+            raise ValueError(
+                f"workers meet behind a step, but {layout.schedule} is never between two steps; use schedule = 1f1b"
+            )
 
     @property
     def seeded_layout(self) -> Layout:
-        """The layout with the run's own seed, by which dropout is keyed, and with what its stages are balanced by.
+        """The layout with the run's own seed, by which dropout is keyed, and with what its stages are balanced by; that
+        of one worker, where there are several.
 
         "measured" is for whoever has a model to time; until then stages are balanced by flops.
         """
         stages = StageRule(self.balance) if self.balance in ("parameters", "depth") else self.layout.stages
-        return dataclasses.replace(self.layout, seed=self.training.seed, stages=stages)
+        layout = dataclasses.replace(self.layout, seed=self.training.seed, stages=stages)
+        if self.asynchronous is None:
+            return layout
+        return dataclasses.replace(layout, dp=1, micro_batches=self.num_micro_batches)
+
+    @property
+    def num_workers(self) -> int:
+        """Groups of ranks that train by themselves: one, unless the run is asynchronous."""
+        return 1 if self.asynchronous is None else self.layout.dp
 
     @property
     def techniques(self) -> Techniques:
         """How numbers are kept and sent."""
-        return Techniques()
+        return Techniques(
+            precision=self.precision.value(), communication=self.communication.value(), compile=self.compile
+        )
 
     @property
     def num_micro_batches(self) -> int:
@@ -313,4 +476,7 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("training", TrainingOptions),
     ("checkpoint", CheckpointOptions),
     ("timeline", TimelineOptions),
+    ("precision", PrecisionOptions),
+    ("communication", CommunicationOptions),
+    ("asynchronous", AsynchronousOptions),
 )

@@ -6,7 +6,8 @@ step and what the order of data depends on; random numbers are keyed by the step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,13 +19,16 @@ from shardwise.checkpoint.manifest import TensorEntry
 from shardwise.checkpoint.save import Shard, write_rank
 from shardwise.checkpoint.source import Source
 from shardwise.checkpoint.storage import begin, commit, prune
+from shardwise.checkpoint.tensor_file import TORCH_DTYPES
 from shardwise.errors import CheckpointError
 from shardwise.execute.program import Program
+from shardwise.parallel.states import State
+from shardwise.train.asynchronous.workers import Workers
 from shardwise.train.divided import shards_of, targets_of
 
-__all__ = ["check_model", "check_state", "restore", "save"]
+__all__ = ["check_model", "check_state", "restore", "room_for", "save"]
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_STEP = "step"  # what torch's optimizers call the number of their updates
 _OLDER = "older"  # the weights that the next step is computed with, where they are not the newest
 
 
@@ -37,27 +41,38 @@ def save(
     state: Mapping[str, object],
     keep: int,
     older: Mapping[str, torch.Tensor] | None = None,
+    workers: Workers | None = None,
+    of_worker: Iterable[Shard] = (),
 ) -> None:
     """Write a checkpoint of `step` finished steps. Every rank calls it, on a folder that all share.
 
-    `older` are the weights that the next step is computed with, by name, where they are not the newest. It appears
-    whole or not at all. Raises CheckpointError.
+    `older` are the weights that the next step is computed with, by name, where they are not the newest. Of several
+    `workers` the first saves what a run without workers does, and each what is `of_worker`. It appears whole or not at
+    all. Raises CheckpointError.
     """
     rank, world_size = program.place.rank, program.place.world_size
-    told = [str(begin(root, step)) if rank == 0 else ""]
-    if world_size > 1:
+    first_rank = 0 if workers is None else workers.index * world_size
+    told = [str(begin(root, step)) if rank + first_rank == 0 else ""]
+    if world_size > 1 and first_rank == 0:
         dist.broadcast_object_list(told, src=0)
+    if workers is not None:
+        told = workers.of_first(told)
     folder = Path(told[0])
-    entries = write_rank(folder, rank, _shards(program, optimizer, older or {}))
+    shards = itertools.chain(_shards(program, optimizer, older or {}) if first_rank == 0 else (), of_worker)
+    entries = write_rank(folder, first_rank + rank, shards)
     gathered: list[Mapping[str, TensorEntry] | None] = [entries]
     if world_size > 1:
         gathered = [None] * world_size
         dist.gather_object(entries, gathered if rank == 0 else None, dst=0)
-    if rank == 0:
+    if workers is not None:
+        gathered = [each for of_worker_k in workers.values(gathered) for each in of_worker_k]
+    if rank + first_rank == 0:
         commit(folder, [each for each in gathered if each is not None], state=dict(state))
         prune(root, keep=keep)
     if world_size > 1:
         dist.barrier()  # nobody goes on, nor looks for the latest, before it is whole
+    if workers is not None:
+        workers.values(None)
 
 
 def check_state(source: Source, state: Mapping[str, object]) -> None:
@@ -117,29 +132,56 @@ def restore(
     for name, value in (older or {}).items():
         if _moment(name, _OLDER) in saved:
             load_into(source, targets_of(program, name, _moment(name, _OLDER), value))
-    if optimizer is None:
-        return
-    for name, parameter in program.parameters.items():
-        if parameter.requires_grad and _moment(name, "step") in saved:
-            state = {each: torch.zeros_like(parameter, requires_grad=False) for each in _MOMENTS[:2]}
-            state |= {"step": torch.zeros((), device=parameter.device)}
-            targets = [t for each in _MOMENTS for t in targets_of(program, name, _moment(name, each), state[each])]
-            load_into(source, targets)
-            optimizer.state[parameter] = state
+    parameters = program.parameters
+    moments = _saved_moments(source)
+    for name, state in program.states.items():
+        value = state.parameter
+        if value.dtype != parameters[name].dtype:  # with more digits than what the model computes with
+            load_into(source, targets_of(program, name, name, value.detach(), state=state), cast=True)
+        if optimizer is None or name not in moments:
+            continue
+        made = {each: room_for(each, entry, state) for each, entry in moments[name].items()}
+        for each, moment in made.items():
+            load_into(source, targets_of(program, name, _moment(name, each), moment, state=state))
+        optimizer.state[value] = made
+    program.updated()
+
+
+def _saved_moments(source: Source) -> dict[str, dict[str, TensorEntry]]:
+    """Name of a parameter -> what was saved of an optimizer's state of it, by the optimizer's own names."""
+    found: dict[str, dict[str, TensorEntry]] = {}
+    for saved, entry in source.manifest.tensors.items():
+        if entry.kind == "optimizer":
+            _, each, name = saved.split("/", 2)
+            if each != _OLDER:
+                found.setdefault(name, {})[each] = entry
+    return found
+
+
+def room_for(each: str, entry: TensorEntry, state: State) -> torch.Tensor:
+    """A tensor like the state's, or a single number such as a count of steps."""
+    single = not entry.global_shape and (len(state.shape) > 0 or each == _STEP)
+    size = () if single else tuple(state.parameter.shape)
+    return torch.zeros(size, dtype=TORCH_DTYPES[entry.dtype], device=state.parameter.device)
 
 
 def _shards(
     program: Program, optimizer: torch.optim.Optimizer | None, older: Mapping[str, torch.Tensor]
 ) -> Iterator[Shard]:
     """What this rank writes: of every tensor that several hold, the first holder writes it."""
+    states = program.states
     for name, parameter in program.parameters.items():
-        if not program.owns(name):
+        divided = program.divides_state(name)
+        state = program.part(name) if divided else states.get(name)
+        if (divided and state is None) or not (program.owns_part(name) if divided else program.owns(name)):
             continue
-        yield from shards_of(program, name, name, parameter.detach(), kind="parameter")
-        moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for each in _MOMENTS:
-            if each in moments:
-                yield from shards_of(program, name, _moment(name, each), moments[each], kind="optimizer")
+        value = parameter if state is None else state.parameter
+        yield from shards_of(program, name, name, value.detach(), kind="parameter", state=state)
+        if state is not None and optimizer is not None:
+            for each, moment in optimizer.state.get(value, {}).items():
+                if torch.is_tensor(moment):
+                    saved = _moment(name, each)
+                    yield from shards_of(program, name, saved, moment.detach(), kind="optimizer", state=state)
         if name in older:
             yield from shards_of(program, name, _moment(name, _OLDER), older[name], kind="optimizer")
     for name, buffer in _persistent_buffers(program.model).items():

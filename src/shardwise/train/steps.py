@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shardwise.execute.continuous import Stream
 from shardwise.execute.program import StepResult
+from shardwise.train.asynchronous.outer import Outer
+from shardwise.train.asynchronous.workers import Numbers, Workers
 from shardwise.train.build import World
 from shardwise.train.memory import memory_of_ranks
 from shardwise.train.update import update
@@ -33,23 +35,62 @@ class Done:
 def steps_of(world: World, *, pauses: Callable[[int], bool]) -> Iterator[Done]:
     """All steps from `world.first_step`. Behind a step of which `pauses(step)` is true nothing is under way when it is
     given, and the parameters have their newest values."""
-    if world.stream is None:
-        return _drained(world)
-    return _continuous(world, world.stream, pauses)
+    if world.stream is not None:
+        return _continuous(world, world.stream, pauses)
+    if world.workers is not None and world.outer is not None:
+        return _of_workers(world, world.workers, world.outer, pauses)
+    return _drained(world)
 
 
 def _drained(world: World) -> Iterator[Done]:
+    for step in range(world.first_step, world.run.training.steps):
+        yield _step(world, step)
+
+
+def _step(world: World, step: int) -> Done:
     program, optimizer, options = world.program, world.optimizer, world.run.training
-    for step in range(world.first_step, options.steps):
-        start = time.perf_counter()
-        result = program.step(world.micro_batches(step), step=step)
-        norm = program.gradient_norm()
-        update(program, optimizer, options, step=step, norm=norm)
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - start
-        memory_bytes = memory_of_ranks(program.place, world.device)
-        yield Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes)
+    start = time.perf_counter()
+    result = program.step(world.micro_batches(step), step=step)
+    norm = program.gradient_norm()
+    update(program, optimizer, options, step=step, norm=norm)
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    memory_bytes = memory_of_ranks(program.place, world.device)
+    return Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes)
+
+
+def _of_workers(world: World, workers: Workers, outer: Outer, pauses: Callable[[int], bool]) -> Iterator[Done]:
+    """Steps are told when those of the other workers are known: behind an exchange, or a pause. No worker waits for
+    another one between two exchanges; what a stale rule sends is waited for behind the next one."""
+    recent: list[Done] = []
+    untold: list[tuple[list[Done], Numbers]] = []
+    steps = world.run.training.steps
+    for step in range(world.first_step, steps):
+        done = _step(world, step)
+        start, sent_before = time.perf_counter(), outer.sent_bytes
+        exchanged = outer.step_done(step, tokens=done.result.weight, last=step + 1 == steps)
+        sent_bytes = {**done.result.sent_bytes, "dp.exchange": outer.sent_bytes - sent_before}
+        recent.append(
+            dataclasses.replace(
+                done,
+                result=dataclasses.replace(done.result, sent_bytes=sent_bytes),
+                seconds=done.seconds + time.perf_counter() - start,
+            )
+        )
+        pausing = pauses(step) or step + 1 == steps
+        if exchanged or pausing:
+            numbers = workers.numbers([(each.result.loss, each.result.weight, each.norm) for each in recent])
+            untold.append((recent, numbers))
+            recent = []
+        while untold and (pausing or len(untold) > outer.rule.stale):
+            yield from _of_all(*untold.pop(0))
+
+
+def _of_all(own: Sequence[Done], numbers: Numbers) -> Iterator[Done]:
+    """Steps of this worker with loss and weight of all workers, and the mean of their norms."""
+    for done, (loss, weight, norm) in zip(own, numbers.wait(), strict=True):
+        yield dataclasses.replace(done, result=dataclasses.replace(done.result, loss=loss, weight=weight), norm=norm)
 
 
 def _continuous(world: World, stream: Stream, pauses: Callable[[int], bool]) -> Iterator[Done]:

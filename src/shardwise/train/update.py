@@ -15,7 +15,12 @@ __all__ = ["rate_of", "update"]
 def update(
     program: Program, optimizer: torch.optim.Optimizer | None, options: TrainingOptions, *, step: int, norm: float
 ) -> None:
-    """Apply the gradients of a step to this rank's parameters; `norm` is that of all gradients of the model."""
+    """Apply the gradients of a step to this rank's parameters; `norm` is that of all gradients of the model.
+
+    A step whose scaled gradients overflowed is left out, on all ranks alike: `norm` is not finite on any of them.
+    """
+    if not program.accepts(norm):
+        return
     if options.clip and norm > options.clip:
         program.scale_gradients(options.clip / norm)
     if optimizer is not None:
@@ -33,4 +38,5 @@ def rate_of(options: TrainingOptions, step: int) -> float:
         warm_up=options.warm_up,
         schedule=options.schedule,
         final_fraction=options.final_fraction,
+        decay=options.decay,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -88,6 +88,7 @@ class Comparison:
     splits: tuple[str, ...] = ()  # which units split their backward and which do not, in words
     notes: tuple[str, ...] = ()  # what else is to be known of what was compared
     tensor: TensorPlan | None = None  # how units were divided among shards, proven block by block before
+    update_tolerance: float | None = None  # of updates, where it is another: AdamW divides gradients by their size
     rounding: Rounding | None = None  # where float32 left something in doubt, what float64 says
 
     @property
@@ -95,6 +96,9 @@ class Comparison:
         """Whether every error is within the tolerance, or float32's own."""
         if self.micro_batch_error is not None and not self.micro_batch_error <= self.tolerance:
             return False
+        others = max(self.loss_error, self.gradient_error, self.norm_error)
+        if self.update_tolerance is not None and others <= self.tolerance:
+            return self.weight_error <= self.update_tolerance
         return self.worst_error <= self.tolerance or (self.rounding is not None and self.rounding.holds)
 
     @property
@@ -130,6 +134,8 @@ class Comparison:
             lines += [f"  {line}" for line in self.tensor.lines()]
         lines += [f"  {line}" for line in (*self.experts, *self.splits, *self.notes)]
         lines.append(f"  tolerance {self.tolerance:.0e}: {self.reason}")
+        if self.update_tolerance is not None:
+            lines.append(f"  tolerance of updates {self.update_tolerance:.0e}: AdamW divides gradients by their size")
         if self.rounding is not None:
             lines.append(f"  {self.rounding}")
         lines.append("")
@@ -155,15 +161,15 @@ def errors_of(
     reference_gradients: Mapping[str, torch.Tensor | None],
     reference_updates: Mapping[str, torch.Tensor],
     *,
-    by_sign: bool,
+    by_sign: bool | Collection[str],
     roundings: Mapping[str, float] | None = None,
     distances: Mapping[str, float] | None = None,
 ) -> tuple[TensorError, ...]:
-    """The errors of every parameter. `by_sign`: the optimizer normalises (AdamW), so that elements whose reference
-    gradient is below the floor have no meaningful update and are left out. `roundings`: norms that the stored weights'
-    own rounding may add to a difference of updates; less than that is no difference. `distances`: how far further
-    copies of a gradient are from the reference; the farthest counts. Tensors are asked for one at a time, so that they
-    may lie in files; a gradient that is missing is None."""
+    """The errors of every parameter. `by_sign`: the optimizer normalises (AdamW), all or those named, so that elements
+    whose reference gradient is below the floor have no meaningful update and are left out. `roundings`: norms that the
+    stored weights' own rounding may add to a difference of updates; less than that is no difference. `distances`: how
+    far further copies of a gradient are from the reference; the farthest counts. Tensors are asked for one at a time,
+    so that they may lie in files; a gradient that is missing is None."""
     total = sum(update.numel() for update in reference_updates.values()) or 1
     norm = _norm(reference_gradients.values())
     update_norm = _norm(reference_updates.values())
@@ -171,7 +177,8 @@ def errors_of(
     for name, reference_update in reference_updates.items():
         share = FLOOR * math.sqrt(reference_update.numel() / total)
         gradient = reference_gradients.get(name)
-        least = FLOOR * norm / math.sqrt(total) if by_sign and gradient is not None else None
+        normalised = by_sign if isinstance(by_sign, bool) else name in by_sign
+        least = FLOOR * norm / math.sqrt(total) if normalised and gradient is not None else None
         distance = _distance(updates[name], reference_update, gradient, least)
         of_gradient = _distance(gradients.get(name), gradient)
         farthest = max(of_gradient.difference, (distances or {}).get(name, 0.0))

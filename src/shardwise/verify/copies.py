@@ -36,14 +36,14 @@ class Copy:
 
 
 def copies_of(program: Program) -> dict[str, Copy]:
-    """What this rank holds, by name, and does not answer whole: another rank owns it, or elements of it."""
+    """What this rank holds, by name, and does not answer whole: another rank owns it, or elements of it. Collective."""
     place = program.place
     found: dict[str, Copy] = {}
-    for name, parameter in program.parameters.items():
+    for name, gradient in program.gradients():
         both = [(program.experts_of(name), place.expert), (program.part_of(name), place.shard)]
         cuts = tuple((part, rank) for part, rank in both if part is not None and part.num_ranks > 1)
         if not program.owns(name) or any(part.shared for part, _ in cuts):
-            found[name] = Copy(marks=marks_of(parameter.grad), cuts=cuts)
+            found[name] = Copy(marks=marks_of(gradient), cuts=cuts)
     return found
 
 

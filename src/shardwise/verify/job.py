@@ -104,7 +104,7 @@ def unfilled_model_of(job: Job) -> tuple[nn.Module, Fill]:
     for name, buffer in model.named_buffers():
         if name in saved:
             buffer.copy_(values([name])[name])
-    return model, fill_from(values, job.device)
+    return model, fill_from(values, job.device, read=values.read)
 
 
 def open_source(folder: str) -> Source:
@@ -194,7 +194,9 @@ def couples_samples(model: nn.Module, batch: Any) -> str:
 
 
 def optimizer_over(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The job's optimizer over some parameters, at its first step."""
+    """The job's optimizer over some parameters, at its first step; not Muon, see `optimizers`."""
+    if job.optimizer == "momentum":
+        return torch.optim.SGD(parameters, lr=job.learning_rate, momentum=0.9, nesterov=True)
     if job.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=job.learning_rate)
     return torch.optim.SGD(parameters, lr=job.learning_rate)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -33,7 +33,9 @@ EXACT = 1e-9  # float64 sums taken in another order
 MOST = 4.0
 
 
-def tensor_errors(sides: Sequence[Side], reference: Side, *, by_sign: bool) -> tuple[TensorError, ...]:
+def tensor_errors(
+    sides: Sequence[Side], reference: Side, *, by_sign: bool | Collection[str]
+) -> tuple[TensorError, ...]:
     """The errors of every parameter of a layout, whose ranks noted `sides`, against `reference`; of what several ranks
     hold, the largest."""
     experts = [(side.expert, side.experts) for side in sides]
@@ -55,7 +57,7 @@ def rounding_of(
     exact: Side,
     *,
     tolerance: float,
-    by_sign: bool,
+    by_sign: bool | Collection[str],
 ) -> Rounding:
     """How far both sides are from `exact`, one device in float64, and the layout in float64 from that."""
     beyond = [what for what, error in _errors(sides, reference, by_sign).items() if not error <= tolerance]
@@ -74,7 +76,7 @@ def rounding_of(
     )
 
 
-def _errors(sides: Sequence[Side], reference: Side, by_sign: bool) -> dict[str, float]:
+def _errors(sides: Sequence[Side], reference: Side, by_sign: bool | Collection[str]) -> dict[str, float]:
     """Every error by what it is of."""
     found: dict[str, float] = {}
     for error in tensor_errors(sides, reference, by_sign=by_sign):

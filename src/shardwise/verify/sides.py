@@ -27,10 +27,11 @@ from shardwise.execute.split_proof import SplitProof
 from shardwise.execute.streamed import run_streamed
 from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Techniques
 from shardwise.trace.objective import objective
 from shardwise.verify.copies import Copy, copies_of
 from shardwise.verify.job import Job, batch_of, couples_samples, model_of, optimizer_over, unfilled_model_of
+from shardwise.verify.optimizers import normalised_by, program_optimizer
 from shardwise.verify.probe import Outputs, probing, streamed_probe
 from shardwise.verify.stored import StoredTensors
 
@@ -43,6 +44,7 @@ class Side:
 
     losses: list[float]
     norm: float
+    normalised: bool | frozenset[str] = False  # parameters that the optimizer normalises element by element
     gradients: Mapping[str, torch.Tensor | None]  # one that is missing is None
     updates: Mapping[str, torch.Tensor]
     roundings: dict[str, float]  # norm of one unit in the last place of every stored weight
@@ -58,6 +60,7 @@ class Side:
     expert: int = 0  # which of the ranks that divide experts
     experts: ExpertPlan | None = None  # how experts are divided; tensors that are, come in parts
     expert_step: ExpertStep | None = None  # what they did in the last step
+    context: tuple[str, ...] = ()  # how units work on own tokens of sequences, in words
     split_proofs: tuple[SplitProof, ...] = ()  # of units, where the schedule splits backwards
 
 
@@ -91,7 +94,7 @@ def run_side(
         experts=job.experts if layout.ep > 1 else None,
         tensor=job.tensor if layout.tp > 1 else None,
         num_micro_batches=micro_batches,
-        techniques=job.techniques if layout == job.layout else None,
+        techniques=_techniques(job, layout),
     )
     mine = parts[program.place.replica]
     nothing: Outputs = {}
@@ -104,8 +107,16 @@ def run_side(
     if program.experts is not None:
         side.expert, side.experts = program.experts.rank, program.experts.plan
     side.split_proofs = program.split_proofs
+    side.context = () if program.context is None else tuple(program.context.plan.lines())
     program.close()
     return side
+
+
+def _techniques(job: Job, layout: Layout) -> Techniques | None:
+    """Of the layout's side all that the job asks for; the reference computes in the same dtypes."""
+    if layout == job.layout or job.techniques is None:
+        return job.techniques
+    return Techniques(precision=job.techniques.precision)
 
 
 def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Sequence[Sequence[MicroBatch]]:
@@ -119,10 +130,9 @@ def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Seq
 
 
 def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
-    owned = {name: p for name, p in program.parameters.items() if program.owns(name)}
-    before = {name: p.detach().clone() for name, p in owned.items()}
+    before = {name: value.clone() for name, value in program.values() if program.owns(name)}
     held = [state.parameter for state in program.states.values()]
-    optimizer = optimizer_over(job, held) if held else None
+    optimizer = program_optimizer(job, program)
     losses: list[float] = []
     experts: ExpertStep | None = None
     norm = 0.0
@@ -135,23 +145,31 @@ def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
         if step == 0:
             norm = program.gradient_norm()
             copies = copies_of(program)
-            gradients = {name: None if p.grad is None else p.grad.detach().clone() for name, p in owned.items()}
-        if optimizer is not None:
+            gradients = {
+                name: None if gradient is None else gradient.detach().clone()
+                for name, gradient in program.gradients()
+                if name in before
+            }
+        scaled = program.numerics.loss_scale is not None
+        accepted = not scaled or program.accepts(norm if step == 0 else program.gradient_norm())
+        if optimizer is not None and accepted:
             optimizer.step()
         program.updated()
         for parameter in held:
             parameter.grad = None
+    updates = {name: value - before[name] for name, value in program.values() if name in before}
     return Side(
         losses=losses,
         expert_step=experts,
         norm=norm,
         gradients=gradients,
         copies=copies,
-        updates={name: p.detach() - before[name] for name, p in owned.items()},
+        updates=updates,
         roundings={name: _rounding(w) * job.steps for name, w in before.items()},
         calls=_calls(program),
         random=program.random,
         edges=_edges(program),
+        normalised=normalised_by(job, program),
     )
 
 
@@ -161,10 +179,11 @@ def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder:
     norm = program.gradient_norm()
     copies = copies_of(program)
     stored = _Stored(job, folder / f"rank{program.place.rank}")
-    for name, parameter in program.parameters.items():
+    parameters = program.parameters
+    for (name, value), (_, gradient) in zip(program.values(), program.gradients(), strict=True):
         if program.owns(name):
-            stored.take(name, parameter)
-        parameter.grad = None
+            stored.take(name, nn.Parameter(value, requires_grad=False), gradient)
+        parameters[name].grad = None
     return Side(
         losses=[result.loss],
         expert_step=result.experts,
@@ -172,6 +191,7 @@ def _stored_step(job: Job, program: Program, mine: Sequence[MicroBatch], folder:
         copies=copies,
         gradients=stored.gradients,
         updates=stored.updates,
+        normalised=job.optimizer == "adamw",
         roundings=stored.roundings,
         calls=_calls(program),
         random=program.random,
@@ -204,6 +224,7 @@ def run_streamed_side(context: RankContext, job: Job, micro_batches: int, stage_
         norm=math.sqrt(stored.squares),
         gradients=stored.gradients,
         updates=stored.updates,
+        normalised=job.optimizer == "adamw",
         roundings=stored.roundings,
         calls=list(streamed.calls),
         random=streamed.random,
@@ -222,17 +243,18 @@ class _Stored:
         self.roundings: dict[str, float] = {}
         self.squares = 0.0  # of all gradients
 
-    def take(self, name: str, parameter: nn.Parameter) -> None:
-        """Write what `parameter` becomes; its gradient and value are of no use afterwards."""
+    def take(self, name: str, parameter: nn.Parameter, gradient: torch.Tensor | None = None) -> None:
+        """Write what `parameter` becomes by its gradient, or this one; both are of no use afterwards."""
         before = parameter.detach()
         self.roundings[name] = _rounding(before) * self._job.steps
-        if parameter.grad is None:
+        gradient, parameter.grad = parameter.grad if gradient is None else gradient, None
+        if gradient is None:
             self.updates.put(name, torch.zeros_like(before))
             return
-        self.gradients.put(name, parameter.grad)
-        self.squares += float(sum_of_squares([parameter.grad]))
+        self.gradients.put(name, gradient)
+        self.squares += float(sum_of_squares([gradient]))
         after = nn.Parameter(before.clone())
-        after.grad, parameter.grad = parameter.grad, None
+        after.grad = gradient
         optimizer_over(self._job, [after]).step()
         self.updates.put(name, after.detach().sub_(before))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.plan.sources import check_source
 from shardwise.schedule import GENERATORS
 from shardwise.trace.objective import LossFunction
+from shardwise.train.optimizers import MOMENTS
 from shardwise.verify.comparison import Comparison, Rounding, errors_of, relative
 from shardwise.verify.difference import first_difference
 from shardwise.verify.job import expert_plan_of, open_source, tensor_plan_of, whole_bytes
@@ -36,6 +39,8 @@ _TOLERANCES = {
     torch.float64: (EXACT, "float64 sums taken in another order"),
     torch.float32: (1e-5, "float32 sums taken in another order, over some tens of layers"),
 }
+# Of products in 16 bits, about 16 units in the last place (2^-8, 2^-11, 2^-4), over some tens of layers.
+_NARROW = MappingProxyType({"bfloat16": 6e-2, "float16": 8e-3, "float8": 1.0})
 
 
 def verify(
@@ -79,7 +84,10 @@ def verify(
     …}`) or as a `TensorPlan`; by default a plan is found. It is proven before ranks are started, and refused with the
     module and the first tensor that differs where it is wrong; so is a `tp_plan` that was set on the model.
 
-    techniques: how the layout's side keeps and sends numbers; the reference does as the model says.
+    optimizer: "sgd", "momentum" (Nesterov's), "adamw" or "muon".
+
+    techniques: how the layout's side keeps and sends numbers. The reference computes in the same precision, and else
+    does as the model says.
 
     starter: starts all ranks and is left open, so that several verifications pay the start once (seconds); else one
     is made and ended. Let it preload what models are made of, such as "transformers.models.llama.modeling_llama".
@@ -88,8 +96,8 @@ def verify(
     `LaunchError`; `ConfigError` for options that do not go together.
     """
     laid_out = Layout.parse(layout) if isinstance(layout, str) else layout
-    if optimizer not in ("sgd", "adamw"):
-        raise ConfigError(f"optimizer={optimizer!r} is not one of sgd, adamw")
+    if optimizer not in MOMENTS:
+        raise ConfigError(f"optimizer={optimizer!r} is not one of {', '.join(MOMENTS)}; use one of these")
     if checkpoint is not None:
         open_source(str(Path(checkpoint).expanduser()))  # what is wrong with it is said before ranks are started
     size = batch_size(batch, batch_dims)
@@ -130,6 +138,16 @@ def _chosen(job: Job, wanted: str, memory_bytes: int | None, needed: Callable[[]
             f"a streamed reference takes one step, but steps={job.steps} ({chosen.why}); use steps=1, or "
             'reference="whole" on a machine with more memory'
         )
+    if chosen.streamed and _narrows(job):
+        raise ConfigError(
+            f"a streamed reference computes in the model's own dtype, and the layout in 16 bits ({chosen.why}); use "
+            'reference="whole"'
+        )
+    if chosen.streamed and job.optimizer == "muon":
+        raise ConfigError(
+            f"a streamed reference updates one parameter at a time, and Muon asks which of all are hidden matrices "
+            f'({chosen.why}); use optimizer="adamw", or reference="whole" on a machine with more memory'
+        )
     return chosen
 
 
@@ -163,7 +181,8 @@ def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> C
     with ranks.pool(1) as one:
         reference: Side = one.run(run_side, job, alone, all_parts, False, timeout_s=timeout_s)[0]
         drawn = "the model draws random numbers, which are keyed by micro-batch or drawn by our code"
-        exempt = exempt or reference.couples or (drawn if reference.random else "")
+        narrow = "the layout computes in 16 bits, a plain forward in the model's own dtype"
+        exempt = exempt or reference.couples or (drawn if reference.random else "") or (narrow if _narrows(job) else "")
         if not exempt:
             whole = one.run(run_whole, job, timeout_s=timeout_s)[0]
         with ranks.pool(job.layout.world_size) as many:
@@ -190,7 +209,7 @@ def _settled(
         exact_sides: list[Side] = many.run(run_side, *call, timeout_s=ranks.timeout_s)
     except Exception:  # whatever a model raises of a type that it does not know: what float32 showed stands
         return None
-    tolerance, by_sign = _TOLERANCES[torch.float32][0], job.optimizer == "adamw"
+    tolerance, by_sign = _TOLERANCES[torch.float32][0], reference.normalised
     return rounding_of(sides, reference, exact_sides, exact, tolerance=tolerance, by_sign=by_sign)
 
 
@@ -215,9 +234,9 @@ def _compare_streamed(job: Job, chosen: Reference, ranks: _Ranks) -> Comparison:
 def _comparison(
     job: Job, chosen: Reference, reference: Side, whole: Whole | None, exempt: str, sides: Sequence[Side]
 ) -> Comparison:
-    tensors = tensor_errors(sides, reference, by_sign=job.optimizer == "adamw")
+    tensors = tensor_errors(sides, reference, by_sign=reference.normalised)
     dtype = job.dtype or next((u.dtype for u in reference.updates.values()), torch.float32)
-    tolerance, reason = _TOLERANCES.get(dtype, (2e-2, f"{dtype} rounds every value"))
+    tolerance, reason = _tolerance(dtype, job.techniques)
     return Comparison(
         layout=f"{job.layout}, {job.micro_batches} micro-batches",
         loss=sides[0].losses[0],
@@ -229,6 +248,7 @@ def _comparison(
         micro_batch_error=None if whole is None else _whole_error(reference, whole),
         exempt=exempt,
         tolerance=tolerance,
+        update_tolerance=math.sqrt(tolerance) if job.optimizer == "adamw" and _narrows(job) else None,
         reason=reason,
         first_difference=None,
         tensors=tensors,
@@ -238,16 +258,31 @@ def _comparison(
         tensor=sides[0].tensor,
         experts=_experts(sides[0]),
         splits=in_words([proof for side in sides for proof in side.split_proofs]),
-        notes=_notes(job.layout),
+        notes=(*sides[0].context, *_notes(job.layout, job.techniques)),
     )
 
 
-def _notes(layout: Layout) -> tuple[str, ...]:
+def _narrows(job: Job) -> bool:
+    return job.techniques is not None and job.techniques.precision.compute != "float32"
+
+
+def _tolerance(dtype: torch.dtype, techniques: Techniques | None) -> tuple[float, str]:
+    """And its reason. Where 16 bits are computed with, both sides round every product, of sums in another order."""
+    compute = "float32" if techniques is None else techniques.precision.compute
+    if compute == "float32":
+        return _TOLERANCES.get(dtype, (2e-2, f"{dtype} rounds every value"))
+    return _NARROW[compute], f"{compute} rounds every product, of sums taken in another order"
+
+
+def _notes(layout: Layout, techniques: Techniques | None) -> tuple[str, ...]:
     """What a comparison of this layout does not say."""
+    label = "" if techniques is None else techniques.precision.label
+    said = (f"both sides compute in {label}",) if label else ()
     family = GENERATORS.get(layout.schedule)
     if family is None or family.flushes:
-        return ()
+        return said
     return (
+        *said,
         f"every step was run by itself; in training, steps of {layout.schedule} overlap and gradients are one step "
         "late (docs/asynchronous.md)",
     )

@@ -11,14 +11,14 @@ The first two are f and g of Shoeybi et al. 2019 (arXiv:1909.08053, figure 3).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
 from shardwise.describe.tensor import Slice
 from shardwise.parallel.tensor.slices import cut, paste
 
-__all__ = ["TensorGroup", "copy_to", "gather_from", "reduce_from", "scatter_to"]
+__all__ = ["Carrier", "TensorGroup", "copy_to", "gather_from", "reduce_from", "scatter_to"]
 
 
 class TensorGroup(Protocol):
@@ -47,8 +47,38 @@ class TensorGroup(Protocol):
         ...
 
 
+class Carrier(torch.Tensor):
+    """A tensor without storage, of which a part is here: what ranks of another group do with it, they do with parts."""
+
+    local: torch.Tensor
+
+    @property
+    def among(self) -> TensorGroup:
+        """The ranks that have the parts."""
+        raise NotImplementedError
+
+    @property
+    def parted(self) -> int:
+        """The dim along which they are parts, negative."""
+        raise NotImplementedError
+
+    def carry(self, local: torch.Tensor) -> Self:
+        """The same of another part."""
+        raise NotImplementedError
+
+
+def _carries(tensor: torch.Tensor, group: TensorGroup, part: Slice | None = None) -> bool:
+    """Whether a function over `group` is one of parts that others have."""
+    if not isinstance(tensor, Carrier) or tensor.among is group:
+        return False
+    return part is None or part.dim % tensor.dim() != tensor.parted % tensor.dim()
+
+
 def copy_to(whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """`whole`, read by this rank's part of the work; its gradient is the sum over the ranks."""
+    if _carries(whole, group):
+        assert isinstance(whole, Carrier)
+        return whole.carry(copy_to(whole.local, group))
     if not (whole.requires_grad and torch.is_grad_enabled()):
         return whole
     return _Copy.apply(whole, group)  # type: ignore[no-any-return, no-untyped-call]
@@ -56,16 +86,25 @@ def copy_to(whole: torch.Tensor, group: TensorGroup) -> torch.Tensor:
 
 def reduce_from(partial: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """The sum of the ranks' `partial`, which is given away: it may be overwritten, if nobody has saved it."""
+    if _carries(partial, group):
+        assert isinstance(partial, Carrier)
+        return partial.carry(reduce_from(partial.local, group))
     return _Reduce.apply(partial.contiguous(), group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def scatter_to(whole: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
     """This rank's part of `whole`, which is the same on every rank."""
+    if _carries(whole, group, part):
+        assert isinstance(whole, Carrier)
+        return whole.carry(scatter_to(whole.local, part, group))
     return _Scatter.apply(whole, part, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_from(local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.Tensor:
     """The whole tensor of which every rank has its part. What several ranks have is taken from the lowest."""
+    if _carries(local, group, part):
+        assert isinstance(local, Carrier)
+        return local.carry(gather_from(local.local, part, group))
     return _Gather.apply(local, part, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -93,7 +132,11 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, partial: torch.Tensor, group: TensorGroup) -> torch.Tensor:
         ctx.mark_dirty(partial)
         total = group.all_reduce(partial)
-        return partial if total is partial else partial.copy_(total)
+        if total is not partial:
+            return partial.copy_(total)
+        # a write that torch sees: whoever keeps results below autograd learns that this one is another now
+        partial.view(-1).narrow(0, 0, 0).zero_()
+        return partial
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

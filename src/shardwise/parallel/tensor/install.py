@@ -205,7 +205,7 @@ class Sharding(Switched):
 
     def _copy(self, x: Any) -> Any:
         """One copy for all layers that read the same tensor, so that their input gradients are summed once."""
-        shard = x if isinstance(x, SequenceShard) else None
+        shard = x if isinstance(x, SequenceShard) and x.region is self.region else None
         if shard is not None:
             x = shard.local
         if not isinstance(x, torch.Tensor) or not (x.requires_grad or shard is not None):
@@ -268,11 +268,14 @@ class Sharding(Switched):
         return forward
 
     def _forked(self, out: torch.Tensor) -> torch.Tensor:
-        return self._tokens.copied(out) if isinstance(out, SequenceShard) else copy_to(out, self.group)
+        if isinstance(out, SequenceShard) and out.region is self.region:
+            return self._tokens.copied(out)
+        return copy_to(out, self.group)
 
     def _cutting(self, body: Forward, part: Slice) -> Forward:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return body(scatter_to(whole_tokens(x), part, self.group), *args, **kwargs)
+            own = isinstance(x, SequenceShard) and x.region is self.region
+            return body(scatter_to(whole_tokens(x) if own else x, part, self.group), *args, **kwargs)
 
         return forward
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from shardwise.comm.point_to_point import Waitable
+
 __all__ = ["ProcessTensorGroup"]
 
 
@@ -18,6 +20,7 @@ class ProcessTensorGroup:
         self.reduced_bytes = 0
         self.gathered_bytes = 0  # of the whole tensors: half an all-reduce of as many
         self.scattered_bytes = 0
+        self.sent_bytes = 0  # from rank to rank
 
     @property
     def rank(self) -> int:
@@ -52,3 +55,16 @@ class ProcessTensorGroup:
         self.scattered_bytes += tensor.nbytes
         dist.reduce_scatter(out, list(tensor.unbind()), group=self._group)
         return out
+
+    def isend(self, tensor: torch.Tensor, peer: int) -> Waitable:
+        """Send a contiguous tensor to one rank of the group."""
+        self.sent_bytes += tensor.nbytes
+        work = dist.isend(tensor, group=self._group, group_dst=peer)
+        assert work is not None
+        return work
+
+    def irecv(self, tensor: torch.Tensor, peer: int) -> Waitable:
+        """Have the next tensor of one rank of the group put into this one."""
+        work = dist.irecv(tensor, group=self._group, group_src=peer)
+        assert work is not None
+        return work

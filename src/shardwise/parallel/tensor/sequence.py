@@ -30,16 +30,25 @@ __all__ = ["Regathered", "Tokens", "gather", "gather_copy", "reduce", "scatter"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tokens:
-    """Where a tensor has its tokens: dim `dim` (negative) holds `others` runs of `size`."""
+    """Where a tensor has its tokens: dim `dim` (negative) holds `others` runs of `size`.
+
+    A run may be a part of what was dealt out: tokens [first, first + size) of `of`, each where it was before.
+    """
 
     dim: int
     size: int
     others: int = 1
+    first: int = 0
+    of: int | None = None
 
     @property
     def extent(self) -> int:
         """Elements along the dim of the whole tensor."""
         return self.others * self.size
+
+    def at(self, dim: int, others: int | None = None) -> Tokens:
+        """The same tokens in another dim."""
+        return dataclasses.replace(self, dim=dim, others=self.others if others is None else others)
 
     def bounds(self, rank: int, ranks: int) -> tuple[int, int]:
         """The tokens of a rank, of each run."""

@@ -6,6 +6,7 @@ has its tokens; or NotImplemented, where one token's answer needs another token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -27,6 +28,7 @@ __all__ = [
     "VIEWS",
     "Operands",
     "Rule",
+    "Whole",
 ]
 
 
@@ -35,6 +37,7 @@ class Operands(Protocol):
 
     tokens: Tokens
     shape: tuple[int, ...]  # of the first shard, whole
+    fit: bool  # so far, no tensor has a dim of tokens that is neither theirs nor one
 
     def is_shard(self, leaf: Any) -> bool: ...
 
@@ -51,7 +54,14 @@ class Operands(Protocol):
         ...
 
 
-Made = Any  # (local, Tokens), or a sequence of such, or NotImplemented
+@dataclasses.dataclass(frozen=True, slots=True)
+class Whole:
+    """An answer that every rank has whole."""
+
+    value: Any
+
+
+Made = Any  # (local, Tokens), or a list of such, or a Whole, or NotImplemented
 Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], Operands], Made]
 
 
@@ -70,7 +80,7 @@ def _reduction(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operan
         return NotImplemented
     behind = sum(dim > operands.tokens.dim for dim in counted) if made.dim() < num else 0
     tokens = operands.tokens
-    return made, Tokens(tokens.dim + behind, tokens.size, tokens.others)
+    return made, tokens.at(tokens.dim + behind)
 
 
 def _pieces(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:
@@ -137,7 +147,7 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands
     )
     if at is None or not tokens.size or not math.prod(new):
         return NotImplemented
-    made = Tokens(at - len(new), tokens.size, new[at] // tokens.size)
+    made = tokens.at(at - len(new), new[at] // tokens.size)
     operands.saw_runs(made)
     local = operands.local(args[0])
     own = local.shape[tokens.dim] // tokens.others
@@ -166,7 +176,7 @@ def _index(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: 
     tokens = operands.tokens
     behind = sum(type(part) is int for part in every[place + 1 :])
     own = (*every[:place], slice(None), *every[place + 1 :])
-    return operands.local(args[0])[own], Tokens(tokens.dim + behind, tokens.size, tokens.others)
+    return operands.local(args[0])[own], tokens.at(tokens.dim + behind)
 
 
 def _dropout(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:

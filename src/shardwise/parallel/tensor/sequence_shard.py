@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.errors import DataflowError
-from shardwise.parallel.tensor.collectives import TensorGroup, copy_to
+from shardwise.parallel.tensor.collectives import Carrier, TensorGroup, copy_to
 from shardwise.parallel.tensor.sequence import Tokens, gather, scatter
 from shardwise.parallel.tensor.sequence_ops import (
     ASKS,
@@ -30,6 +30,8 @@ from shardwise.parallel.tensor.sequence_ops import (
     SAME_MEMORY,
     VIEWS,
     Operands,
+    Rule,
+    Whole,
 )
 
 __all__ = ["Region", "SequenceShard", "shard_of", "whole_tokens"]
@@ -49,6 +51,33 @@ class Region:
     left: set[int] = dataclasses.field(default_factory=set)  # places of shards among what units have returned
     runs: dict[int, int] = dataclasses.field(default_factory=dict)  # samples × tokens, as seen -> tokens
 
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        """What works on tokens by themselves here, besides what works on every element."""
+        return RULES
+
+    def mixes(self, func: Any) -> bool:
+        """Whether the rule of a function is given shards that are dealt out in different ways."""
+        return False
+
+    def scatter(self, whole: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """This rank's tokens of what is the same on every rank."""
+        return scatter(whole, tokens, self.group)
+
+    def meeting(self, whole: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """This rank's tokens of an operand, which is only read."""
+        return self.scatter(whole, tokens)
+
+    def gather(self, local: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """All tokens, for work that every rank repeats."""
+        return gather(local, tokens, self.group)
+
+    def weight(self, leaf: torch.Tensor, *, matrix: bool) -> torch.Tensor:
+        """A tensor with a gradient that meets every token."""
+        if self.inside and (matrix or leaf.dim() <= 1 or isinstance(leaf, torch.nn.Parameter)):
+            return leaf  # its gradient is partial, and summed once a step
+        return copy_to(leaf, self.group)
+
     def tokens_of(self, shape: Sequence[int]) -> Tokens | None:
         """How a tensor (..., tokens, features) is dealt out; None where it has no such dims."""
         if len(shape) < 2:
@@ -67,10 +96,9 @@ class _Memory:
     # joined tensors of which somebody holds a view, which would not see a write, and their versions
 
 
-class SequenceShard(torch.Tensor):
+class SequenceShard(Carrier):
     """A tensor without storage, of which `local` (this rank's tokens) is here, with its graph."""
 
-    local: torch.Tensor
     tokens: Tokens
     region: Region
     memory: _Memory
@@ -88,6 +116,18 @@ class SequenceShard(torch.Tensor):
         if not region.inside:
             made.watch()
         return made
+
+    @property
+    def among(self) -> TensorGroup:
+        return self.region.group
+
+    @property
+    def parted(self) -> int:
+        return self.tokens.dim
+
+    def carry(self, local: torch.Tensor) -> SequenceShard:
+        """The same tokens of another tensor."""
+        return SequenceShard(local, self.tokens, self.region)
 
     def watch(self) -> None:
         """Refuse a gradient of the shard itself: what computes with it has its graph at `local`.
@@ -126,7 +166,7 @@ class SequenceShard(torch.Tensor):
 def shard_of(whole: torch.Tensor, region: Region) -> torch.Tensor:
     """This rank's tokens of a tensor (..., tokens, features) that every rank has; others come back as they are."""
     tokens = region.tokens_of(whole.shape)
-    return whole if tokens is None else SequenceShard(scatter(whole, tokens, region.group), tokens, region)
+    return whole if tokens is None else SequenceShard(region.scatter(whole, tokens), tokens, region)
 
 
 def whole_tokens(leaf: Any) -> Any:
@@ -137,7 +177,7 @@ def whole_tokens(leaf: Any) -> Any:
         _refuse_unknown(leaf)
     if leaf.joined is not None and leaf.joined[0] == leaf.memory.writes:
         return leaf.joined[1]
-    whole = gather(leaf.local, leaf.tokens, leaf.region.group)
+    whole = leaf.region.gather(leaf.local, leaf.tokens)
     if torch.is_grad_enabled() or not leaf.local.requires_grad:  # else it has no graph, and the next reader wants one
         leaf.joined = leaf.memory.writes, whole
     return whole
@@ -157,7 +197,9 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*[like if arg is first else arg for arg in args], **kwargs) if len(shards) == 1 else NotImplemented
     if func in OWN_MEMORY:
         return func(first.local, *args[1:], **kwargs)
-    if any(shard.tokens is not first.tokens and shard.tokens != first.tokens for shard in shards):
+    rules = first.region.rules
+    differ = any(shard.tokens is not first.tokens and shard.tokens != first.tokens for shard in shards)
+    if differ and not first.region.mixes(func):
         return NotImplemented
     operands = _Operands(first)
     if func in ELEMENTWISE:
@@ -168,11 +210,13 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return _written(first, local)
         same = func in SAME_MEMORY and (local.dtype, local.device) == (first.local.dtype, first.local.device)
         return _again(first, local, first.tokens, may_share=same)
-    if func not in RULES:
+    if func not in rules:
         return NotImplemented
-    answer = RULES[func](func, args, kwargs, operands)
+    answer = rules[func](func, args, kwargs, operands)
     if answer is NotImplemented or not operands.fit:
         return NotImplemented
+    if isinstance(answer, Whole):
+        return answer.value
     if isinstance(answer, list):
         return tuple(_again(first, local, tokens, may_share=func in VIEWS) for local, tokens in answer)
     made, tokens = answer
@@ -189,10 +233,11 @@ def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SequenceS
 class _Operands(Operands):
     """What a function is given, as this rank's tokens are to meet it."""
 
-    __slots__ = ("first", "fit", "shape", "tokens")
+    __slots__ = ("first", "fit", "region", "shape", "tokens")
 
     def __init__(self, first: SequenceShard) -> None:
         self.first = first
+        self.region = first.region
         self.tokens = first.tokens
         self.shape = tuple(first.shape)
         self.fit = True
@@ -213,7 +258,7 @@ class _Operands(Operands):
         if at == 1:  # it meets every token, also the only one
             return self.weight(leaf)
         if at == tokens.extent:
-            return scatter(leaf, tokens, self.first.region.group)
+            return self.first.region.meeting(leaf, tokens)
         self.fit = False
         return leaf
 
@@ -225,9 +270,7 @@ class _Operands(Operands):
         if isinstance(leaf, SequenceShard):
             self.fit = False
             return leaf
-        if region.inside and (matrix or leaf.dim() <= 1 or isinstance(leaf, torch.nn.Parameter)):
-            return leaf  # its gradient is partial, and summed once a step
-        return copy_to(leaf, region.group)
+        return region.weight(leaf, matrix=matrix)
 
     def saw_runs(self, tokens: Tokens) -> None:
         if tokens.others > 1:
@@ -330,7 +373,7 @@ def _joined(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if whole._version != version:
             _refuse_unseen(shard, func)
             with torch._C.DisableTorchFunctionSubclass():
-                dealt = scatter(whole, shard.tokens, region.group)
+                dealt = region.scatter(whole, shard.tokens)
                 _written(shard, shard.local.copy_(dealt) if shard.memory.several else dealt)
         if whole.untyped_storage().data_ptr() in made:
             shard.memory.views.append((whole, whole._version))

@@ -5,6 +5,8 @@ A rank that raises, or ends, ends at once whoever waits for it: nobody waits for
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,6 +32,8 @@ class _Meeting:
         self._here = 0
         self._round = 0
         self._over = False
+        self._gone: set[int] = set()
+        self._mail: dict[tuple[int, int], collections.deque[torch.Tensor]] = {}
         self.late = False
 
     def wait(self) -> None:
@@ -47,11 +51,55 @@ class _Meeting:
             if self._round == mine:
                 raise _Broken
 
-    def leave(self) -> None:
+    def leave(self, rank: int) -> None:
         """Never to come again."""
         with self._changed:
             self._over = True
+            self._gone.add(rank)
             self._changed.notify_all()
+
+    def post(self, tensor: torch.Tensor, sender: int, receiver: int) -> None:
+        """Lay a tensor down for one rank, behind what the sender has laid down for it before."""
+        with self._changed:
+            self._mail.setdefault((sender, receiver), collections.deque()).append(tensor)
+            self._changed.notify_all()
+
+    def take(self, sender: int, receiver: int) -> torch.Tensor:
+        """The next tensor of a sender. Raises `_Broken` where it has left, or lays down none in time."""
+        with self._changed:
+            mail = self._mail.setdefault((sender, receiver), collections.deque())
+            if not self._changed.wait_for(lambda: mail or sender in self._gone, _DEADLINE_SECONDS):
+                self.late = True
+            if not mail:
+                raise _Broken
+            return mail.popleft()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sent:
+    """A tensor that is copied."""
+
+    def wait(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Awaited:
+    """A tensor that is to be put into another."""
+
+    meeting: _Meeting
+    target: torch.Tensor
+    sender: int
+    receiver: int
+
+    def wait(self) -> None:
+        given = self.meeting.take(self.sender, self.receiver)
+        if (given.shape, given.dtype) != (self.target.shape, self.target.dtype):
+            raise ValueError(
+                f"rank {self.sender} sent {given.dtype} {tuple(given.shape)}, and rank {self.receiver} expected "
+                f"{self.target.dtype} {tuple(self.target.shape)}"
+            )
+        self.target.copy_(given)
 
 
 class ThreadGroup:
@@ -85,6 +133,15 @@ class ThreadGroup:
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' blocks for this one, in the order of the ranks."""
         return self._exchanged(tensor, lambda given: torch.stack([each[self._rank] for each in given]).sum(0))
+
+    def isend(self, tensor: torch.Tensor, peer: int) -> _Sent:
+        """Send to one rank of the group; copied, so the tensor may be written at once."""
+        self._meeting.post(tensor.detach().clone(), self._rank, peer)
+        return _Sent()
+
+    def irecv(self, tensor: torch.Tensor, peer: int) -> _Awaited:
+        """Have the next tensor of one rank of the group put into this one. Wait in the order of the calls."""
+        return _Awaited(self._meeting, tensor, peer, self._rank)
 
     def _exchanged(self, tensor: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         self._slots[self._rank] = tensor.detach()
@@ -129,7 +186,7 @@ def on_threads(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result]
         except BaseException as error:
             if not isinstance(error, _Broken):
                 errors.append(error)
-        meeting.leave()
+        meeting.leave(rank)
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
     for thread in threads:

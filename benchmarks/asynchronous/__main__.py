@@ -1,0 +1,5 @@
+"""`python -m benchmarks.asynchronous`."""
+
+from benchmarks.asynchronous.run import main
+
+main()
