@@ -1,12 +1,13 @@
 # demo  trains a small model on this machine and proves the result     test  the whole suite
 # check lint, format, types, architecture                              bench every benchmark, quick
+# verify-all  every schedule, technique and pair of layouts against one device; writes docs/matrix.md (about an hour)
 # Each makes .venv first if it is missing or older than pyproject.toml and constraints.txt.
 # Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench verify-all
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -27,6 +28,12 @@ bench: $(STAMP)
 	    [ -e "$$run" ] || continue; \
 	    $(BIN)/python -m "benchmarks.$$(basename "$$(dirname "$$run")")" --quick; \
 	done
+
+verify-all: $(STAMP)
+	$(BIN)/python -m benchmarks.schedules.matrix --json benchmarks/schedules/results/matrix.json
+	$(BIN)/python -m benchmarks.matrix --json benchmarks/matrix/results/matrix.json
+	$(BIN)/python -m benchmarks.matrix.resume --json benchmarks/matrix/results/resume.json
+	$(BIN)/python -m benchmarks.matrix.page
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "shardwise: preparing .venv (downloads happen here, and only here)"

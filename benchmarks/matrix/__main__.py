@@ -1,4 +1,4 @@
-"""`python -m benchmarks.matrix [--covering] [--only WORD ...] [--json FILE]`: one line a case, tables of errors."""
+"""`python -m benchmarks.matrix [--covering] [--only WORD ...] [--json FILE]`: one line a case, and tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.circumstances import circumstances
-from benchmarks.matrix.cases import BESIDE, DATA, USES, Case, all_cases, covering_cases
+from benchmarks.matrix.cases import Case, all_cases, covering_cases
 from benchmarks.matrix.side import STEPS, TOLERANCE, Plans, Result, plans_for, run_case
+from benchmarks.matrix.table import table
 from shardwise.launch import RankPool, RankStarter
 
 _NAME = "benchmarks.matrix"
@@ -24,43 +26,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {_NAME}", description=__doc__)
     parser.add_argument("--covering", action="store_true", help="only the cases that the tests run")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only cases whose names have all words")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every error there, after every case")
+    parser.add_argument("--missing", action="store_true", help="only cases that FILE has not; it keeps its others")
     told = parser.parse_args()
     cases = [
         each for each in (covering_cases() if told.covering else all_cases()) if all(w in str(each) for w in told.only)
     ]
+    found: dict[str, dict[str, Any]] = {}
+    if told.missing and told.json is not None and told.json.exists():
+        found = json.loads(told.json.read_text(encoding="utf-8"))["cases"]
+        cases = [case for case in cases if str(case) not in found]
     start = time.perf_counter()
-    found = _run(cases)
-    print(_tables(found))
-    worst = max((result.worst for _, result, _ in found if result is not None), default=0.0)
-    failed = [(str(case), why) for case, result, why in found if result is None or not result.worst <= TOLERANCE]
+    for case, result, why in _run(cases):
+        found[str(case)] = {"worst": None} if result is None else {"worst": result.worst, **dataclasses.asdict(result)}
+        found[str(case)]["why"] = why
+        if told.json is not None:
+            _write(told.json, found)
+    print(table(found))
+    failed = {case: each["why"] for case, each in found.items() if each["why"]}
+    worst = max((each["worst"] for each in found.values() if each["worst"] is not None), default=0.0)
     print(
         f"{len(found)} cases of {STEPS} steps on real ranks in {time.perf_counter() - start:.0f} s; worst error of "
         f"loss, gradients, norm, updated weights, evaluation {worst:.1e} (tolerance {TOLERANCE:.0e}); "
         f"{len(failed)} failed"
     )
-    if told.json is not None:
-        errors = {str(case): None if result is None else dataclasses.asdict(result) for case, result, _ in found}
-        figures = {"tolerance": TOLERANCE, "steps": STEPS, "worst": worst, "failed": dict(failed), "cases": errors}
-        told.json.parent.mkdir(parents=True, exist_ok=True)
-        told.json.write_text(json.dumps(circumstances(_NAME) | figures, indent=1) + "\n", encoding="utf-8")
     if failed:
-        print("failed:", *(f"{case}: {why}" for case, why in failed), sep="\n  ")
+        print("failed:", *(f"{case}: {why}" for case, why in failed.items()), sep="\n  ")
         sys.exit(1)
 
 
-def _run(cases: Sequence[Case]) -> list[tuple[Case, Result | None, str]]:
+def _write(file: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """All figures, in the order of the cases, whole or not at all."""
+    ordered = {str(case): found[str(case)] for case in all_cases() if str(case) in found}
+    figures = {"tolerance": TOLERANCE, "steps": STEPS, "cases": ordered}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(circumstances(_NAME) | figures, indent=1) + "\n", encoding="utf-8")
+    draft.replace(file)
+
+
+def _run(cases: Sequence[Case]) -> Iterator[tuple[Case, Result | None, str]]:
     """One pool of ranks at a time, the smallest first; each case with its worst rank, or why there is none."""
-    found: list[tuple[Case, Result | None, str]] = []
     plans = plans_for(cases)
     with RankStarter(preload=(run_case.__module__,)) as starter:
         for size in sorted({case.world_size for case in cases}):
             with RankPool(size, starter=starter, num_threads=1) as pool:
                 for case in (each for each in cases if each.world_size == size):
                     start = time.perf_counter()
-                    found.append((case, *_one(pool, case, plans)))
-                    print(_line(*found[-1], seconds=time.perf_counter() - start), flush=True)
-    return found
+                    result, why = _one(pool, case, plans)
+                    print(_line(case, result, why, seconds=time.perf_counter() - start), flush=True)
+                    yield case, result, why
 
 
 def _one(pool: RankPool, case: Case, plans: Plans) -> tuple[Result | None, str]:
@@ -81,22 +96,6 @@ def _line(case: Case, result: Result | None, why: str, *, seconds: float) -> str
         f"loss {result.loss:7.1e}  evaluation {result.evaluation:7.1e}  {seconds:4.1f} s"
         + (f"  MISSING {', '.join(result.missing[:3])}" if result.missing else "")
     )
-
-
-def _tables(found: Sequence[tuple[Case, Result | None, str]]) -> str:
-    """Worst error by data and what is beside, one table a use."""
-    lines: list[str] = []
-    for use in USES:
-        cells = {
-            (case.data, case.beside): "FAILED" if result is None else f"{result.worst:.0e}"
-            for case, result, _ in found
-            if case.use == use
-        }
-        lines += ["", f"{use:14s}" + "".join(f"{name:>12s}" for name in BESIDE)]
-        lines += [
-            f"{data:14s}" + "".join(f"{cells.get((data, beside), ''):>12s}" for beside in BESIDE) for data in DATA
-        ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ data     dp2 replicas; zero1, zero2, zero3: two replicas that divide optimizer s
 beside   nothing; two shards; two pipeline ranks by three schedules; two ranks a sequence, in two ways; two ranks that
          divide experts
 use      plain; activations computed again; gradients of more micro-batches, unequal ones; clipped by the norm
+
+In two of the uses replicas of one host reach each other through shared memory, in the other two by messages alone, as
+those of several hosts do.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from shardwise.layout import Layout
+from shardwise.layout import Communication, Layout, Techniques
 
 __all__ = ["BESIDE", "DATA", "USES", "Case", "all_cases", "covering_cases"]
 
@@ -75,6 +78,12 @@ class Case:
         """Of one replica."""
         few, many = (4, 5) if self.beside.startswith("pp") else (1, 3)
         return many if self.accumulates else few
+
+    @property
+    def techniques(self) -> Techniques:
+        """Messages go round in rings where the memory of the host is not shared."""
+        shared = self.use in ("plain", "accumulation")
+        return Techniques(communication=Communication(algorithm="auto" if shared else "ring"))
 
     @property
     def accumulates(self) -> bool:

@@ -8,6 +8,7 @@ Dropout is on, the rate changes every step, the data are read for the second tim
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -28,14 +29,13 @@ from shardwise.checkpoint.load import load_slices
 from shardwise.checkpoint.slices import TensorSlice
 from shardwise.checkpoint.source import open_checkpoint
 from shardwise.launch import RankContext, RankPool, RankStarter
-from shardwise.layout import Layout
 from shardwise.train.build import Job, build
 from shardwise.train.loop import run_steps
 from shardwise.train.run import prepare
 from shardwise.train.run_file import run_from
 from shardwise.train.state import save
 
-__all__ = ["CURVE", "LAYOUTS", "REQUIRED", "Resumed", "job_of", "resume_on", "save_on", "some_pairs"]
+__all__ = ["CURVE", "LAYOUTS", "REQUIRED", "Resumed", "Runs", "some_pairs"]
 
 _NAME = "benchmarks.matrix.resume"
 STEPS, SAVED = 6, 3
@@ -72,9 +72,16 @@ class Resumed:
 
 
 def some_pairs() -> tuple[tuple[str, str], ...]:
-    """As many as have every layout once on either side: each saves for the next."""
-    names = tuple(LAYOUTS)
-    return tuple(zip(names, (*names[1:], names[0]), strict=True))
+    """As few as have every layout once, on either side."""
+    return (
+        ("one", "zero1"),
+        ("dp2", "tp2"),
+        ("pp2", "zero3"),
+        ("tp2-pp2", "hsdp"),
+        ("zero2", "cp2"),
+        ("zero3-tp2", "zero3-pp2"),
+        ("zero3-ep2", "ep2"),
+    )
 
 
 def job_of(name: str, folder: Path, *, experts: bool, source: Path | None = None, optimizer: str = "adamw") -> Job:
@@ -143,90 +150,120 @@ def _differing(first: Path, second: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
+class Runs:
+    """Runs that save and runs that go on from them, in one folder, on warm ranks. Used with `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._starter = self._stack.enter_context(RankStarter(preload=(__name__,)))
+        self._pools: dict[int, RankPool] = {}
+        self._curves: dict[tuple[str, bool], tuple[float, ...]] = {}
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def pair(self, first: str, second: str) -> tuple[float, str]:
+        """The largest error of a loss that `second` has behind the checkpoint of `first`, and what is wrong, or ""."""
+        experts = "ep2" in f"{first} {second}"
+        whole = self._saved("one", experts)
+        own = self._saved(first, experts)
+        job = job_of(second, self._folder / f"{first}-to-{second}", experts=experts, source=self._step(first, experts))
+        told: Resumed = self._pool(job).run(resume_on, job, Path(job.run.folder) / "again", timeout_s=120.0)[0]
+        error = max(_error(told.losses, whole[SAVED:]), _error(own, whole))
+        if told.differing:
+            return error, f"{len(told.differing)} tensors differ, such as {told.differing[0]}"
+        return error, "" if error <= CURVE else "another curve"
+
+    def _saved(self, name: str, experts: bool) -> tuple[float, ...]:
+        """The losses of the run that saves."""
+        if (name, experts) not in self._curves:
+            job = job_of(name, self._run(name, experts), experts=experts)
+            self._curves[name, experts] = self._pool(job).run(save_on, job, timeout_s=120.0)[0]
+        return self._curves[name, experts]
+
+    def _run(self, name: str, experts: bool) -> Path:
+        return self._folder / f"{name}{'-experts' if experts else ''}"
+
+    def _step(self, name: str, experts: bool) -> Path:
+        return self._run(name, experts) / "checkpoints" / f"step_{SAVED}"
+
+    def _pool(self, job: Job) -> RankPool:
+        size = job.run.layout.world_size
+        if size not in self._pools:
+            made = RankPool(size, starter=self._starter, num_threads=1)
+            self._pools[size] = self._stack.enter_context(made)
+        return self._pools[size]
+
+
+def _error(losses: Sequence[float], wanted: Sequence[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
+
+
 def main() -> None:
     """Every pair; exit status 1 if one is not resumed."""
     parser = argparse.ArgumentParser(prog=f"python -m {_NAME}", description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these layouts, of LAYOUTS")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="pairs of these layouts, of LAYOUTS")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, after every pair")
+    parser.add_argument("--missing", action="store_true", help="only pairs that FILE has not; it keeps its others")
     told = parser.parse_args()
     names = tuple(told.only) or tuple(LAYOUTS)
+    figures: dict[str, dict[str, Any]] = {}
+    if told.missing and told.json is not None and told.json.exists():
+        figures = json.loads(told.json.read_text(encoding="utf-8"))["pairs"]
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="shardwise-resume-") as folder:
-        figures = _run(names, Path(folder))
-    failed = {pair: each["why"] for pair, each in figures.items() if each["why"]}
-    worst = max((each["error"] for each in figures.values() if each["error"] is not None), default=0.0)
+    with tempfile.TemporaryDirectory(prefix="shardwise-resume-") as folder, Runs(Path(folder)) as runs:
+        for first, second in itertools.product(names, names):
+            if f"{first} -> {second}" not in figures:
+                figures[f"{first} -> {second}"] = _figure(runs, first, second)
+                if told.json is not None:
+                    _write(told.json, figures)
+    failed = _failed(figures)
     print(
-        f"{len(figures)} pairs on real ranks in {time.perf_counter() - start:.0f} s; worst error of a loss {worst:.1e} "
-        f"(tolerance {CURVE:.0e}); {len(failed)} failed"
+        f"{len(figures)} pairs on real ranks in {time.perf_counter() - start:.0f} s; worst error of a loss "
+        f"{_worst(figures):.1e} (tolerance {CURVE:.0e}); {len(failed)} failed"
     )
-    if told.json is not None:
-        told.json.parent.mkdir(parents=True, exist_ok=True)
-        values = {
-            "tolerance": CURVE,
-            "steps": STEPS,
-            "saved": SAVED,
-            "worst": worst,
-            "failed": failed,
-            "pairs": figures,
-        }
-        told.json.write_text(json.dumps(circumstances(_NAME) | values, indent=1) + "\n", encoding="utf-8")
     if failed:
         print("failed:", *(f"{pair}: {why}" for pair, why in failed.items()), sep="\n  ")
         sys.exit(1)
 
 
-def _run(names: Sequence[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """By "saved -> resumed": the largest error of a loss, and why the pair is not resumed, or nothing."""
-    sizes = {name: Layout.parse(LAYOUTS[name]).world_size for name in names}
-    pairs = sorted(itertools.product(names, names), key=lambda pair: sizes[pair[1]])
-    figures: dict[str, dict[str, Any]] = {}
-    with RankStarter(preload=(__name__,)) as starter:
-        curves = {experts: _saved(starter, "one", folder, experts) for experts in (False, True)}
-        for name, experts in itertools.product(names, (False, True)):
-            if not (experts is False and "ep2" in name):
-                _saved(starter, name, folder, experts)
-        for size in sorted(set(sizes.values())):
-            with RankPool(size, starter=starter, num_threads=1) as pool:
-                for first, second in (pair for pair in pairs if sizes[pair[1]] == size):
-                    figures[f"{first} -> {second}"] = _pair(pool, first, second, folder, curves)
-    return figures
+def _write(file: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """All figures, in the order of the pairs, whole or not at all."""
+    names = [f"{first} -> {second}" for first, second in itertools.product(LAYOUTS, LAYOUTS)]
+    told = {
+        "tolerance": CURVE,
+        "steps": STEPS,
+        "worst": _worst(figures),
+        "failed": _failed(figures),
+        "pairs": {name: figures[name] for name in names if name in figures},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(circumstances(_NAME) | told, indent=1) + "\n", encoding="utf-8")
+    draft.replace(file)
 
 
-def _saved(starter: RankStarter, name: str, folder: Path, experts: bool) -> tuple[float, ...]:
-    own = folder / f"{name}{'-experts' if experts else ''}"
-    if (own / "checkpoints").exists():
-        return ()
-    job = job_of(name, own, experts=experts)
-    with RankPool(job.run.layout.world_size, starter=starter, num_threads=1) as pool:
-        losses: tuple[float, ...] = pool.run(save_on, job, timeout_s=120.0)[0]
-    return losses
+def _failed(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {pair: each["why"] for pair, each in figures.items() if each["why"]}
 
 
-def _pair(
-    pool: RankPool, first: str, second: str, folder: Path, curves: Mapping[bool, Sequence[float]]
-) -> dict[str, Any]:
-    experts = "ep2" in f"{first} {second}"
-    source = step_folder(folder / f"{first}{'-experts' if experts else ''}")
-    target = folder / f"{first}-to-{second}"
-    start = time.perf_counter()
+def _worst(figures: Mapping[str, Mapping[str, Any]]) -> float:
+    return max((each["error"] for each in figures.values() if each["error"] is not None), default=0.0)
+
+
+def _figure(runs: Runs, first: str, second: str) -> dict[str, Any]:
+    start, error = time.perf_counter(), None
     try:
-        job = job_of(second, target, experts=experts, source=source)
-        told: Resumed = pool.run(resume_on, job, target / "again", timeout_s=120.0)[0]
-    except Exception as error:  # a pair that fails is a line of the table
-        print(f"{first:12s} -> {second:12s} FAILED {type(error).__name__}: {error}", flush=True)
-        return {"error": None, "why": f"{type(error).__name__}: {error}"}
-    wanted = curves[experts][SAVED:]
-    error = max(abs(a - b) / abs(b) for a, b in zip(told.losses, wanted, strict=True))
-    why = f"{len(told.differing)} tensors differ, such as {told.differing[0]}" if told.differing else ""
-    why = why or ("" if error <= CURVE else "another curve")
-    seconds = time.perf_counter() - start
-    print(f"{first:12s} -> {second:12s} worst loss {error:7.1e}  {seconds:4.1f} s  {why}", flush=True)
+        error, why = runs.pair(first, second)
+    except Exception as failure:  # a pair that fails is a line of the table
+        why = f"{type(failure).__name__}: {failure}"
+    shown = "" if error is None else f"worst loss {error:7.1e}  {time.perf_counter() - start:4.1f} s"
+    print(f"{first:12s} -> {second:12s} {shown}  {why.splitlines()[0][:160] if why else ''}", flush=True)
     return {"error": error, "why": why}
-
-
-def step_folder(run_folder: Path) -> Path:
-    """Where a run that saved has the checkpoint that the others go on from."""
-    return run_folder / "checkpoints" / f"step_{SAVED}"
 
 
 if __name__ == "__main__":

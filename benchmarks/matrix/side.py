@@ -100,6 +100,7 @@ def run_case(rank: RankContext, case: Case, plans: Plans, *, change: Callable[[P
         num_micro_batches=case.micro_batches,
         tensor=plans.tensor if layout.tp > 1 else None,
         experts=plans.experts if layout.ep > 1 else None,
+        techniques=case.techniques,
     )
     options = TrainingOptions(
         steps=STEPS,

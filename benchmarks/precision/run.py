@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="of the demo task")
     parser.add_argument("--layout", default="dp=2", help="of every contender")
-    parser.add_argument("--batch", type=int, help="samples of a step, instead of the demo's own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="PATH=VALUE", help="values of the demo to change")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS))
     parser.add_argument("--quick", action="store_true", help="a small model and few steps, to see that it runs")
     parser.add_argument("--data", type=Path, help="a folder to keep the prepared corpus in")
@@ -92,7 +92,7 @@ def _trained(options: argparse.Namespace, precision: Sequence[str]) -> dict[str,
             f"training.warm_up={min(20, steps)}",
             f"training.evaluate_every={steps}",
             "checkpoint.every=0",
-            *([f"training.global_batch={options.batch}"] if options.batch else []),
+            *options.set,
             *([f'task.cache="{options.data}"'] if options.data is not None else []),
             *(_QUICK if options.quick else ()),
             *precision,
@@ -104,7 +104,7 @@ def _trained(options: argparse.Namespace, precision: Sequence[str]) -> dict[str,
     return {
         "precision": told["start"]["precision"],
         "layout": options.layout,
-        "batch": options.batch,
+        "set": options.set,
         "losses": list(trained.losses),
         "held_out": told["evaluation"]["loss"],
         "skipped_steps": told.get("loss_scale", {}).get("skipped_steps", 0),

@@ -47,7 +47,7 @@ def test_a_run_in_float16_is_resumed_bit_by_bit(rank: RankContext, tmp_path: Pat
     state = open_checkpoint(tmp_path / "saved").manifest.state
     assert isinstance(state["loss_scale"], dict)
     dtypes = {t.dtype for t in open_checkpoint(tmp_path / "saved").manifest.tensors.values() if t.kind == "parameter"}
-    assert dtypes == {"F32"}  # what is saved are masters
+    assert dtypes == {"float32"}  # what is saved are masters
 
 
 @on_ranks(2, timeout_s=60)

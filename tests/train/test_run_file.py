@@ -52,8 +52,10 @@ def test_the_example_is_a_run() -> None:
         ("training.warm_up=11", "warm_up=11 and steps=10; use warm_up=1"),
         ("training.betas=[0.9, 1.0]", r"betas lie in \[0, 1\)"),
         ("training.betas=[0.9]", r"training.betas: they are two numbers, but got \[0.9\]; \[0.9, 0.95\] is usual"),
-        ("training.optimizer=adam", "training.optimizer is one of adamw, sgd, but got 'adam'; write \"adamw\""),
-        ("training.schedule=linear", "is one of cosine, constant, but got 'linear'; use one of these"),
+        ("training.optimizer=adam", "optimizer is one of adamw, sgd, momentum, muon, but got 'adam'; write \"adamw\""),
+        ("training.schedule=step", "is one of cosine, constant, linear, wsd, inverse-sqrt, but got 'step'"),
+        ("training.decay=11", "decay=11 and warm_up=0 of 10 steps; use decay=2"),
+        ("training.accumulate=0", "training.accumulate is at least 1, but got 0"),
         ("training=5", r"training is a table, but got 5; write \[training\] and its keys below"),
         ("model.config=x.json", "a factory or a config, but both are given; drop one"),
         ("model.factory=nocolon", "written \"module:function\", but got 'nocolon'"),
@@ -133,3 +135,10 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path) -> None:
 
 def test_the_seed_of_the_run_is_that_of_the_layout() -> None:
     assert run_from(RUN, ["training.seed=5"]).seeded_layout == Layout(dp=2, pp=2, seed=5)
+
+
+def test_accumulate_is_the_layouts_number_of_micro_batches() -> None:
+    assert run_from(RUN, ["training.accumulate=2", "layout=dp=2"]).layout == Layout(dp=2, micro_batches=2)
+    assert run_from(RUN, ["training.accumulate=2", "layout=dp=2,micro_batches=2"]).num_micro_batches == 2
+    with pytest.raises(ConfigError, match="accumulate = 2 and micro_batches = 4; write one of the two"):
+        run_from(RUN, ["training.accumulate=2", "layout=dp=2,micro_batches=4"])

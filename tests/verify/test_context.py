@@ -20,10 +20,15 @@ TOLERANCE = 1e-5
         ("llama", "cp=2", 3),
         ("llama", "cp=2,context=ulysses", 3),
         ("llama", "cp=2,dp=2", 1),
-        ("bert", "cp=2", 1),
-        ("t5", "cp=2", 1),
-        ("mixtral", "cp=3", 1),
-        ("mamba", "cp=2", 1),
+        ("llama", "cp=2,pp=2,schedule=zb-h1", 2),
+        ("llama", "cp=2,fsdp=2", 3),
+        ("llama", "cp=2,recompute=full", 1),
+        ("bert", "cp=3", 1),  # dropout, of attention too, and a mask of padding
+        ("t5", "cp=2,tp=2", 1),  # cross attention, relative positions that are learned
+        ("bart", "cp=2,pp=2", 1),
+        ("mixtral", "cp=3,context=ulysses", 1),
+        ("mamba", "cp=2", 1),  # convolutions and scans over tokens get all of them
+        ("clip", "cp=2", 1),
     ],
 )
 def test_ranks_that_divide_sequences_are_one_device(name: str, layout: str, steps: int, starter: RankStarter) -> None:

@@ -102,9 +102,9 @@ def test_gradients_that_are_not_summed_show(rank: RankContext, data: str, plans:
 @on_ranks(2, timeout_s=60.0)
 @pytest.mark.parametrize("data", ["zero1", "zero2"])
 def test_updates_that_are_not_gathered_show(rank: RankContext, data: str, plans: Plans) -> None:
-    case = Case(data=data, beside="alone", use="plain")
+    case = Case(data=data, beside="alone", use="clipping")  # in shared memory everybody sees them
     result = run_case(rank, case, plans, change=do_not_gather_updates)
-    assert (result.weight, result.evaluation, result.gradient) == 0
+    assert min(result.weight, result.evaluation) > 100 * TOLERANCE
 
 
 @on_ranks(2, timeout_s=60.0)

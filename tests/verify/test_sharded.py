@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from sharded_side import TOLERANCE, Decoder, batch_of, compare
+from shardwise.execute.assemble import assemble
+from shardwise.execute.batches import split
 from shardwise.execute.program import Program
+from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext, RankStarter
+from shardwise.layout import Communication, Layout, Precision, Techniques
 from shardwise.parallel.sharded.bucket import Bucket
 from shardwise.testing import on_ranks
 from shardwise.verify import verify
@@ -69,6 +73,36 @@ def test_the_public_check_holds_a_divided_layout_against_one_device() -> None:
         )
     assert comparison.equal, str(comparison)
     assert comparison.gradient_error <= 1e-5
+
+
+def curve(rank: int, layout: str, precision: Precision, algorithm: str) -> list[float]:
+    """Losses of four steps in 16 bits."""
+    torch.manual_seed(0)
+    model, laid_out = Decoder(), Layout.parse(layout)
+    parts = split(batch_of(), micro_batches=1, replicas=2, weights=weigher(model))
+    techniques = Techniques(precision=precision, communication=Communication(algorithm=algorithm))
+    program = assemble(model, parts[0][0].inputs, layout=laid_out, rank=rank, techniques=techniques)
+    states = [state.parameter for state in program.states.values()]
+    assert {parameter.dtype for parameter in states} == {torch.float32}
+    optimizer = torch.optim.AdamW(states, lr=1e-2)
+    losses = []
+    for step in range(4):
+        losses.append(program.step(parts[program.place.replica], step=step).loss)
+        if program.accepts(program.gradient_norm()):
+            optimizer.step()
+        optimizer.zero_grad()
+        program.updated()
+    program.close()
+    return losses
+
+
+@on_ranks(2, timeout_s=90.0)
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_masters_that_are_divided_train_as_masters_that_are_not(rank: RankContext, compute: str) -> None:
+    precision = Precision(compute=compute)
+    wanted = curve(rank.rank, "dp=2", precision, "auto")
+    for layout, algorithm in (("fsdp=2,zero=1", "auto"), ("fsdp=2,zero=3", "auto"), ("fsdp=2,zero=3", "ring")):
+        assert curve(rank.rank, layout, precision, algorithm) == pytest.approx(wanted, rel=1e-5)
 
 
 def keep_own_gradients(program: Program) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -120,9 +120,16 @@ def _by_host(ranks: Sequence[int], hosts: Sequence[str]) -> list[list[int]]:
 
 
 def shared_memory_over(
-    ranks: Sequence[int] | None, group: dist.ProcessGroup | None, stack: contextlib.ExitStack
+    ranks: Sequence[int] | None,
+    group: dist.ProcessGroup | None,
+    stack: contextlib.ExitStack,
+    *,
+    meanwhile: Callable[[], None] | None = None,
 ) -> SharedMemoryCollective | None:
-    """That of the `ranks` of a process group, or of none; None on all of them where one does not reach all others."""
+    """That of the `ranks` of a process group, or of none; None on all of them where one does not reach all others.
+
+    `meanwhile` is called now and then while this rank waits for others.
+    """
     own = dist.get_rank()
     sockets = meet(ranks or ()) if dist.get_world_size() > 1 else {}
     if ranks is None or group is None:
@@ -135,7 +142,7 @@ def shared_memory_over(
         options = group._get_backend(torch.device("cpu")).options
         timeout_s = float(options._timeout.total_seconds())
         by_place = {place: sockets[rank] for place, rank in enumerate(ranks) if rank != own}
-        board = _board(ranks.index(own), by_place, timeout_s)
+        board = _board(ranks.index(own), by_place, timeout_s, meanwhile)
         made = None
         if board is not None:
             made = SharedMemoryCollective(rank=ranks.index(own), board=board, sockets=by_place)
@@ -149,7 +156,9 @@ def shared_memory_over(
     return made
 
 
-def _board(place: int, sockets: Mapping[int, socket.socket], timeout_s: float) -> Board | None:
+def _board(
+    place: int, sockets: Mapping[int, socket.socket], timeout_s: float, meanwhile: Callable[[], None] | None
+) -> Board | None:
     """Made by the rank at the first place, mapped by the others; None where it cannot be."""
     size = len(sockets) + 1
     for each in sockets.values():
@@ -169,7 +178,7 @@ def _board(place: int, sockets: Mapping[int, socket.socket], timeout_s: float) -
         for each in sockets.values():  # the others wait for it
             each.close()
         return None
-    return Board(region, rank=place, size=size, sockets=sockets, timeout_s=timeout_s)
+    return Board(region, rank=place, size=size, sockets=sockets, timeout_s=timeout_s, meanwhile=meanwhile)
 
 
 def _all_say(here: bool, group: dist.ProcessGroup) -> bool:

@@ -7,6 +7,7 @@ addresses; refuses to know what lies there.
 from __future__ import annotations
 
 import ctypes
+from typing import Final
 
 import torch
 
@@ -14,6 +15,7 @@ __all__ = ["drop_pages", "map_pages"]
 
 _DONT_NEED, _POPULATE_READ = 4, 22  # of madvise(2); the second since Linux 5.14, elsewhere pages come one by one
 _PAGE = 4096
+_LIBC: Final = ctypes.CDLL(None)
 
 
 def drop_pages(shared: torch.Tensor) -> None:
@@ -30,4 +32,4 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     num_bytes = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
     if num_bytes > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))

@@ -17,7 +17,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from shardwise.comm.shared_region import Region
@@ -57,10 +57,18 @@ def num_bytes_of(size: int) -> int:
 
 
 class Board:
-    """One rank's view. `sockets` by place in the group, those of this rank to the others."""
+    """One rank's view. `sockets` by place in the group, those of this rank to the others; `meanwhile` is called now and
+    then by who waits."""
 
     def __init__(
-        self, region: Region, *, rank: int, size: int, sockets: Mapping[int, socket.socket], timeout_s: float
+        self,
+        region: Region,
+        *,
+        rank: int,
+        size: int,
+        sockets: Mapping[int, socket.socket],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         self._region = region  # keeps the memory
         self._base = region.memory.data_ptr()
@@ -71,6 +79,7 @@ class Board:
         self._others = [i for i in range(size) if i != rank]
         self._sockets = sockets
         self._timeout_s = timeout_s
+        self._meanwhile = meanwhile
         self._look_s = _LOOK_S if size <= len(os.sched_getaffinity(0)) else 0.0
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._timespec = _Timespec(0, int(_SLEEP_S * 1e9))
@@ -138,6 +147,8 @@ class Board:
             self._syscall(_FUTEX, address, _WAIT, low, timeout, None, 0)
             if self._words[at] > number:
                 return
+            if self._meanwhile is not None:
+                self._meanwhile()
             gone = self._gone()
             if gone and self._words[at] <= number:  # what a rank has done before it ended counts
                 raise RuntimeError(f"ranks at places {gone} of the group closed their sockets: they have ended")

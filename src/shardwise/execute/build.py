@@ -131,9 +131,13 @@ def build(
         )
         if divided_experts is not None:
             mine = [name for name in mine if divided_experts.holds(name)]
-        if fill is not None:
-            fill(model, mine, OwnPart(divided, divided_experts))
-        if divided is not None:  # parameters as they are from here on
+        of_whole, narrow = OwnPart(divided, divided_experts), numerics is not None and numerics.precision.is_narrow
+        # parameters that are freed between their turns get their values a bucket at a time: never are all there
+        late = fill is not None and layout is not None and layout.zero == 3 and place.fsdp > 1
+        late = late and not (split or start_up or narrow)
+        if fill is not None and not late:
+            fill(model, mine, of_whole)
+        if divided is not None and not late:  # parameters as they are from here on
             sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
         if divided is not None and start_up and place.ep == 1:
             here = {unit: call for unit, call in start_up.items() if placement.get((unit, 0)) in place.stages}
@@ -167,6 +171,8 @@ def build(
             place,
             layout,
             held,
+            filled=(lambda names: fill(model, names, of_whole)) if late and fill is not None else None,
+            own=model.get_parameter,
             kinds=kinds,
             holders=holders,
             flow=tape.flow,
@@ -179,6 +185,11 @@ def build(
             communication=communication,
             **({} if numerics is None else {"masters": numerics.masters.give}),
         )
+        if late and fill is not None:
+            fill(model, [name for name in mine if states is None or name not in states], of_whole)
+            held = {name: p for name, p in model.named_parameters() if name in set(mine)}
+            if divided is not None:
+                sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
         if states is not None:
             kinds = {name: kinds[name] for name in whole}
             held = {name: held[name] for name in whole if name in held}

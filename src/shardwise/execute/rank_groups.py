@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.collective import ALL_REDUCE, KINDS, Collective
-from shardwise.comm.collective_over import collective_over
+from shardwise.comm.collective_over import collective_over, shared_memory_over
 from shardwise.comm.compress.make import compressing
 from shardwise.comm.same_host import SameHostTransport, same_host_transport
 from shardwise.comm.same_host_group import SameHostGroup
+from shardwise.comm.shared_group import SharedGroup
 from shardwise.comm.traffic import Traffic
 from shardwise.execute.place import Place
 from shardwise.layout import Communication
@@ -73,20 +74,26 @@ def tensor_group(
     place: Place, shared: SameHostTransport | None, stack: contextlib.ExitStack
 ) -> ProcessTensorGroup | SameHostGroup:
     """What sums over this rank's shards: shared memory where it reaches them all."""
-    return _exchanging(place, place.ranks_sharing(), shared, stack)
+    group, ranks = _own_group(place, place.ranks_sharing(), stack)
+    found = _exchanging(place, group, ranks, shared)
+    if shared is None:  # on every rank
+        return found
+    mapped = shared_memory_over(ranks, group, stack, meanwhile=shared.flush)
+    if mapped is None or not isinstance(found, SameHostGroup):
+        return found
+    return SharedGroup(mapped, shared, ranks, place.rank)
 
 
 def context_group(
     place: Place, shared: SameHostTransport | None, stack: contextlib.ExitStack
 ) -> ProcessTensorGroup | SameHostGroup:
     """What those who divide this rank's sequences exchange by: shared memory where it reaches them all."""
-    return _exchanging(place, place.ranks_dividing_sequences(), shared, stack)
+    return _exchanging(place, *_own_group(place, place.ranks_dividing_sequences(), stack), shared)
 
 
 def _exchanging(
-    place: Place, groups: Sequence[list[int]], shared: SameHostTransport | None, stack: contextlib.ExitStack
+    place: Place, group: dist.ProcessGroup, ranks: Sequence[int], shared: SameHostTransport | None
 ) -> ProcessTensorGroup | SameHostGroup:
-    group, ranks = _own_group(place, groups, stack)
     if shared is None:  # on every rank
         return ProcessTensorGroup(group)
     everybody = torch.tensor(shared.connected >= {*ranks} - {place.rank}, dtype=torch.int64)

@@ -36,6 +36,8 @@ def divide_states(
     layout: Layout | None,
     held: Mapping[str, nn.Parameter],
     *,
+    filled: Callable[[Sequence[str]], None] | None = None,
+    own: Callable[[str], nn.Parameter],
     kinds: Mapping[str, Kind],
     holders: Mapping[str, tuple[int, ...]],
     flow: Dataflow,
@@ -51,8 +53,9 @@ def divide_states(
     """The state of `held`, this rank's parameters, divided; None where nobody divides it. Collective.
 
     `kinds` and `holders` are those of all parameters of the model, `units` its units; `replicated` are left alone.
-    `varies`: not every step calls the same units, so that they cannot tell when to gather. `masters` gives up the
-    float32 value of a parameter that is computed with in another dtype.
+    `own` gives a parameter by its name; `filled`, where they have no values yet, gives values to some, in place of what
+    `own` gave before. `varies`: not every step calls the same units, so that they cannot tell when to gather. `masters`
+    gives up the float32 value of a parameter that is computed with in another dtype.
     """
     if layout is None or place.fsdp == 1:
         return None
@@ -79,12 +82,14 @@ def divide_states(
     buckets: list[Bucket] = []
     saves: list[Compressed] = []
     for plan in plan_buckets(items, multiple=place.fsdp * others):
+        if filled is not None:
+            filled(plan.names)
         wide = {name: value for name in plan.names if (value := masters(name)) is not None}
-        own = [held[name] for name in plan.names]
+        mine = [own(name) for name in plan.names]
         stages = holders[plan.names[0]]
-        buckets.append(Bucket(plan, own, parts, frees=frees, stages=stages, masters=wide))
+        buckets.append(Bucket(plan, mine, parts, frees=frees, stages=stages, masters=wide))
         if compress is not None and buckets[-1].trained:
-            saves.append(compress(parts, [tuple(parameter.shape) for parameter in own]))
+            saves.append(compress(parts, [tuple(parameter.shape) for parameter in mine]))
             buckets[-1].sums = saves[-1]
     if not buckets:
         return None

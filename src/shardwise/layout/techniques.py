@@ -20,7 +20,7 @@ class Precision:
     compute: "float32", "bfloat16", "float16" or "float8" (linear layers by torchao, all else in bfloat16). Optimizers
         update float32 masters of what is held in 16 bits (Micikevicius et al. 2018, arXiv:1710.03740), and gradients
         are accumulated in float32.
-    reduce: in which dtype gradients are summed over ranks.
+    reduce: in which dtype gradients travel when replicas sum them, as `Communication.gradients` says it too.
     emulate: parameters and activations stay in float32; operands and results of products are rounded to `compute`.
     loss_scale: "dynamic", "none" or a number, by which the loss is multiplied for the backward; None: dynamic for
         float16, else none. `loss_scale_window` good steps double a dynamic one, an overflow halves it.
@@ -129,6 +129,15 @@ class Techniques:
     compile: str = ""  # torch.compile's backend for every unit, such as "inductor" or "aot_eager"; "": not compiled
 
     def __post_init__(self) -> None:
+        wire = {"float32": "none", "bfloat16": "bf16", "float16": "fp16"}[self.precision.reduce]
+        if wire != "none" and self.communication.gradients not in ("none", wire):
+            raise ConfigError(
+                f'gradients are summed in one way, but reduce = "{self.precision.reduce}" and gradients = '
+                f'"{self.communication.gradients}"; drop one'
+            )
+        if wire != "none":
+            communication = dataclasses.replace(self.communication, gradients=wire)
+            object.__setattr__(self, "communication", communication)
         if self.communication.feeds_back and self.precision.scale_is_dynamic:
             raise ConfigError(
                 f'what gradients = "{self.communication.gradients}" leaves out of one step is added to the next, but a '

@@ -28,7 +28,7 @@ from shardwise.trace.random_calls import is_random
 from shardwise.trace.random_ops import KeyedOps
 from shardwise.trace.random_streams import Generators, Scope, Stream, python_streams
 
-__all__ = ["Generators", "RandomMode", "Scope", "draw", "is_random", "python_streams"]
+__all__ = ["Attends", "Generators", "RandomMode", "Scope", "draw", "is_random", "python_streams"]
 
 _DROPOUT = frozenset({F.dropout, torch.dropout, torch.dropout_})
 # Recurrent layers compute on (tokens, batch, hidden), whatever batch_first says.
@@ -58,6 +58,15 @@ def draw(
     sample_dim = 1 if func in _TIME_FIRST else 0
     with _unfused(args), KeyedOps(scope=scope, index=index, generators=generators, sample_dim=sample_dim):
         return func(*args, **kwargs)
+
+
+class Attends:
+    """A tensor of which only a part is here, and whose queries find the weights' dropout by themselves."""
+
+    def attend(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What attention with dropout gives for these arguments, drawn by one call of dropout of all weights;
+        NotImplemented where it does not know how."""
+        return NotImplemented
 
 
 class RandomMode(TorchFunctionMode):
@@ -94,6 +103,12 @@ class RandomMode(TorchFunctionMode):
                 return multi_head_attention(*args, **(kwargs or {}))
         index = self.index
         self.index += 1
+        query = args[0] if args else None
+        if func is F.scaled_dot_product_attention and isinstance(query, Attends):
+            with RandomMode(self.scope, first_index=index, generators=self._generators):
+                made = query.attend(args, kwargs or {})
+            if made is not NotImplemented:
+                return made
         return draw(func, args, kwargs, scope=self.scope, index=index, generators=self._generators)
 
 

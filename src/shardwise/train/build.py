@@ -229,6 +229,7 @@ def build(
         weight_decay=training.weight_decay,
         momentum=training.momentum,
         nesterov=training.nesterov,
+        on_host=layout.offloads_optimizer,
     )
     first_step = source.manifest.step if source is not None else 0
     stream = None

@@ -87,8 +87,8 @@ def _parts(
     if state is not None and tuple(state.parameter.shape) != state.shape:  # its elements in a row
         own_shape, flat = state.shape, local.reshape(-1)
         runs = boxes_of_run(own_shape, state.start, state.start + flat.numel())
-        sizes = [run.num_elements for run in runs]
-        held = [(run, each.view(run.sizes)) for run, each in zip(runs, flat.split(sizes), strict=True)]
+        pieces = flat.split([run.num_elements for run in runs])  # type: ignore[no-untyped-call]
+        held = [(run, piece.view(run.sizes)) for run, piece in zip(runs, pieces, strict=True)]
     shape = _whole(own_shape, cuts)
     found: list[tuple[TensorSlice, torch.Tensor]] = []
     for region, own in regions_of(cuts, shape, owned=owned):

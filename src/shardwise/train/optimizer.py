@@ -18,6 +18,7 @@ from shardwise.execute.program import Program
 from shardwise.parallel.states import State
 from shardwise.train.optimizers import MOMENTS
 from shardwise.train.optimizers.hidden import hidden_matrices
+from shardwise.train.optimizers.host_adamw import HostAdamW
 from shardwise.train.optimizers.matrices import matrices_of
 from shardwise.train.optimizers.muon import Muon
 
@@ -33,11 +34,18 @@ def optimizer_over(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = True,
+    on_host: bool = False,
 ) -> torch.optim.Optimizer | None:
     """AdamW, or gradient descent with or without momentum; None where nothing is trained here.
 
     Biases, norms and other parameters of one dim do not decay. The rate is set before every step (`set_rate`).
+    on_host: AdamW's moments wait in the host's memory. Raises ConfigError for other optimizers that remember something.
     """
+    if on_host and name not in ("adamw", "sgd"):
+        raise ConfigError(
+            f"what AdamW remembers can wait on the host, but optimizer={name!r} and the layout says offload=optimizer; "
+            "use adamw, or another offload"
+        )
     groups = [
         {"params": [state.parameter for state in states.values() if state.is_matrix], "weight_decay": weight_decay},
         {"params": [state.parameter for state in states.values() if not state.is_matrix], "weight_decay": 0.0},
@@ -53,6 +61,8 @@ def optimizer_over(
         raise ConfigError(
             f"optimizer={name!r} is not one of {', '.join(MOMENTS)}, or needs the program; see optimizer_of"
         )
+    if on_host:
+        return HostAdamW(filled, betas=betas, epsilon=epsilon)
     return torch.optim.AdamW(filled, lr=0.0, betas=betas, eps=epsilon, fused=True)
 
 
@@ -65,10 +75,11 @@ def optimizer_of(
     weight_decay: float = 0.0,
     momentum: float | None = None,
     nesterov: bool = True,
+    on_host: bool = False,
 ) -> torch.optim.Optimizer | None:
     """The optimizer over a program's states, one of `optimizers.MOMENTS`; None where nothing is trained here.
 
-    momentum: None: 0.95 for Muon, else 0.9. Collective for Muon, as are its steps.
+    momentum: None: 0.95 for Muon, else 0.9. Collective for Muon, as are its steps. on_host: see `optimizer_over`.
     """
     states = program.states
     if name != "muon":
@@ -80,7 +91,10 @@ def optimizer_of(
             weight_decay=weight_decay,
             momentum=0.9 if momentum is None else momentum,
             nesterov=nesterov,
+            on_host=on_host,
         )
+    if on_host:
+        optimizer_over(states, name=name, on_host=True)
     hidden = hidden_matrices(program)
     rest = {own: state for own, state in states.items() if own not in hidden}
     return Muon(

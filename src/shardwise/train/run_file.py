@@ -130,15 +130,15 @@ class TrainingOptions(_Table):
             raise ValueError(f"betas lie in [0, 1), but got {list(self.betas)}; [0.9, 0.95] is usual")
         if self.nesterov and self.momentum == 0 and "nesterov" in self.model_fields_set:
             raise ValueError("nesterov looks ahead by the momentum, which is 0; drop one of the two")
-        if self.decay > self.steps - self.warm_up:
-            raise ValueError(
-                f"the decay is behind the warm-up, but decay={self.decay} and warm_up={self.warm_up} of "
-                f"{self.steps} steps; use decay={max(0, self.steps - self.warm_up) // 5}"
-            )
         if self.warm_up > self.steps:
             raise ValueError(
                 f"the warm-up ends within the steps, but warm_up={self.warm_up} and steps={self.steps}; "
                 f"use warm_up={self.steps // 10}"
+            )
+        if self.decay > self.steps - self.warm_up:
+            raise ValueError(
+                f"the decay is behind the warm-up, but decay={self.decay} and warm_up={self.warm_up} of "
+                f"{self.steps} steps; use decay={max(0, self.steps - self.warm_up) // 5}"
             )
         return self
 
@@ -318,7 +318,7 @@ class Run(_Table):
         training = tables.get("training") if isinstance(tables, Mapping) else None
         wanted = training.get("accumulate") if isinstance(training, Mapping) else None
         layout = tables.get("layout", Layout()) if wanted is not None else None
-        if not isinstance(wanted, int) or not isinstance(layout, str | Mapping | Layout):
+        if not isinstance(wanted, int) or wanted < 1 or not isinstance(layout, str | Mapping | Layout):
             return tables
         known = cls._parsed(layout)
         assert isinstance(known, Layout)

@@ -10,12 +10,13 @@ import torch
 from shardwise.execute.program import Program
 from shardwise.train.optimizer import optimizer_of, set_rate
 from shardwise.train.optimizers.hidden import hidden_matrices
+from shardwise.train.optimizers.host_adamw import HostAdamW
 from shardwise.verify.job import Job, optimizer_over
 
 __all__ = ["normalised_by", "program_optimizer"]
 
 
-def program_optimizer(job: Job, program: Program) -> torch.optim.Optimizer | None:
+def program_optimizer(job: Job, program: Program, *, on_host: bool = False) -> torch.optim.Optimizer | None:
     """At its first step; None where nothing is trained on this rank. Collective for Muon."""
     if job.optimizer == "muon":
         made = optimizer_of(program, name="muon", weight_decay=0.01)
@@ -23,6 +24,8 @@ def program_optimizer(job: Job, program: Program) -> torch.optim.Optimizer | Non
         set_rate(made, job.learning_rate)
         return made
     held = [state.parameter for state in program.states.values()]
+    if held and on_host and job.optimizer == "adamw":
+        return HostAdamW([{"params": held, "weight_decay": 0.01}], lr=job.learning_rate)
     return optimizer_over(job, held) if held else None
 
 

@@ -99,7 +99,10 @@ def run_side(
     mine = parts[program.place.replica]
     nothing: Outputs = {}
     with probing(program, mine) if probe else contextlib.nullcontext(nothing) as outputs:
-        side = _steps(job, program, mine) if folder is None else _stored_step(job, program, mine, folder)
+        if folder is None:
+            side = _steps(job, program, mine, on_host=layout.offloads_optimizer)
+        else:
+            side = _stored_step(job, program, mine, folder)
     side.outputs = outputs
     side.couples = couples_samples(model, job.batch)
     if program.divided is not None:
@@ -129,10 +132,10 @@ def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Seq
     )
 
 
-def _steps(job: Job, program: Program, mine: Sequence[MicroBatch]) -> Side:
+def _steps(job: Job, program: Program, mine: Sequence[MicroBatch], *, on_host: bool) -> Side:
     before = {name: value.clone() for name, value in program.values() if program.owns(name)}
     held = [state.parameter for state in program.states.values()]
-    optimizer = program_optimizer(job, program)
+    optimizer = program_optimizer(job, program, on_host=on_host)
     losses: list[float] = []
     experts: ExpertStep | None = None
     norm = 0.0

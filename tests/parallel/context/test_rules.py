@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shardwise.parallel.context.attend import Attention, Gathered
 from shardwise.parallel.context.region import ContextRegion
 from shardwise.parallel.context.ways import RING, ULYSSES
 from shardwise.parallel.tensor.sequence_shard import SequenceShard, shard_of, whole_tokens
 from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
+from shardwise.trace.randomness import RandomMode, Scope
 
 SAMPLES, TOKENS, WIDTH = 2, 11, 8
 Function = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -112,3 +114,28 @@ def test_a_function_of_own_tokens_is_that_of_all(name: str, cp: int, zigzag: boo
         if gradient is not None:
             total = sum(part for part in parts if part is not None)
             torch.testing.assert_close(total, gradient, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("attention, zigzag", [(RING, True), (ULYSSES, False), (Gathered(), True)])
+def test_dropout_of_attention_is_that_of_one_device(attention: Attention, zigzag: bool) -> None:
+    x = torch.randn(SAMPLES, 4, TOKENS, 2).double()
+    scope = Scope(seed=0, step=0, micro_batch=0, samples=(0, 1), place="unit")
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with RandomMode(scope):
+            return F.dropout(F.scaled_dot_product_attention(x, x * 2, x + 1, None, 0.3, is_causal=True), 0.5)
+
+    given = x.clone().requires_grad_(True)
+    made = function(given)
+    (wanted,) = torch.autograd.grad(made.square().sum(), given)
+
+    def run(group: ThreadGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        own = x.clone().requires_grad_(True)
+        out = whole_tokens(function(shard_of(own, ContextRegion(group, zigzag=zigzag, attention=attention))))
+        (gradient,) = torch.autograd.grad(out.square().sum() / 2, own)
+        return out.detach(), gradient
+
+    ranks = on_threads(2, run)
+    for out, _ in ranks:
+        torch.testing.assert_close(out, made.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ranks[0][1] + ranks[1][1], wanted, rtol=1e-9, atol=1e-11)

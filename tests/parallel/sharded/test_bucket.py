@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.collective import ProcessGroupCollective
+from shardwise.comm.collective_over import collective_over
+from shardwise.comm.shared_collective import SharedMemoryCollective
 from shardwise.launch import RankContext
 from shardwise.parallel.sharded.bucket import Bucket
 from shardwise.parallel.sharded.buckets import Item, plan_buckets
@@ -114,6 +118,41 @@ def test_no_more_than_a_units_bucket_and_the_next_are_whole_at_a_time(rank: Rank
     assert seen == ["##..", ".##.", "..##", "...#", "..##", ".##.", "##..", "#..."]
     assert not any(bucket.is_whole for bucket in buckets)
     dist.destroy_process_group(group)
+
+
+def shared_bytes() -> int:
+    """Of shared memory that this process has mapped in now."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssShmem"))
+
+
+@on_ranks(2)
+def test_on_one_host_the_parts_of_others_are_read_in_place_and_their_pages_given_back(rank: RankContext) -> None:
+    with contextlib.ExitStack() as stack:
+        group = collective_over([[0, 1]], stack=stack)
+        assert isinstance(group, SharedMemoryCollective)
+        numel = 2**20
+        parameters = {"w": nn.Parameter(torch.arange(float(numel)))}
+        (bucket,) = buckets_of(parameters, group, frees=True)
+        group.barrier()
+        at_rest = shared_bytes()
+        bucket.gather()
+        bucket.wait()
+        assert torch.equal(parameters["w"].detach(), torch.arange(float(numel)))
+        whole = shared_bytes()
+        bucket.free()
+        assert whole - at_rest >= 0.9 * 4 * numel / 2
+        assert shared_bytes() - at_rest <= 0.1 * 4 * numel / 2
+        group.barrier()
+        (state,) = bucket.states.values()
+        with torch.no_grad():
+            state.parameter.add_(1.0)
+        bucket.refresh()
+        group.barrier()
+        bucket.gather()
+        assert torch.equal(parameters["w"].detach(), torch.arange(float(numel)) + 1.0)
+        assert not any(group.sent_bytes[kind] for kind in ("all_gather", "reduce_scatter"))
+        group.barrier()
 
 
 def gradient_of(buckets: list[Bucket], name: str) -> torch.Tensor | None:

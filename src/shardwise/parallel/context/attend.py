@@ -22,7 +22,7 @@ from shardwise.parallel.tensor.sequence import Tokens
 from shardwise.parallel.tensor.sequence_ops import Operands
 from shardwise.parallel.tensor.sequence_shard import SequenceShard, whole_tokens
 
-__all__ = ["Attention", "Gathered", "Heads", "attend"]
+__all__ = ["Attention", "Gathered", "Heads", "attend", "attended"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,7 @@ class Heads:
     mask: torch.Tensor | None  # of all tokens; broadcasts to (..., heads, queries, keys)
     is_causal: bool
     scale: float | None
+    dropout_p: float  # of weights, drawn by one call of dropout for all of them
     grouped: bool  # several heads of queries share one of keys
     queries: Placement
     keys: Placement
@@ -73,12 +74,17 @@ _SIGNATURE = inspect.Signature(
 
 
 def attend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Any:
-    """The rule: this rank's queries, attending to all keys."""
+    """The rule: this rank's queries, attending to all keys. Dropout is written out, unless somebody keys its draws."""
+    return attended(args, kwargs, drawn=False)
+
+
+def attended(args: Sequence[Any], kwargs: Mapping[str, Any], *, drawn: bool) -> Any:
+    """Own rows of the answer and where they are, or NotImplemented. `drawn`: a call of dropout here is keyed."""
     bound = _SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
     query, key, value = call["query"], call["key"], call["value"]
-    if not isinstance(query, SequenceShard) or query.tokens.dim != -2 or call["dropout_p"] > 0:
+    if not isinstance(query, SequenceShard) or query.tokens.dim != -2 or (call["dropout_p"] > 0 and not drawn):
         return NotImplemented
     region: Any = query.region
     mask = whole_tokens(call["attn_mask"])
@@ -91,6 +97,7 @@ def attend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: 
             mask=mask,
             is_causal=call["is_causal"],
             scale=call["scale"],
+            dropout_p=call["dropout_p"],
             grouped=call["enable_gqa"],
             queries=region.placement(query.tokens),
             keys=region.placement(key.tokens),
@@ -99,6 +106,8 @@ def attend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: 
         made = region.attention(heads)
         if made is not None:
             return made, query.tokens
+    if call["dropout_p"] > 0:
+        return NotImplemented
     return _own_queries(query, whole_tokens(key), whole_tokens(value), mask, call), query.tokens
 
 

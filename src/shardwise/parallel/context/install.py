@@ -153,11 +153,9 @@ class DealtContext:
 
 def by_token(body: Forward, how: ByToken, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`body` on plain own tokens; as it is where it is given none, or others than it is known for."""
-    shards = [value for value in (*args, *kwargs.values()) if isinstance(value, SequenceShard)]
-    if not shards:
-        return body(*args, **kwargs)
-    first = shards[0]
-    if first.tokens.dim != how.given or any(shard.tokens != first.tokens for shard in shards):
+    values = (*args, *kwargs.values())
+    first = next((value for value in values if isinstance(value, SequenceShard)), None)
+    if first is None or first.tokens.dim != how.given or not all(_fits(value, first.tokens) for value in values):
         return body(*args, **kwargs)
     out = body(*map(_local, args), **{name: _local(value) for name, value in kwargs.items()})
     leaves, spec = tree_flatten(out)
@@ -166,6 +164,15 @@ def by_token(body: Forward, how: ByToken, args: Sequence[Any], kwargs: dict[str,
         if isinstance(leaf, torch.Tensor):
             leaves[place] = SequenceShard(whole_of(leaf), first.tokens.at(next(dims)), first.region)
     return tree_unflatten(leaves, spec)
+
+
+def _fits(value: Any, tokens: Tokens) -> bool:
+    """Whether an argument says nothing of other tokens."""
+    if isinstance(value, SequenceShard):
+        return value.tokens == tokens
+    if isinstance(value, torch.Tensor):
+        return tokens.size not in value.shape and tokens.extent not in value.shape
+    return not isinstance(value, (tuple, list, dict))
 
 
 def _local(value: Any) -> Any:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from shardwise.parallel.context.attend import Attention, Gathered
+from shardwise.parallel.context.attend import Attention, Gathered, attended
 from shardwise.parallel.context.deal import deal, join
 from shardwise.parallel.context.placement import Placement
 from shardwise.parallel.context.rules import MIXES, TOKEN_RULES
 from shardwise.parallel.context.window import Window
 from shardwise.parallel.tensor.sequence import Tokens
 from shardwise.parallel.tensor.sequence_ops import Rule
-from shardwise.parallel.tensor.sequence_shard import Region
+from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard
 
 __all__ = ["ContextRegion"]
 
@@ -59,6 +59,13 @@ class ContextRegion(Region):
     @property
     def rules(self) -> Mapping[Any, Rule]:
         return TOKEN_RULES
+
+    def attend(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        made = attended(args, kwargs, drawn=True)
+        if made is NotImplemented:
+            return made
+        local, tokens = made
+        return SequenceShard(local, tokens, self)
 
     def mixes(self, func: Any) -> bool:
         return func in MIXES

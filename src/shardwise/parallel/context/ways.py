@@ -39,6 +39,7 @@ class Exchanged:
                 mask=heads.mask,
                 is_causal=heads.is_causal,
                 scale=heads.scale,
+                dropout_p=heads.dropout_p,
             )
         except ModelError:
             return None

@@ -33,6 +33,7 @@ from shardwise.parallel.tensor.sequence_ops import (
     Rule,
     Whole,
 )
+from shardwise.trace.randomness import Attends
 
 __all__ = ["Region", "SequenceShard", "shard_of", "whole_tokens"]
 
@@ -59,6 +60,10 @@ class Region:
     def mixes(self, func: Any) -> bool:
         """Whether the rule of a function is given shards that are dealt out in different ways."""
         return False
+
+    def attend(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Attention with dropout, of queries that are dealt out; NotImplemented where it is written out instead."""
+        return NotImplemented
 
     def scatter(self, whole: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """This rank's tokens of what is the same on every rank."""
@@ -96,7 +101,7 @@ class _Memory:
     # joined tensors of which somebody holds a view, which would not see a write, and their versions
 
 
-class SequenceShard(Carrier):
+class SequenceShard(Carrier, Attends):
     """A tensor without storage, of which `local` (this rank's tokens) is here, with its graph."""
 
     tokens: Tokens
@@ -124,6 +129,10 @@ class SequenceShard(Carrier):
     @property
     def parted(self) -> int:
         return self.tokens.dim
+
+    def attend(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.region.attend(args, kwargs)
 
     def carry(self, local: torch.Tensor) -> SequenceShard:
         """The same tokens of another tensor."""
