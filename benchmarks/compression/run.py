@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.circumstances import circumstances
+from benchmarks.compression import page
 from benchmarks.compression.contenders import CONTENDERS, Contender
 from shardwise.comm.collective import KINDS, moved_bytes
 from shardwise.events import Event
@@ -56,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="a model of 0.8 M parameters instead of the demo's 6 M")
     parser.add_argument("--only", nargs="*", help="names such as 'dp=2 int8'; the others stay as they were measured")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true", help="measure nothing: write docs/compression.md anew")
     options = parser.parse_args(arguments)
+    if options.render:
+        page.write(json.loads(options.output.read_text()))
+        return
     rows: dict[str, dict[str, Any]] = {}
     if options.only and options.output.exists():
         rows = {row["name"]: row for row in json.loads(options.output.read_text())["rows"]}
@@ -79,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n")
+    if options.output == RESULTS:
+        page.write(record)
     print(f"written to {options.output.name}")
     print(json.dumps(record["figures"]))
 

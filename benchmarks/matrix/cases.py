@@ -101,6 +101,11 @@ class Case:
         return self.beside == "ep2"
 
     @property
+    def num_blocks(self) -> int:
+        """So many that every stage has one; the two ends come besides."""
+        return max(2, self.layout.num_stages)
+
+    @property
     def num_samples(self) -> int:
         """Of the global batch; where gradients are accumulated, micro-batches have one sample more or less."""
         replicas = self.layout.num_replicas

@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ["NUM_BLOCKS", "TOKENS", "VOCABULARY", "Decoder", "Reader", "batch_of"]
+__all__ = ["TOKENS", "VOCABULARY", "Decoder", "Reader", "batch_of"]
 
 WIDTH, HEADS, INNER, TOKENS = 16, 2, 32, 8
 VOCABULARY = 23  # not divisible by the number of any axis
-EXPERTS, CHOICES, NUM_BLOCKS = 4, 2, 4
+EXPERTS, CHOICES = 4, 2
 
 
 class Experts(nn.Module):
@@ -87,10 +87,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model with a loss of its own; tokens know their places from a table."""
 
-    def __init__(self, *, experts: bool = False) -> None:
+    def __init__(self, num_blocks: int, *, experts: bool = False) -> None:
         super().__init__()
         self.embed, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
-        self.blocks = nn.ModuleList(Block(experts=experts) for _ in range(NUM_BLOCKS))
+        self.blocks = nn.ModuleList(Block(experts=experts) for _ in range(num_blocks))
         self.dropout: nn.Module = nn.Identity()
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
@@ -124,8 +124,8 @@ class Counting(nn.LayerNorm):
 class Reader(Decoder):
     """The same with dropout, a buffer that training writes, and the loss of whoever trains it."""
 
-    def __init__(self, *, experts: bool = False) -> None:
-        super().__init__(experts=experts)
+    def __init__(self, num_blocks: int, *, experts: bool = False) -> None:
+        super().__init__(num_blocks, experts=experts)
         self.dropout, self.norm = nn.Dropout(0.1), Counting(WIDTH)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

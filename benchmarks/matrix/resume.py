@@ -38,7 +38,7 @@ from shardwise.train.state import save
 __all__ = ["CURVE", "LAYOUTS", "REQUIRED", "Resumed", "Runs", "some_pairs"]
 
 _NAME = "benchmarks.matrix.resume"
-STEPS, SAVED = 6, 3
+STEPS, SAVED, NUM_BLOCKS = 6, 3, 2
 CURVE = 1e-5  # float32 sums taken in another order, passed on by some updates of Adam
 _WORDS = {"num_train": 40, "num_held_out": 8, "ignored_fraction": 0.3}
 
@@ -103,7 +103,9 @@ def job_of(name: str, folder: Path, *, experts: bool, source: Path | None = None
         "checkpoint": every,
         "timeline": {"steps": []},
     }
-    return prepare(run_from(written), model=functools.partial(Reader, experts=experts), resume=source is not None)
+    return prepare(
+        run_from(written), model=functools.partial(Reader, NUM_BLOCKS, experts=experts), resume=source is not None
+    )
 
 
 def save_on(rank: RankContext, job: Job) -> tuple[float, ...]:
@@ -158,7 +160,7 @@ class Runs:
         self._stack = contextlib.ExitStack()
         self._starter = self._stack.enter_context(RankStarter(preload=(__name__,)))
         self._pools: dict[int, RankPool] = {}
-        self._curves: dict[tuple[str, bool], tuple[float, ...]] = {}
+        self._curves: dict[tuple[str, bool, str], tuple[float, ...]] = {}
 
     def __enter__(self) -> Runs:
         return self
@@ -166,30 +168,30 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def pair(self, first: str, second: str) -> tuple[float, str]:
+    def pair(self, first: str, second: str, *, optimizer: str = "adamw") -> tuple[float, str]:
         """The largest error of a loss that `second` has behind the checkpoint of `first`, and what is wrong, or ""."""
         experts = "ep2" in f"{first} {second}"
-        whole = self._saved("one", experts)
-        own = self._saved(first, experts)
-        job = job_of(second, self._folder / f"{first}-to-{second}", experts=experts, source=self._step(first, experts))
-        told: Resumed = self._pool(job).run(resume_on, job, Path(job.run.folder) / "again", timeout_s=120.0)[0]
+        whole = self._saved("one", experts, optimizer)
+        own = self._saved(first, experts, optimizer)
+        source = self._run(first, experts, optimizer) / "checkpoints" / f"step_{SAVED}"
+        target = self._folder / f"{first}-to-{second}-{optimizer}"
+        job = job_of(second, target, experts=experts, source=source, optimizer=optimizer)
+        told: Resumed = self._pool(job).run(resume_on, job, target / "again", timeout_s=120.0)[0]
         error = max(_error(told.losses, whole[SAVED:]), _error(own, whole))
         if told.differing:
             return error, f"{len(told.differing)} tensors differ, such as {told.differing[0]}"
         return error, "" if error <= CURVE else "another curve"
 
-    def _saved(self, name: str, experts: bool) -> tuple[float, ...]:
+    def _saved(self, name: str, experts: bool, optimizer: str) -> tuple[float, ...]:
         """The losses of the run that saves."""
-        if (name, experts) not in self._curves:
-            job = job_of(name, self._run(name, experts), experts=experts)
-            self._curves[name, experts] = self._pool(job).run(save_on, job, timeout_s=120.0)[0]
-        return self._curves[name, experts]
+        key = (name, experts, optimizer)
+        if key not in self._curves:
+            job = job_of(name, self._run(*key), experts=experts, optimizer=optimizer)
+            self._curves[key] = self._pool(job).run(save_on, job, timeout_s=120.0)[0]
+        return self._curves[key]
 
-    def _run(self, name: str, experts: bool) -> Path:
-        return self._folder / f"{name}{'-experts' if experts else ''}"
-
-    def _step(self, name: str, experts: bool) -> Path:
-        return self._run(name, experts) / "checkpoints" / f"step_{SAVED}"
+    def _run(self, name: str, experts: bool, optimizer: str) -> Path:
+        return self._folder / f"{name}-{optimizer}{'-experts' if experts else ''}"
 
     def _pool(self, job: Job) -> RankPool:
         size = job.run.layout.world_size

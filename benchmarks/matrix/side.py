@@ -123,7 +123,7 @@ def run_case(rank: RankContext, case: Case, plans: Plans, *, change: Callable[[P
 
 def _model(case: Case) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(experts=case.has_experts)
+    return Decoder(case.num_blocks, experts=case.has_experts)
 
 
 def _compare(

@@ -36,7 +36,8 @@ def test_figures_compare_with_the_synchronous_run() -> None:
 def test_contenders_have_names_of_their_own_and_one_is_the_reference() -> None:
     names = [contender.name for contender in CONTENDERS]
     assert len(set(names)) == len(names)
-    assert names[0] == REFERENCE and not CONTENDERS[0].overrides
+    assert names[0] == REFERENCE
+    assert not CONTENDERS[0].overrides
 
 
 def test_a_plot_has_a_line_for_every_curve_within_its_frame() -> None:
@@ -47,7 +48,8 @@ def test_a_plot_has_a_line_for_every_curve_within_its_frame() -> None:
     for line in lines:
         for point in line.attrib["points"].split():
             across, down = map(float, point.split(","))
-            assert 0 <= across <= 760 and 0 <= down <= 380
+            assert 0 <= across <= 760
+            assert 0 <= down <= 380
 
 
 def test_the_page_and_its_plot_show_the_newest_results() -> None:

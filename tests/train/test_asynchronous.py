@@ -148,11 +148,14 @@ def world_of_worker(job: Job, folder: Path, index: int) -> World:
     return dataclasses.replace(world, run=job.run, workers=told)
 
 
-@pytest.mark.parametrize("method", ["local-sgd", "diloco", "delayed", "eager-diloco"])
-def test_a_resumed_run_goes_on_bit_by_bit_between_two_exchanges(pools, tmp_path, method) -> None:
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("local-sgd", "dp=2"), ("diloco", "dp=2,fsdp=2"), ("delayed", "dp=2"), ("eager-diloco", "dp=2,fsdp=2")],
+)
+def test_a_resumed_run_goes_on_bit_by_bit_between_two_exchanges(pools, tmp_path, method, layout) -> None:
     def parts(**more: object) -> Job:
         asynchronous = {"method": method, "every": 4, "fragments": 2}
-        return job(tmp_path / "run", layout="dp=2", checkpoint={"every": 5}, asynchronous=asynchronous, **more)
+        return job(tmp_path / "run", layout=layout, checkpoint={"every": 5}, asynchronous=asynchronous, **more)
 
     whole = trained(pools, parts())
     last = weights(parts(resume=True))

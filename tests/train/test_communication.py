@@ -50,3 +50,10 @@ def test_what_is_left_out_for_later_and_a_scale_that_changes_exclude_each_other(
         run_with(communication={"gradients": "int8"}, precision={"compute": "float16"})
     run_with(communication={"gradients": "int8"}, precision={"compute": "float16", "loss_scale": 1024})
     run_with(communication={"gradients": "bf16"}, precision={"compute": "float16"})
+
+
+def test_the_dtype_of_sums_is_a_compression() -> None:
+    narrow = {"compute": "bfloat16", "reduce": "bfloat16"}
+    assert run_with(precision=narrow).techniques.communication == Communication(gradients="bf16")
+    with pytest.raises(ConfigError, match="gradients are summed in one way"):
+        run_with(precision=narrow, communication={"gradients": "int8"})

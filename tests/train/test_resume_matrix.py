@@ -28,3 +28,10 @@ def test_a_run_goes_on_under_another_layout_as_if_nothing_had_happened(runs: Run
     error, why = runs.pair(first, second)
     assert why == ""
     assert error <= CURVE
+
+
+@pytest.mark.parametrize("first, second, optimizer", [("zero3", "tp2", "muon"), ("tp2", "pp2", "momentum")])
+def test_what_other_optimizers_remember_goes_on_too(runs: Runs, first: str, second: str, optimizer: str) -> None:
+    error, why = runs.pair(first, second, optimizer=optimizer)
+    assert why == ""
+    assert error <= CURVE

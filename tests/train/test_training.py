@@ -189,10 +189,10 @@ def written(job: Job) -> dict[str, object]:
 
 
 @on_ranks(1)
-def test_a_run_is_not_resumed_with_another_seed_or_other_data(rank, tmp_path) -> None:
+def test_a_run_is_not_resumed_with_another_seed_optimizer_or_other_data(rank, tmp_path) -> None:
     saved = job(tmp_path, steps=1, checkpoint={"every": 1})
     train_on_rank(rank, saved)
-    for change in ("training.seed=8", "task.num_train=41", "training.global_batch=4"):
+    for change in ("training.seed=8", "task.num_train=41", "training.global_batch=4", "training.optimizer=momentum"):
         other = run_from({**written(saved), "folder": str(tmp_path)}, [change])
         with pytest.raises(CheckpointError, match="instead of"):
             train_on_rank(rank, prepare(other, model=Decoder, resume=True))

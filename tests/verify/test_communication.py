@@ -46,6 +46,13 @@ def test_any_algorithm_makes_the_sums_of_one_device(layout: str, algorithm: str,
     assert comparison.worst_error <= 1e-5
 
 
+def test_what_compression_leaves_out_is_not_compared_and_said(starter: RankStarter) -> None:
+    techniques = Techniques(communication=Communication(gradients="topk:0.01"))
+    comparison = verify(Model, batch_of(), layout="dp=2", techniques=techniques, starter=starter)
+    assert comparison.equal, str(comparison)
+    assert "tensors travelled as they are" in str(comparison)
+
+
 def trained(rank: RankContext, layout: Layout, communication: Communication, steps: int = 30) -> tuple[float, int, int]:
     """(loss of the last step, bytes sent in a step, bytes saved in a step). Checks that copies of weights are equal."""
     torch.manual_seed(0)

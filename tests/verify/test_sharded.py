@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sharded_side import TOLERANCE, Decoder, batch_of, compare
+from shardwise.errors import LayoutError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.execute.program import Program
@@ -73,6 +74,27 @@ def test_the_public_check_holds_a_divided_layout_against_one_device() -> None:
         )
     assert comparison.equal, str(comparison)
     assert comparison.gradient_error <= 1e-5
+
+
+def gathers_once_a_step(program: Program) -> None:
+    kinds = [str(item.kind) for item in program.row(2)]
+    assert (kinds[0], kinds[-1], kinds.count("U"), kinds.count("H")) == ("U", "H", 1, 1)
+
+
+@on_ranks(2, timeout_s=60.0)
+def test_a_stage_is_gathered_and_given_back_by_its_row(rank: RankContext) -> None:
+    layout = "fsdp=2,zero=3,micro_batches=2,unshard=step"
+    assert compare(rank.rank, layout, change=gathers_once_a_step).worst <= TOLERANCE
+
+
+def refuses_to_stream(program: Program) -> None:
+    with pytest.raises(LayoutError, match="fsdp=2 divides"):
+        program.stream(first_step=0, update=lambda step, norm: None)
+
+
+@on_ranks(2, timeout_s=60.0)
+def test_steps_without_a_flush_are_refused(rank: RankContext) -> None:
+    assert compare(rank.rank, "fsdp=2,zero=1", change=refuses_to_stream).worst <= TOLERANCE
 
 
 def curve(rank: int, layout: str, precision: Precision, algorithm: str) -> list[float]:

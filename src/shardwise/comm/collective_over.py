@@ -6,6 +6,7 @@ Collective throughout: every rank of the default group calls it, in the same ord
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -178,7 +179,15 @@ def _board(
         for each in sockets.values():  # the others wait for it
             each.close()
         return None
-    return Board(region, rank=place, size=size, sockets=sockets, timeout_s=timeout_s, meanwhile=meanwhile)
+    return Board(
+        region,
+        rank=place,
+        size=size,
+        sockets=sockets,
+        timeout_s=timeout_s,
+        looks=dist.get_world_size() <= len(os.sched_getaffinity(0)),
+        meanwhile=meanwhile,
+    )
 
 
 def _all_say(here: bool, group: dist.ProcessGroup) -> bool:

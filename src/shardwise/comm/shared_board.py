@@ -11,7 +11,6 @@ seen in that order, as x86-64 does it. Knows numbers; refuses to know tensors.
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import select
 import socket
@@ -57,8 +56,8 @@ def num_bytes_of(size: int) -> int:
 
 
 class Board:
-    """One rank's view. `sockets` by place in the group, those of this rank to the others; `meanwhile` is called now and
-    then by who waits."""
+    """One rank's view. `sockets` by place in the group, those of this rank to the others. `looks`: who waits looks
+    before it sleeps, which is for ranks that have a core each; `meanwhile` is called now and then by who waits."""
 
     def __init__(
         self,
@@ -68,6 +67,7 @@ class Board:
         size: int,
         sockets: Mapping[int, socket.socket],
         timeout_s: float,
+        looks: bool = True,
         meanwhile: Callable[[], None] | None = None,
     ) -> None:
         self._region = region  # keeps the memory
@@ -80,7 +80,7 @@ class Board:
         self._sockets = sockets
         self._timeout_s = timeout_s
         self._meanwhile = meanwhile
-        self._look_s = _LOOK_S if size <= len(os.sched_getaffinity(0)) else 0.0
+        self._look_s = _LOOK_S if looks else 0.0
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._timespec = _Timespec(0, int(_SLEEP_S * 1e9))
         self._hang_up = select.poll()

@@ -3,6 +3,9 @@
     tp.all_reduce                       tensors that are summed over the shards of a unit
     tp.all_gather, tp.reduce_scatter    whole tensors, of which a rank has or gets a part: half an all-reduce of as many
     dp.all_reduce                       gradients that are summed over replicas
+    dp.all_gather, dp.all_to_all, …     what stands for such sums, compressed or in two levels; counted as a gather
+    dp.saved, fsdp.saved, pp.saved      what compression has kept from travelling, counted as what it stands for
+    fsdp.reduce_scatter, fsdp.all_gather  gradients and parameters of replicas that divide the state of training
     pp.all_reduce, tp.gradients         gradients of weights that stages share, and that are partial on every shard
     pp.send                             activations and their gradients between stages, with their headers
     ep.all_to_all                       rows that go to the ranks of other experts

@@ -82,7 +82,8 @@ class Dealt:
         if not (isinstance(tensor, SequenceShard) and tensor.tokens == self._tokens[value]):
             tokens = self._tokens[value]
             tensor = SequenceShard(self._region.scatter(whole_tokens(tensor), tokens), tokens, self._region)
-        return tensor.local.contiguous()
+        local: torch.Tensor = whole_of(tensor.local)
+        return local.contiguous()
 
     def arrived(self, value: int, tensor: torch.Tensor) -> torch.Tensor:
         """What the model's code is to see of a value that has been received."""

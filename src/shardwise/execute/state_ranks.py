@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 import torch.nn as nn
 
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import KINDS, Collective
 from shardwise.comm.collective_over import collective_over
 from shardwise.comm.compress.make import compressing
 from shardwise.comm.traffic import Traffic
@@ -93,10 +93,11 @@ def divide_states(
             buckets[-1].sums = saves[-1]
     if not buckets:
         return None
-    traffic.add("fsdp", lambda: sum(parts.sent_bytes.values()))
-    for kind, group in rest.items():
-        if group is not None:
-            traffic.add(kind.axis, lambda group=group: sum(group.sent_bytes.values()))  # type: ignore[misc]
+    for what in KINDS:
+        traffic.add(f"fsdp.{what}", lambda what=what: parts.sent_bytes.get(what, 0))  # type: ignore[misc]
+    counted = {id(group): (kind.axis, group) for kind, group in rest.items() if group is not None}
+    for axis, group in counted.values():
+        traffic.add(axis, lambda group=group: sum(group.sent_bytes.values()))  # type: ignore[misc]
     if saves:
         traffic.add("fsdp.saved", lambda: sum(each.saved_bytes for each in saves))
     by_step = layout.unshards_by_step

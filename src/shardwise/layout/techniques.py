@@ -115,6 +115,11 @@ class Communication:
         return name, float(number or 0)
 
     @property
+    def exact(self) -> Communication:
+        """The same without what rounds tensors on their way."""
+        return Communication(algorithm=self.algorithm)
+
+    @property
     def feeds_back(self) -> bool:
         """Whether what is left out of a step's gradients is added to the next one's."""
         return self.gradient_code[0] in ("int8", "powersgd", "topk")

@@ -348,7 +348,8 @@ def first_micro_batch(run: Run, task: Task, device: torch.device | str = "cpu") 
 def _state(job: Job, task: Task) -> dict[str, object]:
     """What a resumed run must have in common with the one that was saved."""
     training = job.run.training
-    return {"seed": training.seed, "global_batch": training.global_batch, "data": _fingerprint(job, task)}
+    told = {"seed": training.seed, "global_batch": training.global_batch, "data": _fingerprint(job, task)}
+    return {**told, "optimizer": training.optimizer}
 
 
 def _fingerprint(job: Job, task: Task) -> str:

@@ -26,7 +26,7 @@ from shardwise.parallel.states import State
 from shardwise.train.asynchronous.workers import Workers
 from shardwise.train.divided import shards_of, targets_of
 
-__all__ = ["check_model", "check_state", "restore", "room_for", "save"]
+__all__ = ["check_model", "check_state", "restore", "room_for", "save", "saves"]
 
 _STEP = "step"  # what torch's optimizers call the number of their updates
 _OLDER = "older"  # the weights that the next step is computed with, where they are not the newest
@@ -76,14 +76,16 @@ def save(
 
 
 def check_state(source: Source, state: Mapping[str, object]) -> None:
-    """A run continues only on the data, order and seed it began with. Raises CheckpointError with what differs."""
+    """A run continues only on the data, order and seed, and with the optimizer, it began with. What a checkpoint does
+    not tell does not count. Raises CheckpointError with what differs."""
     saved = source.manifest.state
     differing = [f"{name}={value!r} instead of {saved.get(name)!r}" for name, value in state.items()
-                 if saved.get(name) != value]  # fmt: skip
+                 if saved.get(name, value) != value]  # fmt: skip
     if differing:
         raise CheckpointError(
-            f"a resumed run has the seed, the global batch and the data it began with, but {source.folder} was saved "
-            f"by another: {'; '.join(differing)}; correct them, or start without resuming in another folder"
+            "a resumed run has the seed, the global batch, the optimizer and the data it began with, but "
+            f"{source.folder} was saved by another: {'; '.join(differing)}; correct them, or start without resuming in "
+            "another folder"
         )
 
 
@@ -158,6 +160,11 @@ def _saved_moments(source: Source) -> dict[str, dict[str, TensorEntry]]:
     return found
 
 
+def saves(program: Program, name: str) -> bool:
+    """Whether this rank writes what it has of a parameter's state: nobody before it has the same."""
+    return program.owns_part(name) if program.divides_state(name) else program.owns(name)
+
+
 def room_for(each: str, entry: TensorEntry, state: State) -> torch.Tensor:
     """A tensor like the state's, or a single number such as a count of steps."""
     single = not entry.global_shape and (len(state.shape) > 0 or each == _STEP)
@@ -173,7 +180,7 @@ def _shards(
     for name, parameter in program.parameters.items():
         divided = program.divides_state(name)
         state = program.part(name) if divided else states.get(name)
-        if (divided and state is None) or not (program.owns_part(name) if divided else program.owns(name)):
+        if (divided and state is None) or not saves(program, name):
             continue
         value = parameter if state is None else state.parameter
         yield from shards_of(program, name, name, value.detach(), kind="parameter", state=state)

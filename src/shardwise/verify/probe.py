@@ -100,10 +100,12 @@ def _sum_and_norm(tensors: Sequence[torch.Tensor]) -> tuple[float, float]:
 
 def _sum_and_square(tensor: torch.Tensor) -> tuple[float, float]:
     """Of all elements; collective, where the ranks of a group have parts of them."""
-    local = (tensor.local if isinstance(tensor, (DividedLogits, SequenceShard)) else tensor).double()
+    groups = []
+    while isinstance(tensor, (DividedLogits, SequenceShard)):
+        groups.append(tensor.group if isinstance(tensor, DividedLogits) else tensor.region.group)
+        tensor = tensor.local
+    local = tensor.double()
     both = torch.stack([local.sum(), local.square().sum()])
-    if isinstance(tensor, DividedLogits):
-        both = tensor.group.all_reduce(both)
-    elif isinstance(tensor, SequenceShard):
-        both = tensor.region.group.all_reduce(both)
+    for group in groups:
+        both = group.all_reduce(both)
     return float(both[0]), float(both[1])

@@ -277,7 +277,9 @@ def _tolerance(dtype: torch.dtype, techniques: Techniques | None) -> tuple[float
 def _notes(layout: Layout, techniques: Techniques | None) -> tuple[str, ...]:
     """What a comparison of this layout does not say."""
     label = "" if techniques is None else techniques.precision.label
-    said = (f"both sides compute in {label}",) if label else ()
+    said: tuple[str, ...] = (f"both sides compute in {label}",) if label else ()
+    if techniques is not None and techniques.communication != techniques.communication.exact:
+        said += ("tensors travelled as they are: what compression leaves out of them is no error of the layout",)
     family = GENERATORS.get(layout.schedule)
     if family is None or family.flushes:
         return said

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from shardwise.parallel.context.attend import Attention, Gathered
 from shardwise.parallel.context.region import ContextRegion
 from shardwise.parallel.context.ways import RING, ULYSSES
+from shardwise.parallel.tensor.divided_logits import DividedLogits
 from shardwise.parallel.tensor.sequence_shard import SequenceShard, shard_of, whole_tokens
+from shardwise.parallel.tensor.slices import spread
 from shardwise.parallel.tensor.threads import ThreadGroup, on_threads
 from shardwise.trace.randomness import RandomMode, Scope
 
@@ -139,3 +141,48 @@ def test_dropout_of_attention_is_that_of_one_device(attention: Attention, zigzag
     for out, _ in ranks:
         torch.testing.assert_close(out, made.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ranks[0][1] + ranks[1][1], wanted, rtol=1e-9, atol=1e-11)
+
+
+class One:
+    """A group of one shard, which notes what it sums."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.summed: list[tuple[int, ...]] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.summed.append(tuple(tensor.shape))
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.all_reduce(tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unsqueeze(0)
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.squeeze(0)
+
+
+def test_logits_of_own_tokens_that_shards_divide_too_are_joined_by_nobody() -> None:
+    x, labels = torch.randn(SAMPLES, TOKENS, WIDTH).double(), torch.randint(0, WIDTH, (SAMPLES, TOKENS))
+    given = x.clone().requires_grad_(True)
+    loss = F.cross_entropy(given.view(-1, WIDTH), labels.view(-1))
+    (wanted,) = torch.autograd.grad(loss, given)
+
+    def run(group: ThreadGroup) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]]]:
+        region, shards = ContextRegion(group, zigzag=True), One()
+        own = x.clone().requires_grad_(True)
+        dealt = shard_of(own, region)
+        assert isinstance(dealt, SequenceShard)
+        logits = dealt.carry(DividedLogits(dealt.local, spread(-1, WIDTH, 1), shards))
+        made = F.cross_entropy(logits.float().double().view(-1, WIDTH), labels.view(-1)) * 1.0
+        (gradient,) = torch.autograd.grad(made / 2, own)
+        return made.detach(), gradient, shards.summed
+
+    ranks = on_threads(2, run)
+    for made, _, summed in ranks:
+        torch.testing.assert_close(made, loss.detach(), rtol=1e-6, atol=1e-7)  # of float32
+        assert all(len(shape) < 3 and shape[-1] in (10, 12) for shape in summed)  # numbers for own tokens
+    torch.testing.assert_close(ranks[0][1] + ranks[1][1], wanted, rtol=1e-5, atol=1e-7)

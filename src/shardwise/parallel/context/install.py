@@ -162,7 +162,7 @@ def by_token(body: Forward, how: ByToken, args: Sequence[Any], kwargs: dict[str,
     dims = iter(how.made)
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            leaves[place] = SequenceShard(whole_of(leaf), first.tokens.at(next(dims)), first.region)
+            leaves[place] = SequenceShard(leaf, first.tokens.at(next(dims)), first.region)
     return tree_unflatten(leaves, spec)
 
 

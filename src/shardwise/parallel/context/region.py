@@ -17,6 +17,7 @@ from shardwise.parallel.context.deal import deal, join
 from shardwise.parallel.context.placement import Placement
 from shardwise.parallel.context.rules import MIXES, TOKEN_RULES
 from shardwise.parallel.context.window import Window
+from shardwise.parallel.tensor.divided_logits import whole_of
 from shardwise.parallel.tensor.sequence import Tokens
 from shardwise.parallel.tensor.sequence_ops import Rule
 from shardwise.parallel.tensor.sequence_shard import Region, SequenceShard
@@ -87,7 +88,7 @@ class ContextRegion(Region):
         return own
 
     def gather(self, local: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        return join(local, tokens, self.placement(tokens), self.group)
+        return join(whole_of(local), tokens, self.placement(tokens), self.group)
 
     def weight(self, leaf: torch.Tensor, *, matrix: bool) -> torch.Tensor:
         return leaf

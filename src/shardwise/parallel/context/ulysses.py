@@ -223,7 +223,8 @@ def _to_tokens(
     arrived = _exchanged(group, pieces, shapes)
     made = []
     for at, (whole, heads) in enumerate(zip(wholes, lent, strict=True)):
-        total = tensors[at].new_zeros(whole)
+        samples, num_heads, num, dim = whole  # heads behind tokens, as projections have them
+        total = tensors[at].new_zeros(samples, num, num_heads, dim).transpose(1, 2)
         for rank in range(group.size):
             total[:, slice(*heads[rank])] += arrived[rank][at]
         made.append(total)

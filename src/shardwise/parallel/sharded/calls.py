@@ -123,7 +123,7 @@ class UnitCalls:
 
         hooked: set[Any] = set()
         for leaf in tree_leaves(out):
-            if isinstance(leaf, (SequenceShard, DividedLogits)):
+            while isinstance(leaf, (SequenceShard, DividedLogits)):
                 leaf = leaf.local  # which has the graph
             for tensor in (leaf, leaf._base) if isinstance(leaf, torch.Tensor) else ():
                 node = None if tensor is None else tensor.grad_fn

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.errors import DataflowError
 from shardwise.parallel.tensor.collectives import Carrier, TensorGroup, copy_to
+from shardwise.parallel.tensor.divided_logits import DividedLogits
 from shardwise.parallel.tensor.sequence import Tokens, gather, scatter
 from shardwise.parallel.tensor.sequence_ops import (
     ASKS,
@@ -160,6 +161,9 @@ class SequenceShard(Carrier, Attends):
         with torch._C.DisableTorchFunctionSubclass():
             if func in ASKS:
                 return func(*args, **named)
+            nested = any(isinstance(shard.local, DividedLogits) for shard in _shards_in(args, named))
+            known = NotImplemented if nested else _by_tokens(func, args, named)
+        if nested:  # what is here is divided among shards besides, and has rules of its own
             known = _by_tokens(func, args, named)
         if known is not NotImplemented:
             return known
@@ -303,6 +307,8 @@ def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any], operand
 
 def _dense(local: torch.Tensor, dim: int) -> torch.Tensor:
     """`local`, or a contiguous copy: a copy on every rank or on none, also where some have one token or no token."""
+    if isinstance(local, DividedLogits):
+        return local
     expected = 1
     for at in range(-1, -local.dim() - 1, -1):
         size = local.shape[at]

@@ -43,10 +43,11 @@ def shards_of_worker(
     elif optimizer is not None:
         for name, state in states.items():
             for each, moment in optimizer.state.get(state.parameter, {}).items():
-                tensors.setdefault(f"{workers.index}/{_OPTIMIZER}/{each}", {})[name] = moment.detach()
+                if torch.is_tensor(moment):
+                    tensors.setdefault(f"{workers.index}/{_OPTIMIZER}/{each}", {})[name] = moment.detach()
     for where, by_name in tensors.items():
         for name, tensor in by_name.items():
-            if program.owns(name):
+            if program.owns_part(name) if program.divides_state(name) else program.owns(name):
                 yield from shards_of(program, name, _name(where, name), tensor, kind="other", state=states[name])
 
 

@@ -1,0 +1,1 @@
+"""What recompute and offload free on a rank, and what they cost."""

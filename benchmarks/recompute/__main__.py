@@ -1,0 +1,3 @@
+from benchmarks.recompute.run import main
+
+main()
