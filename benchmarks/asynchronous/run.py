@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asynchronous.setting import CONTENDERS, DEMO, QUICK, REFERENCE, Contender
+from benchmarks.asynchronous.setting import COMMON, CONTENDERS, DEMO, QUICK, REFERENCE, SMALL, Contender
 from benchmarks.common.circumstances import circumstances
 from shardwise.events import MemorySink, read_events
 from shardwise.train.run import train
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--begin", type=int, default=320, help="steps that all have in common, synchronous")
     parser.add_argument("--steps", type=int, default=320, help="steps behind these")
     parser.add_argument("--only", type=int, nargs="+", default=range(len(CONTENDERS)), help="numbers of contenders")
+    parser.add_argument("--small", action="store_true", help="the model of the search instead of the demo's")
     parser.add_argument("--quick", action="store_true", help="a tiny model, a vocabulary of 512")
     parser.add_argument("--output", type=Path, help="a file for the results, instead of one in results/")
     parser.add_argument("--resume", type=Path, help="results of a run that was ended: contenders in it are kept")
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if options.resume is not None:
         record["runs"] = json.loads(options.resume.read_text())["runs"]
-    written = Path(__file__).parent / "results" / f"{record['date'][:10]}.json"
+    written = Path(__file__).parent / "results" / f"{record['date'][:10]}{'-small' if options.small else ''}.json"
     output = options.output or options.resume or written
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or Path(temporary)
@@ -69,6 +70,8 @@ def _trained(contender: Contender, options: argparse.Namespace, folder: Path) ->
         f"layout=dp={contender.num_workers},micro_batches=1",
         f"training.steps={options.begin + options.steps}",
         f"training.evaluate_every={max(1, options.steps // 10)}",
+        *COMMON,
+        *(SMALL if options.small else ()),
         *(QUICK if options.quick else ()),
         *contender.overrides,
     ]

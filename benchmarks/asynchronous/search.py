@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from benchmarks.asynchronous.setting import DEMO
+from benchmarks.asynchronous.setting import DEMO, SMALL
 from shardwise.parallel.states import State
 from shardwise.tasks import Task, prepare_task, sample_indices, task_from
 from shardwise.trace.deferred import defer
@@ -33,13 +33,6 @@ from shardwise.train.run_file import Run, load_run
 
 __all__ = ["main"]
 
-SMALL = (
-    "model.config.hidden_size=64",
-    "model.config.intermediate_size=176",
-    "model.config.num_hidden_layers=2",
-    "model.config.num_attention_heads=4",
-    "model.config.num_key_value_heads=4",
-)
 HELD_OUT_BATCHES, HELD_OUT_SIZE = 8, 16
 
 
@@ -51,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--outer-rate", type=float, default=1.0)
     parser.add_argument("--momentum", type=float, default=0.0, help="Nesterov's")
     parser.add_argument("--rate", type=float, default=5e-3, help="peak of the inner rate, of workers")
+    parser.add_argument("--beta2", type=float, default=0.95, help="of the inner AdamW")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--begin", type=int, default=0)
     parser.add_argument("--steps", type=int, default=320, help="in all")
@@ -67,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _trained(run: Run, task: Task, options: argparse.Namespace) -> tuple[list[float], list[tuple[int, float]]]:
     model = _model(run)
     parameters = list(model.parameters())
-    optimizers = [_optimizer(run, parameters) for _ in range(options.workers)]
+    optimizers = [_optimizer(run, parameters, options.beta2) for _ in range(options.workers)]
     start = [parameter.detach().clone() for parameter in parameters]
     velocity = [torch.zeros_like(value) for value in start]
     kept = options.folder / f"{options.whole}-{options.batch}-{options.steps}-{options.begin}.pt"
@@ -77,6 +71,8 @@ def _trained(run: Run, task: Task, options: argparse.Namespace) -> tuple[list[fl
         start, first = begun["weights"], options.begin
         for optimizer in optimizers:
             optimizer.load_state_dict(copy.deepcopy(begun["optimizer"]))
+            for group in optimizer.param_groups:
+                group["betas"] = (run.training.betas[0], options.beta2)
     own = [[value.clone() for value in start] for _ in range(options.workers)]
     outer = OuterSGD(rate=options.outer_rate, momentum=options.momentum, nesterov=True)
     losses: list[float] = []
@@ -164,10 +160,10 @@ def _model(run: Run) -> nn.Module:
     return model.train()
 
 
-def _optimizer(run: Run, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    training = run.training
+def _optimizer(run: Run, parameters: Sequence[nn.Parameter], beta2: float) -> torch.optim.Optimizer:
+    training, betas = run.training, (run.training.betas[0], beta2)
     states = {str(i): State(parameter=p, shape=tuple(p.shape)) for i, p in enumerate(parameters)}
-    made = optimizer_over(states, betas=training.betas, epsilon=training.epsilon, weight_decay=training.weight_decay)
+    made = optimizer_over(states, betas=betas, epsilon=training.epsilon, weight_decay=training.weight_decay)
     assert made is not None
     return made
 

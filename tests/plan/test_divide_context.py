@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hand_profiles import chain
-
 from shardwise.describe.context import ContextPlan, UnitContext
 from shardwise.plan.divide_context import profile_of_context
 

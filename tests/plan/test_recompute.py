@@ -11,7 +11,10 @@ import pytest
 from hand_profiles import chain
 from shardwise.describe.profile import ModelProfile
 from shardwise.errors import LayoutError
+from shardwise.layout import Layout
 from shardwise.plan.cut import Cut, cut_stages
+from shardwise.plan.estimate import estimate
+from shardwise.plan.explain import explain
 from shardwise.plan.knapsack import Item, Limit, Option, choose
 from shardwise.plan.recompute import How, plan_recompute, profile_with
 from shardwise.schedule import Schedule, generate
@@ -137,3 +140,14 @@ def test_too_few_bytes_name_those_that_suffice() -> None:
     with pytest.raises(LayoutError, match="keeps 196 B with every unit computed again.*give it 196 B or more"):
         plan_recompute(model(), cut_of(model()), one(), "195B")
     assert plan_recompute(model(), cut_of(model()), one(), "196B")
+
+
+def test_the_plan_says_what_is_computed_again() -> None:
+    layout = Layout(recompute="selective")
+    plan = plan_recompute(model(), cut_of(model()), one(), "selective")
+    profile = profile_with(model(), plan)
+    predicted = estimate(profile, layout, cut_of(model()), num_micro_batches=1, flops_per_s=1e9)
+    assert predicted.stages[0].micro_batch_bytes == 4 * 72
+    told = explain(profile, layout, cut_of(model()), predicted, again=plan)
+    assert "4 units compute again all but products with weights: layers.0, layers.1, layers.2" in told
+    assert "recompute" not in explain(model(), Layout(), cut_of(model()), predicted)

@@ -19,9 +19,11 @@ from shardwise.train.asynchronous.diloco import DiLoCo
 from shardwise.train.asynchronous.eager_diloco import EagerDiLoCo
 from shardwise.train.asynchronous.fragment import fragments_of
 from shardwise.train.asynchronous.local_sgd import LocalSGD
+from shardwise.train.asynchronous.note import workers_note
 from shardwise.train.asynchronous.outer import Outer
 from shardwise.train.asynchronous.outer_sgd import OuterSGD
 from shardwise.train.asynchronous.rule import Rule
+from shardwise.train.run_file import run_from
 
 WORKERS, STEPS, EVERY = 3, 9, 3
 RATE, MOMENTUM = 0.7, 0.9
@@ -243,3 +245,13 @@ def test_what_a_wire_leaves_out_is_made_up_for_and_all_workers_stay_alike(wire, 
     for weights in found:
         assert torch.equal(weights, found[0])
         torch.testing.assert_close(weights, exact, rtol=0, atol=off)
+
+
+def test_a_plan_says_who_the_workers_are_and_what_they_exchange() -> None:
+    written = {"layout": "dp=2,pp=2", "training": {"steps": 8, "global_batch": 8}}
+    model = nn.Linear(1024, 512, bias=False)
+    assert workers_note(run_from(written), model) == ""
+    told = workers_note(run_from({**written, "asynchronous": {"every": 4, "fragments": 2, "wire": "bf16"}}), model)
+    assert "2 of 2 ranks" in told
+    assert "diloco every 4 steps" in told
+    assert "2 MiB of each worker are summed, in 2 parts one behind the other, compressed by bf16" in told

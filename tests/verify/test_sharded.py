@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sharded_side import TOLERANCE, Decoder, batch_of, compare
 from shardwise.errors import LayoutError
@@ -48,7 +49,7 @@ def test_clipping_is_that_of_the_whole_gradient_with_a_table_at_both_ends(rank: 
     assert compare(rank.rank, f"fsdp=2,zero={zero}", tied=True, clip=0.1).worst <= TOLERANCE
 
 
-@on_ranks(4, timeout_s=60.0)
+@on_ranks(4, timeout_s=120.0)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -74,6 +75,19 @@ def test_the_public_check_holds_a_divided_layout_against_one_device() -> None:
         )
     assert comparison.equal, str(comparison)
     assert comparison.gradient_error <= 1e-5
+
+
+def holds_its_part_alone(program: Program) -> None:
+    own = torch.tensor(float(sum(state.parameter.numel() for state in program.states.values())))
+    trained = sum(parameter.numel() for parameter in program.parameters.values() if parameter.requires_grad)
+    assert own <= 0.55 * trained
+    dist.all_reduce(own)
+    assert own == trained
+
+
+@on_ranks(2, timeout_s=60.0)
+def test_a_rank_updates_its_share_of_the_elements_and_all_together_each_once(rank: RankContext) -> None:
+    assert compare(rank.rank, "fsdp=2,zero=2", change=holds_its_part_alone).worst <= TOLERANCE
 
 
 def gathers_once_a_step(program: Program) -> None:

@@ -78,6 +78,9 @@ def command(
                       1 if not given
       ep              ranks that divide the experts of a model among them, each
                       with its own share of the batch, dp times over
+      recompute       none, full, selective, or the bytes that a rank may keep
+                      of activations, such as 4GiB; units are chosen for it
+      offload         activations, optimizer or both: wait in the host's memory
       micro_batches   of a replica and step; 2 x pp if not given
       schedule        naive, gpipe, 1f1b, interleaved, looped-bfs, zb-h1,
                       zb-h2, zb-v, zb-v-half, zb-v-min, dualpipe-v,

@@ -3,6 +3,7 @@
     tp.all_reduce                       tensors that are summed over the shards of a unit
     tp.all_gather, tp.reduce_scatter    whole tensors, of which a rank has or gets a part: half an all-reduce of as many
     dp.all_reduce                       gradients that are summed over replicas
+    dp.exchange                         what workers that train by themselves have done, every so many steps
     dp.all_gather, dp.all_to_all, …     what stands for such sums, compressed or in two levels; counted as a gather
     dp.saved, fsdp.saved, pp.saved      what compression has kept from travelling, counted as what it stands for
     fsdp.reduce_scatter, fsdp.all_gather  gradients and parameters of replicas that divide the state of training

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._C._autograd import _make_saved_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.errors import DataflowError
@@ -29,6 +30,7 @@ Weights = Callable[[], frozenset[int]]  # addresses of the storages in which the
 class _Kept:
     func: Any
     result: torch.Tensor | None
+    saved: Any = None  # the same, once autograd keeps it
 
 
 class KeptResults:
@@ -41,13 +43,19 @@ class KeptResults:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(kept.result.nbytes for kept in self._kept if kept.result is not None)
+        return sum(kept.result.nbytes for kept in self._kept if kept.result is not None)  # before `settle`
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Around the forward: keep results."""
         with _Keep(self._kept, self._weights):
             yield
+
+    def settle(self) -> None:
+        """Behind the forward: autograd keeps the results as it keeps all else, so that who moves that moves these."""
+        for kept in self._kept:
+            if kept.result is not None:
+                kept.saved, kept.result = _make_saved_tensor(kept.result, is_output=False), None
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -99,9 +107,9 @@ class _GiveOut(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"a unit that is computed again does what it did at first, but it now multiplies by {func} where it "
                 f"did {'nothing more' if kept is None else kept.func}; use recompute=full, or none"
             )
-        if kept.result is None:
-            return func(*args, **(kwargs or {}))
-        return kept.result.detach()
+        result = kept.result if kept.saved is None else kept.saved.unpack()
+        kept.saved = None
+        return func(*args, **(kwargs or {})) if result is None else result.detach()
 
 
 def _keeps(func: Any, args: Sequence[Any], weights: Weights) -> bool:

@@ -74,9 +74,13 @@ class Recompute:
                 with self._around.keeping():
                     return body(*own_args, **own_kwargs)
 
-            contexts = _Contexts(repetition, self._repeating, _results(how, module))
+            results = _results(how, module)
+            contexts = _Contexts(repetition, self._repeating, results)
             with set_checkpoint_early_stop(False) if self._to_the_end else contextlib.nullcontext():
-                return checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+                out = checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+            if results is not None:
+                results.settle()
+            return out
 
         return computed_again
 

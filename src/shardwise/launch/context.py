@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from shardwise.errors import LaunchError
 from shardwise.launch.environment import World
@@ -92,7 +93,7 @@ def store_of(context: RankContext, *, timeout: timedelta) -> Store:
     meeting = urlsplit(context.rendezvous)
     if meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
         return _loopback_store(context, port=meeting.port, timeout=timeout)
-    met = dist.rendezvous(context.rendezvous, context.rank, context.world_size, timeout=timeout)
+    met = rendezvous(context.rendezvous, context.rank, context.world_size, timeout=timeout)
     store, _, _ = next(met)
     assert isinstance(store, Store)
     store.set_timeout(timeout)

@@ -49,6 +49,7 @@ class Rounding:
     most: float  # times `one_device` that `layout` may be
     exact_error: float
     exact_tolerance: float
+    dtype: str = "float32"  # in which both sides computed
 
     @property
     def holds(self) -> bool:
@@ -56,10 +57,10 @@ class Rounding:
         return self.layout <= self.most * self.one_device and self.exact_error <= self.exact_tolerance
 
     def __str__(self) -> str:
-        verdict = "so errors beyond the tolerance are float32's own" if self.holds else "so this is no rounding"
+        verdict = f"so errors beyond the tolerance are {self.dtype}'s own" if self.holds else "so this is no rounding"
         return (
             f"in float64 the layout is {self.exact_error:.1e} from one device (tolerance {self.exact_tolerance:.0e}); "
-            f"in float32 one device is {self.one_device:.1e} from float64 at {self.where}, "
+            f"in {self.dtype} one device is {self.one_device:.1e} from float64 at {self.where}, "
             f"the layout {self.layout:.1e} (at most {self.most:g} times as far): {verdict}"
         )
 
