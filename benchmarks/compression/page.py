@@ -62,8 +62,8 @@ def page(record: Mapping[str, Any]) -> str:
         "",
         *_section([row for row in rows if row["layout"].startswith("dp")], "gradients", "two replicas"),
         *_section([row for row in rows if row["layout"].startswith("pp")], "activations", "two stages"),
-        f"`{record['command']}` on {record['machine']}, torch {record['versions']['torch']}, {record['commit']}, "
-        f"{record['date'][:10]}.",
+        f"`{record['command'].partition(' --only')[0]}` on {record['machine']}, torch {record['versions']['torch']}; "
+        "which command, commit and date each row is of stands in `benchmarks/compression/results/demo.json`.",
         "",
     ]
     return "\n".join(parts)

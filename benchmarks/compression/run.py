@@ -66,17 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only and options.output.exists():
         rows = {row["name"]: row for row in json.loads(options.output.read_text())["rows"]}
     for contender in CONTENDERS:
-        if not options.only or contender.name in options.only:
-            rows[contender.name] = row = measured(
-                contender, steps=options.steps, batch=options.batch, small=options.small
-            )
-            print(
-                f"{row['name']:20} {row['bytes'] / 1e6:9.3f} MB a step   loss {row['loss']:.4f}   "
-                f"evaluated {row['evaluated']:.4f}",
-                flush=True,
-            )
+        if options.only and contender.name not in options.only:
+            continue
+        row = measured(contender, steps=options.steps, batch=options.batch, small=options.small)
+        known = circumstances("benchmarks.compression")
+        rows[contender.name] = row | {name: known[name] for name in ("command", "commit", "date")}
+        print(
+            f"{row['name']:20} {row['bytes'] / 1e6:9.3f} MB a step   loss {row['loss']:.4f}   "
+            f"evaluated {row['evaluated']:.4f}",
+            flush=True,
+        )
         record = {
-            **circumstances("benchmarks.compression"),
+            **known,
             "task": f"examples/demo.toml with {options.batch} sequences of 64 tokens in a step, {options.steps} steps"
             + (", and a model of 4 layers, width 96 and 0.8 M parameters" if options.small else ""),
             "figures": figures(list(rows.values())),
