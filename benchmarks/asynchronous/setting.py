@@ -19,7 +19,7 @@ REFERENCE = "dp, every step"
 # (docs/asynchronous.md); the synchronous run does not care.
 COMMON = ("training.betas=[0.9, 0.999]",)
 # The outer optimizer of the search (search.py), for any number of workers.
-OUTER = {"outer_learning_rate": 1.0, "outer_momentum": 0.0, "nesterov": "false"}
+OUTER = {"outer_learning_rate": 1.0, "outer_momentum": 0.4, "nesterov": "true"}
 
 
 @dataclass(frozen=True, kw_only=True)

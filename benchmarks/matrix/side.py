@@ -38,7 +38,7 @@ __all__ = ["STEPS", "TOLERANCE", "Plans", "Result", "plans_for", "run_case"]
 
 STEPS = 3
 TOLERANCE = 1e-5  # float32 sums taken in another order, over some layers
-CLIP = 0.25  # a fraction of every norm that occurs
+CLIP = 0.15  # a fraction of every norm that occurs
 _RATE, _BETAS, _DECAY = 0.05, (0.9, 0.95), 0.1
 _EPSILON = 1e-2  # as large as an element of a gradient: AdamW's update is then no sign, and differs as gradients do
 

@@ -190,9 +190,10 @@ def build(
             held = {name: p for name, p in model.named_parameters() if name in set(mine)}
             if divided is not None:
                 sums.divide(model.get_parameter(name) for name in mine if divided.part_of(name) is not None)
-        if states is not None:
+        if layout is not None and place.fsdp > 1:  # also where a stage has nothing to divide: groups are made by all
             kinds = {name: kinds[name] for name in whole}
             held = {name: held[name] for name in whole if name in held}
+        if states is not None:
             around.add(Order.UNSHARD, states.calls.around)
         gradients = rank_groups.gradient_sum(place, held, kinds, holders, traffic, stack, communication)
         if numerics is None or not numerics.precision.emulate:  # which rounds results that are returned

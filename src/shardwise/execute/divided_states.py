@@ -134,6 +134,7 @@ class DividedStates:
             if not torch.is_grad_enabled():  # behind a step, the sums of gradients are a meeting
                 self.meet()
         finally:
+            self.calls.forget()
             for stage in list(self._unsharded):
                 self.reshard(stage)
             self._residency.let_go(self._outside)

@@ -304,8 +304,9 @@ class Program:
         return StepResult(loss, weight, moments, experts, self._traffic.read(), edges, sums_s)
 
     def _summed_before(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Gradients of earlier steps, put aside where this one's are summed over ranks: theirs have been."""
-        if self._gradients is None and (self.divided is None or not self.divided.shares):
+        """Gradients of earlier steps, put aside where this one's are summed over ranks, or scaled: theirs have been."""
+        sums = self._gradients is not None or (self.divided is not None and self.divided.shares)
+        if not sums and self.numerics.scale == 1.0:
             return []
         before = [(p, p.grad) for p in self._trained if p.grad is not None]
         for parameter, _ in before:
@@ -430,9 +431,7 @@ class Program:
             own = [
                 state.parameter.grad
                 for name, state in states.items()
-                if state.parameter.grad is not None
-                and self.counts(name)
-                and self.divides_experts(name) is of_experts
+                if state.parameter.grad is not None and self.counts(name) and self.divides_experts(name) is of_experts
             ]
             total += sum_of_squares(own).to(total.device) * weight
         return total
@@ -458,7 +457,8 @@ class Program:
         self._stack.callback(callback)
 
     def close(self) -> None:
-        """Take hooks and substitutions out of the model."""
+        """Take hooks and substitutions out of the model. Parameters whose state is divided stay where they are: in
+        memory that ranks of a host share, or, with zero=3, without any; to go on with them, copy `values()` before."""
         if self._gradients is not None:
             self._gradients.close()
         self._stack.close()

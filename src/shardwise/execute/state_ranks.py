@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.comm.collective import KINDS, Collective
@@ -26,7 +27,7 @@ from shardwise.execute.rank_groups import Kind
 from shardwise.layout import Communication, Layout
 from shardwise.parallel.gradients import Compressed
 from shardwise.parallel.sharded.bucket import Bucket
-from shardwise.parallel.sharded.buckets import Item, plan_buckets
+from shardwise.parallel.sharded.buckets import BucketPlan, Item, bucket_bytes_of, plan_buckets
 
 __all__ = ["divide_states", "readers_of"]
 
@@ -81,7 +82,7 @@ def divide_states(
     ]
     buckets: list[Bucket] = []
     saves: list[Compressed] = []
-    for plan in plan_buckets(items, multiple=place.fsdp * others):
+    for plan in plan_buckets(items, multiple=place.fsdp * others, bucket_bytes=_bucket_bytes(items, device)):
         if filled is not None:
             filled(plan.names)
         wide = {name: value for name in plan.names if (value := masters(name)) is not None}
@@ -89,7 +90,7 @@ def divide_states(
         stages = holders[plan.names[0]]
         buckets.append(Bucket(plan, mine, parts, frees=frees, stages=stages, masters=wide))
         if compress is not None and buckets[-1].trained:
-            saves.append(compress(parts, [tuple(parameter.shape) for parameter in mine]))
+            saves.append(compress(parts, _shapes_in(plan, mine)))
             buckets[-1].sums = saves[-1]
     if not buckets:
         return None
@@ -110,6 +111,23 @@ def divide_states(
         each=layout.zero > 1 and not by_step,
         keeps=layout.zero == 1,
     )
+
+
+def _shapes_in(plan: BucketPlan, parameters: Sequence[nn.Parameter]) -> list[tuple[int, ...]]:
+    """What lies side by side in a bucket: parameters, and what fills up to the next one."""
+    found: list[tuple[int, ...]] = []
+    ends = (*plan.starts[1:], plan.numel)
+    for start, end, parameter in zip(plan.starts, ends, parameters, strict=True):
+        filling = end - start - parameter.numel()
+        found += [tuple(parameter.shape), *([(filling,)] if filling else [])]
+    return found
+
+
+def _bucket_bytes(items: Sequence[Item], device: torch.device) -> int:
+    """The same on all ranks: stages that share some parameters hold others besides. Collective."""
+    total = torch.tensor(sum(item.numel * item.itemsize for item in items), dtype=torch.int64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return bucket_bytes_of(int(total.item()))
 
 
 def readers_of(flow: Dataflow, units: Sequence[str], names: Collection[str]) -> dict[str, frozenset[str]]:

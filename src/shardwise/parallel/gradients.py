@@ -63,6 +63,7 @@ class _Bucket:
     compressed: Compressed | None = None  # what sums the gradients, where the group itself sums the flags alone
     waits_for: int = 0  # parameters whose gradient is not final
     buffers: list[_Buffer] = dataclasses.field(default_factory=list)
+    spare: torch.Tensor | None = None  # for when somebody has a gradient in every buffer: sums are copied out of it
     flat: torch.Tensor | None = None  # gradients, then one flag a parameter: how many holders have a gradient at all
     works: list[Waitable] = dataclasses.field(default_factory=list)
 
@@ -75,20 +76,20 @@ class _Bucket:
         """Memory for a step's gradients, in which nobody has one of an earlier step."""
         if self.flat is None:
             free = next((buffer for buffer in self.buffers if buffer.is_free), None)
-            self.flat = (free or self._make()).flat
+            if free is not None:
+                self.flat = free.flat
+            elif len(self.buffers) < _KEPT:
+                self.buffers.append(self._make())
+                self.flat = self.buffers[-1].flat
+            else:  # in memory of the group all the same: other ranks may have kept none, and all move it alike
+                self.spare = self._make().flat if self.spare is None else self.spare
+                self.flat = self.spare
         return self.flat
 
     def _make(self) -> _Buffer:
-        numel, dtype = self.size + len(self.parameters), gradient_dtype(self.parameters[0])
-        if len(self.buffers) < _KEPT:
-            flat = self.group.empty(numel, dtype)
-        else:  # somebody keeps gradients: these are theirs
-            flat = torch.empty(numel, dtype=dtype, device=self.parameters[0].device)
+        flat = self.group.empty(self.size + len(self.parameters), gradient_dtype(self.parameters[0]))
         storage = flat.untyped_storage()
-        buffer = _Buffer(flat, storage, torch._C._storage_Use_Count(storage._cdata))
-        if len(self.buffers) < _KEPT:
-            self.buffers.append(buffer)
-        return buffer
+        return _Buffer(flat, storage, torch._C._storage_Use_Count(storage._cdata))
 
     def part_of(self, parameter: nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
         """Where the gradient of a parameter is."""
@@ -154,6 +155,10 @@ class GradientSum:
         self._given.clear()
         for bucket in self._buckets:
             bucket.waits_for = len(bucket.parameters)
+            for work in bucket.works:  # what a step has left that ended in an error
+                work.wait()
+            bucket.works.clear()
+            bucket.flat = None
 
     @contextlib.contextmanager
     def during(self, stage: int) -> Iterator[Callable[[torch.Tensor], None]]:
@@ -288,13 +293,13 @@ def _fill(parameters: Sequence[tuple[nn.Parameter, Collective, tuple[int, ...]]]
 def _scatter(bucket: _Bucket) -> None:
     assert bucket.flat is not None
     counts = bucket.flat[bucket.size :].tolist()
-    start = 0
+    flat, start = bucket.flat.clone() if bucket.flat is bucket.spare else bucket.flat, 0
     for parameter, count in zip(bucket.parameters, counts, strict=True):
         if parameter.grad is not None:
             raise DataflowError(
                 f"a gradient is summed over ranks when nothing more is added to it, but one of shape "
                 f"{tuple(parameter.shape)} was added to afterwards; let only the step's own backwards add to `.grad`"
             )
-        part = bucket.flat[start : start + parameter.numel()]
+        part = flat[start : start + parameter.numel()]
         parameter.grad = part.view(parameter.shape) if count else None
         start += parameter.numel()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 
-__all__ = ["ALIGNMENT", "BUCKET_BYTES", "BucketPlan", "Item", "Run", "plan_buckets"]
+__all__ = ["ALIGNMENT", "BUCKET_BYTES", "BucketPlan", "Item", "Run", "bucket_bytes_of", "plan_buckets"]
 
 ALIGNMENT = 16  # elements: products read vectors of as many
 BUCKET_BYTES = 4 * 2**20
@@ -63,15 +63,20 @@ class BucketPlan:
         return found
 
 
+def bucket_bytes_of(total_bytes: int) -> int:
+    """When a bucket of a model that has so many bytes of parameters on a rank is closed."""
+    return min(BUCKET_BYTES, total_bytes // _LEAST_BUCKETS)
+
+
 def plan_buckets(items: Sequence[Item], *, multiple: int, bucket_bytes: int | None = None) -> list[BucketPlan]:
     """Buckets of `items`, which are in the order of their units, whose lengths are multiples of `multiple` ranks.
 
     A bucket is closed once it has `bucket_bytes`, and is never closed inside a unit: what a unit reads is gathered at
-    once. What several units read, or none, has a bucket of its own.
+    once. What several units read, or none, has a bucket of its own. Ranks that hold different parameters besides those
+    that they sum together are given the same `bucket_bytes`.
     """
     if bucket_bytes is None:
-        total = sum(item.numel * item.itemsize for item in items)
-        bucket_bytes = min(BUCKET_BYTES, total // _LEAST_BUCKETS)
+        bucket_bytes = bucket_bytes_of(sum(item.numel * item.itemsize for item in items))
     alike: dict[Hashable, list[Item]] = {}
     for item in items:
         shared = item.units if len(item.units) != 1 else frozenset({""})

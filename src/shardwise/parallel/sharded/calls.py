@@ -102,6 +102,11 @@ class UnitCalls:
         self._runs.clear()
         self._residency.rest()
 
+    def forget(self) -> None:
+        """The step has ended in an error."""
+        self._forward = self._backward = self._reduces = None
+        self._runs.clear()
+
     def _ended(self) -> None:
         """The action before this one is over."""
         self._backward = None
@@ -121,15 +126,9 @@ class UnitCalls:
         def begins(_: Any) -> None:
             self._begins(run, index)
 
-        hooked: set[Any] = set()
-        for leaf in tree_leaves(out):
-            while isinstance(leaf, (SequenceShard, DividedLogits)):
-                leaf = leaf.local  # which has the graph
-            for tensor in (leaf, leaf._base) if isinstance(leaf, torch.Tensor) else ():
-                node = None if tensor is None else tensor.grad_fn
-                if node is not None and node not in hooked:
-                    hooked.add(node)
-                    node.register_prehook(begins)
+        leaves = tree_leaves(out)
+        for node in _nodes_of(leaves) or _nodes_of(tree_leaves([_attributes(leaf) for leaf in leaves])):
+            node.register_prehook(begins)
 
     def _begins(self, run: _Run, index: int) -> None:
         """The backward of a call begins: that of all later ones has ended."""
@@ -141,3 +140,22 @@ class UnitCalls:
             self._gradients.past(done)
             self._gradients.open(run.reads[index])
         self._residency.turn(run.reads[index], backward=True)
+
+
+def _nodes_of(leaves: Sequence[Any]) -> list[Any]:
+    """What made the tensors among `leaves`, each once."""
+    found: dict[Any, None] = {}
+    for leaf in leaves:
+        while isinstance(leaf, (SequenceShard, DividedLogits)):
+            leaf = leaf.local  # which has the graph
+        for tensor in (leaf, leaf._base) if isinstance(leaf, torch.Tensor) else ():
+            if tensor is not None and tensor.grad_fn is not None:
+                found[tensor.grad_fn] = None
+    return list(found)
+
+
+def _attributes(leaf: object) -> list[Any]:
+    """Of an object of the model's own, in which there may be tensors."""
+    if dataclasses.is_dataclass(leaf):
+        return [getattr(leaf, field.name) for field in dataclasses.fields(leaf)]
+    return [] if isinstance(leaf, torch.Tensor) else list(getattr(leaf, "__dict__", {}).values())

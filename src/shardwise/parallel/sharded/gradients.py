@@ -39,13 +39,17 @@ class _Reduced:
     waits_for: set[int] = dataclasses.field(default_factory=set)  # ids of parameters whose gradient is not final
     ready: bool = False
     kept: torch.Tensor | None = None  # the memory of the part, from step to step
+    storage: torch.UntypedStorage | None = None  # of it, as an object so that nobody makes another one to count by
+    unused: int = 0  # how many refer to the storage when nobody has a gradient in it
     memory: torch.Tensor | None = None  # where the whole gradient is put together, without values at first
     given: set[int] = dataclasses.field(default_factory=set)  # ids of parameters whose place in it somebody has
 
     def taken(self, numel: int, like: torch.Tensor) -> torch.Tensor:
-        """Memory for the part."""
-        if self.kept is None:
+        """Memory for the part, in which nobody has a gradient of an earlier step."""
+        if self.kept is None or self.storage is None or _num_users(self.storage) > self.unused:
             self.kept = torch.empty(numel, dtype=like.dtype, device=like.device)
+            self.storage = self.kept.untyped_storage()
+            self.unused = _num_users(self.storage)
         return self.kept
 
 
@@ -105,8 +109,12 @@ class GradientParts:
     def begin(self, order: Sequence[int]) -> None:
         """A step begins, in which own stages end in this order."""
         self._open = set(order)
+        self._drain()  # what a step has left that ended in an error
         for reduced in self._all:
             reduced.waits_for, reduced.ready = set(), False
+            reduced.part = None
+            reduced.given.clear()
+        self._has = [False] * len(self._has)
         self._queue = [] if self.each else sorted(self._all, key=lambda reduced: self._place(reduced, order))
         self._next = 0
 
@@ -327,6 +335,10 @@ class GradientParts:
                 continue
             run, own = reduced.bucket.runs[name], state.parameter
             own.grad = part[run.at : run.at + run.numel]
+
+
+def _num_users(storage: torch.UntypedStorage) -> int:
+    return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 def _dtype(bucket: Bucket) -> torch.dtype:
