@@ -91,7 +91,7 @@ def assemble(
 
     numerics = Numerics(model, None if techniques is None else techniques.precision, device)
     if layout.tp > 1 and numerics.precision.compute == "float8":
-        raise LayoutError(f"float8 layers are whole, but tp={layout.tp}; use tp=1, or compute = \"bfloat16\"")
+        raise LayoutError(f'float8 layers are whole, but tp={layout.tp}; use tp=1, or compute = "bfloat16"')
     with numerics.traced():
         captured = _whole_path(model, inputs, loss, units, watch)
     profile = profile_of(model, captured, counters[-1])

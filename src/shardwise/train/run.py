@@ -124,9 +124,7 @@ def prepare(
     return job
 
 
-def train_on_rank(
-    context: RankContext, job: Job, sinks: Sequence[Sink] = (), *, store: Store | None = None
-) -> Trained:
+def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *, store: Store | None = None) -> Trained:
     """One rank's part. Events go to its own file; those of rank 0 also to `sinks` and to who started the ranks.
 
     `store` is where all ranks have met, if they have without a process group.

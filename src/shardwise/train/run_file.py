@@ -266,7 +266,7 @@ class AsynchronousOptions(_Table):
         outer = self.model_fields_set & {"outer_learning_rate", "outer_momentum", "nesterov"}
         if outer and not self.method.endswith("diloco"):
             raise ValueError(
-                f'{self.method} has no outer optimizer, but {", ".join(sorted(outer))} is given; drop it, or use '
+                f"{self.method} has no outer optimizer, but {', '.join(sorted(outer))} is given; drop it, or use "
                 'method = "diloco"'
             )
         if self.fragments > self.every:
