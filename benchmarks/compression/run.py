@@ -55,10 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4, help="sequences of 64 tokens in a step; the demo has 16")
     parser.add_argument("--small", action="store_true", help="a model of 0.8 M parameters instead of the demo's 6 M")
+    parser.add_argument("--quick", action="store_true", help="that model, 20 steps, not published")
     parser.add_argument("--only", nargs="*", help="names such as 'dp=2 int8'; the others stay as they were measured")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="measure nothing: write docs/compression.md anew")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.small, options.steps, options.output = True, 20, RESULTS.with_name("quick.json")
     if options.render:
         page.write(json.loads(options.output.read_text()))
         return

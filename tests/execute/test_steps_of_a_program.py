@@ -14,7 +14,6 @@ from shardwise.errors import LayoutError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
 from shardwise.execute.program import Program
-from shardwise.execute.weights import weigher
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
 from shardwise.plan.sources import GivenSource
@@ -158,30 +157,4 @@ def test_a_given_schedule_that_splits_is_proven_whatever_its_number_of_micro_bat
     assert not any(proof.why for proof in program.split_proofs)
     program.step(parts, step=0)
     assert_gradients(program, steps=1)
-    program.close()
-
-
-class CountsSteps(nn.Module):
-    """A counter that the forward itself keeps, beside draws: one rank follows the tape, and must count all the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.steps += 1
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
-
-
-def test_a_state_that_the_forward_keeps_is_kept_on_one_rank() -> None:
-    model, batch = CountsSteps(), {"x": torch.ones(4, 4)}
-    program = assemble(model, batch, layout=Layout(), rank=0)
-    (mine,) = split(batch, micro_batches=1, replicas=1, weights=weigher(model))
-    for step in range(3):
-        program.step(mine, step=step)
-    assert program.random
-    assert int(model.steps) == 3
     program.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shardwise.errors import ConfigError, LaunchError
 from shardwise.launch.outcome import Failure, failure_of_call
 
@@ -41,8 +43,16 @@ def test_what_would_end_our_own_process_is_wrapped() -> None:
     assert "SystemExit: 3" in str(error)
 
 
-def test_ranks_that_miss_a_peer_in_shared_memory_are_effects_too() -> None:
-    text = "Traceback …\nTransferError: waiting for x from rank 2 failed: rank 2 closed the channel: it has ended; gone"
+@pytest.mark.parametrize(
+    "last",
+    [
+        "TransferError: waiting for x from rank 2 failed: rank 2 closed the channel: it has ended; gone",
+        "RuntimeError: ranks at places [1] of the group closed their sockets: they have ended",
+        "RuntimeError: a rank of this host closed its socket: it has ended",
+    ],
+)
+def test_ranks_that_miss_a_peer_in_shared_memory_are_effects_too(last: str) -> None:
+    text = f"Traceback …\n{last}"
     told = str(failure_of_call([Failure(rank=0, text=text), KILLED], world_size=4))
     assert told.startswith("rank 2 of 4 was killed by signal 9")
     assert "rank 0 of 4 then lost its peer" in told

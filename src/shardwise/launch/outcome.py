@@ -22,6 +22,8 @@ _PEER_IS_GONE = (
     "Read timeout",
     "remote process exited",
     "closed the channel: it has ended",
+    "closed their sockets: they have ended",
+    "closed its socket: it has ended",
 )
 
 

@@ -73,8 +73,6 @@ def cut_stages(flow: Dataflow, stage_of_call: Mapping[int, int], num_stages: int
             wanted[source].add(value)
             sends[source].add((value, stage))
         here = frozenset(computes) | {node for node, at in stage_of_call.items() if at == stage}
-        if num_stages == 1:  # the whole forward, also what nobody needs for the loss: it may keep a state
-            here = frozenset(range(len(flow.nodes)))
         last = max([*here, *(flow.values[value].node for value, _ in receives)], default=0)
         cuts[stage] = StageCut(
             stage=stage,
