@@ -1,6 +1,6 @@
-# demo  trains a small model on this machine and proves the result     test  the whole suite
+# demo  trains a small model on this machine and proves the result     test  the suite, but for its slow part
 # check lint, format, types, architecture                              bench every benchmark, quick
-# verify-all  every schedule, technique and pair of layouts against one device; writes docs/matrix.md (about an hour)
+# verify-all  the slow tests; every schedule, technique and pair of layouts against one device; writes docs/matrix.md
 # Each makes .venv first if it is missing or older than pyproject.toml and constraints.txt.
 # Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -30,6 +30,7 @@ bench: $(STAMP)
 	done
 
 verify-all: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m benchmarks.schedules.matrix --json benchmarks/schedules/results/matrix.json
 	$(BIN)/python -m benchmarks.matrix --json benchmarks/matrix/results/matrix.json
 	$(BIN)/python -m benchmarks.matrix.resume --json benchmarks/matrix/results/resume.json

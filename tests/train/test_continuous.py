@@ -25,6 +25,8 @@ from shardwise.train.run_file import run_from
 from shardwise.train.update import update
 from train.test_training import TASK, Counted, Decoder, ScalarTask, evaluations, off
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 STEPS = 14
 TWO_STAGES = "pp=2,micro_batches=4,schedule=pipedream-2bw"
 

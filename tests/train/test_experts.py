@@ -20,6 +20,8 @@ from shardwise.train.checks import check_experts
 from shardwise.train.run import prepare, train_on_rank
 from shardwise.train.run_file import run_from
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 WIDTH, VOCABULARY, STEPS = 8, 16, 6
 
 # Sums of float32 gradients in another order, magnified by the updates of Adam.

@@ -12,6 +12,8 @@ import transformers as hf
 from shardwise.launch import RankStarter
 from shardwise.verify import verify
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 
 def tied_llama() -> hf.LlamaForCausalLM:
     torch.manual_seed(0)

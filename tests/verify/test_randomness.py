@@ -14,6 +14,8 @@ from shardwise.launch import RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.verify.sides import Job, run_side
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 STEPS, MICRO_BATCHES = 20, 4  # of all replicas
 ONE_DEVICE = Layout()
 # dropout, also on attention; LayerDrop; SpecAugment in time and features, and LayerDrop

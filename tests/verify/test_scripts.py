@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 SCRIPT = """
+import pytest
 import torch, torch.nn as nn
 import shardwise as sw
 

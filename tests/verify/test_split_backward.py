@@ -14,6 +14,8 @@ from shardwise.launch import RankStarter
 from shardwise.schedule import Schedule, check, parse_row
 from shardwise.verify import Comparison, verify
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 TOLERANCE = 1e-5  # what float32 leaves of sums taken in another order
 
 ONE_EACH = (

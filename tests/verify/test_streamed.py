@@ -21,6 +21,8 @@ from shardwise.verify.comparison import errors_of
 from shardwise.verify.sides import Job, Side, run_side, run_streamed_side
 from streamed_models import Deep, KnowsTheRanks
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 TOLERANCE = 1e-6  # both sum the same numbers; the later stage's part of a shared gradient may be added first
 MICRO_BATCHES = 4
 

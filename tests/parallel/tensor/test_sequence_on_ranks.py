@@ -19,6 +19,8 @@ from shardwise.layout import Layout
 from shardwise.parallel.tensor.slices import cut
 from shardwise.testing import on_ranks
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 WIDTH, VOCABULARY, TOKENS, SAMPLES = 16, 40, 5, 4  # 2 and 3 tokens on two ranks
 
 

@@ -15,6 +15,8 @@ from shardwise.train.optimizers.muon import Muon
 from shardwise.train.optimizers.newton_schulz import as_matrices, orthogonalised
 from shardwise.verify import verify
 
+pytestmark = pytest.mark.slow  # `make verify-all`
+
 SHAPES = {"wide": (8, 24), "tall": (24, 8), "square": (16, 16)}
 
 
