@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-
 from benchmarks.asynchronous.render import PAGE, PLOT, newest, page_with, plot_of
 from benchmarks.asynchronous.run import figures, table
 from benchmarks.asynchronous.setting import CONTENDERS, REFERENCE
