@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from benchmarks.common.memory import forget_peak, peak_bytes, resident_bytes, trim
+from benchmarks.common.memory import forget_peak, peak_bytes, resident_bytes, trim, watched_proportional
 from benchmarks.data.contenders import CONTENDERS, Contender, mean_over_ranks
 from benchmarks.data.setting import ADAMW, CLIP, SETTINGS, Setting, batch_of, decoder, share_of
 from shardwise.launch import RankContext
@@ -81,8 +81,9 @@ def _in_turn(
     return seconds
 
 
-def peaks(context: RankContext, name: str, setting: Setting) -> tuple[int, int]:
-    """The peak resident set of this process in steps of one contender, and what it was before the model was made."""
+def peaks(context: RankContext, name: str, setting: Setting) -> tuple[int, int, int]:
+    """The peak resident set of this process in steps of one contender, what it was before the model was made, and in
+    further steps the peak of its proportional set, where pages that ranks share are counted once between them."""
     torch.set_num_threads(1)
     trim()
     before = resident_bytes()
@@ -92,7 +93,11 @@ def peaks(context: RankContext, name: str, setting: Setting) -> tuple[int, int]:
     forget_peak()
     for step in range(MEMORY_STEPS):
         contender.step(share_of(batch_of(setting, step), context.rank))
-    return peak_bytes(), before
+    peak = peak_bytes()
+    with watched_proportional() as shares:
+        for step in range(MEMORY_STEPS):
+            contender.step(share_of(batch_of(setting, step), context.rank))
+    return peak, before, max(shares)
 
 
 def sums_alone(context: RankContext, setting: Setting, rounds: int, bucket_bytes: int) -> list[float]:

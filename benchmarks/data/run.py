@@ -119,11 +119,14 @@ def _timings(starter: RankStarter, names: Sequence[str], setting: str, rounds: i
     return seconds
 
 
-def _memory(starter: RankStarter, name: str, setting: str) -> list[tuple[int, int]]:
+def _memory(starter: RankStarter, name: str, setting: str) -> list[tuple[int, int, int]]:
     with RankPool(RANKS, num_threads=1, starter=starter) as pool:
         ranks = pool.run(peaks, name, SETTINGS[setting], timeout_s=600)
-    told = "  ".join(f"{peak / 2**20:7.1f} (+{(peak - before) / 2**20:.1f})" for peak, before in ranks)
-    print(f"peak resident set of the ranks, {setting} (MiB; rise above the process without a model): {name:16} {told}")
+    mib = 2**20
+    told = "  ".join(
+        f"{peak / mib:7.1f} (+{(peak - before) / mib:.1f}), {share / mib:.1f}" for peak, before, share in ranks
+    )
+    print(f"peak of the ranks, {setting} (MiB; resident, rise above no model; proportional): {name:16} {told}")
     return ranks
 
 
@@ -157,7 +160,7 @@ def _hidden(groups: Mapping[str, Seconds], sums: Sequence[float]) -> dict[str, f
 
 def _figures(
     timings: Mapping[str, Mapping[str, Seconds]],
-    memory: Mapping[str, Sequence[tuple[int, int]]],
+    memory: Mapping[str, Sequence[tuple[int, int, int]]],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, float]:
     """The worst ratio over the settings; the worst rank's memory over the pairs."""
@@ -167,7 +170,10 @@ def _figures(
             figures[figure] = max(ratio, figures.get(figure, 0.0))
     for ours, theirs in pairs:
         of_ranks = [mine[0] / their[0] for mine, their in zip(memory[ours], memory[theirs], strict=True)]
-        figures[f"peak_memory_{ours.partition(' ')[2]}"] = round(max(of_ranks), 4)
+        name = ours.partition(" ")[2]
+        figures[f"peak_memory_{name}"] = round(max(of_ranks), 4)
+        shares = [mine[2] / their[2] for mine, their in zip(memory[ours], memory[theirs], strict=True)]
+        figures[f"proportional_memory_{name}"] = round(max(shares), 4)
     worst = [value for figure, value in figures.items() if figure.startswith("peak_memory_zero")]
     if worst:
         figures["peak_memory_vs_fsdp2"] = max(worst)

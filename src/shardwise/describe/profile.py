@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shardwise.describe.flow import Dataflow, NodeKind
+from shardwise.describe.kernels import Exchange, Kernel
 from shardwise.errors import ModelError
 
 __all__ = [
@@ -90,6 +91,7 @@ class CallProfile:
     keeps; None: nobody counted.
     product_flops, product_bytes: of the products with weights, and their results: what a unit need not compute again
     where it keeps them; None: nobody counted.
+    kernels, exchanges: operation by operation, forward and backward; empty: nobody listed them.
     """
 
     node: int
@@ -106,6 +108,8 @@ class CallProfile:
     weight_bytes: int | None = None
     product_flops: int | None = None
     product_bytes: int | None = None
+    kernels: tuple[Kernel, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
 
     def __post_init__(self) -> None:
         _not_negative(
@@ -124,6 +128,7 @@ class GlueProfile:
     forward_flops: int
     backward_flops: int
     saved_bytes: int
+    kernels: tuple[Kernel, ...] = ()
 
     def __post_init__(self) -> None:
         _not_negative(f"glue {self.node}", (self.forward_flops, self.backward_flops, self.saved_bytes), ())
@@ -224,9 +229,9 @@ class ModelProfile:
             return cls(
                 model_class=str(data["model_class"]),
                 units=tuple(UnitProfile(**unit) for unit in units),
-                calls=tuple(CallProfile(**call) for call in data["calls"]),
+                calls=tuple(CallProfile(**_listed(call)) for call in data["calls"]),
                 flow=Dataflow.from_json(data["flow"]),
-                glue=tuple(GlueProfile(**part) for part in data["glue"]),
+                glue=tuple(GlueProfile(**_listed(part)) for part in data["glue"]),
                 glue_parameters=_parameters(data["glue_parameters"]),
                 tied={name: tuple(others) for name, others in data["tied"].items()},
                 buffer_bytes=int(data["buffer_bytes"]),
@@ -236,6 +241,18 @@ class ModelProfile:
                 "a profile in JSON has the fields of ModelProfile, but reading it failed with "
                 f"{type(error).__name__}: {error}; compare with the output of ModelProfile.to_json"
             ) from error
+
+
+def _listed(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part with its kernels and exchanges as values; profiles without them are older."""
+    found = {**part, "kernels": tuple(Kernel(**_tuples(each)) for each in part.get("kernels", ()))}
+    if "exchanges" in part:
+        found["exchanges"] = tuple(Exchange(**each) for each in part["exchanges"])
+    return found
+
+
+def _tuples(kernel: Mapping[str, Any]) -> dict[str, Any]:
+    return {**kernel, "shape": tuple(kernel["shape"]), "batch_dims": tuple(kernel["batch_dims"])}
 
 
 def _plain(parameters: Mapping[str, ParameterProfile]) -> dict[str, list[object]]:
