@@ -30,7 +30,7 @@ from shardwise.parallel.states import State
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.slices import cut
 from shardwise.train.optimizer import optimizer_over
-from shardwise.train.run_file import TrainingOptions
+from shardwise.train.run_tables import TrainingOptions
 from shardwise.train.update import update
 from shardwise.verify.comparison import errors_of, relative
 

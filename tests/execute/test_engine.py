@@ -16,9 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import awkward_models as awkward
 from shardwise.errors import DataflowError
 from shardwise.execute.batches import MicroBatch
-from shardwise.execute.engine import Engine, Work
+from shardwise.execute.engine import Engine
 from shardwise.execute.flows import Flows
 from shardwise.execute.stage import StageRun
+from shardwise.execute.step_state import Work
 from shardwise.schedule.actions import Action, Transfer, parse_row, print_row
 from shardwise.trace.capture import capture
 from shardwise.trace.install import Switch, installed

@@ -88,6 +88,18 @@ class Checkpointed(nn.Module):
         return F.mse_loss(x, torch.zeros_like(x))
 
 
+class Counting(Model):
+    """Draws random numbers, and counts its forwards in a buffer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        return super().forward(F.dropout(x, 0.1, self.training))
+
+
 def assert_gradients(program: Program, *, steps: int, plain: Callable[[], nn.Module] = Model) -> None:
     model = plain()
     for _ in range(steps):
@@ -121,6 +133,17 @@ def test_replicas_add_a_step_to_the_one_before_whose_gradients_are_summed_alread
 def test_stages_that_share_a_weight_add_a_step_to_the_one_before(rank: RankContext) -> None:
     check_two_steps(rank, Layout(pp=2, micro_batches=2))
     check_two_steps(rank, Layout(pp=2, micro_batches=4, schedule="zb-v"))
+
+
+@on_ranks(2)
+def test_a_buffer_that_code_between_units_writes_is_written_by_every_replica(rank: RankContext) -> None:
+    parts = split(BATCH, micro_batches=1, replicas=2, weights=lambda _: 1.0)
+    model = Counting()
+    program = assemble(model, parts[0][0].inputs, layout=Layout(dp=2), rank=rank.rank)
+    for step in range(3):
+        program.step(parts[program.place.replica], step=step)
+    assert int(model.forwards) == 3
+    program.close()
 
 
 @on_ranks(2)

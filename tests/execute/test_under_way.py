@@ -9,7 +9,7 @@ import torch
 
 import awkward_models as awkward
 from execute.test_engine import Mail, NoTransport, Pipeline, assert_gradients, row, wanted
-from shardwise.execute.engine import UnderWay
+from shardwise.execute.step_state import UnderWay
 from shardwise.schedule.actions import Action
 
 FIRST = [

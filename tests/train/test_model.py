@@ -15,7 +15,8 @@ from shardwise.errors import CheckpointError, ConfigError
 from shardwise.trace.deferred import defer
 from shardwise.train.build import Job, build_model
 from shardwise.train.model import model_factory, names_in, values_of
-from shardwise.train.run_file import ModelOptions, run_from
+from shardwise.train.run_file import run_from
+from shardwise.train.run_tables import ModelOptions
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "vocab_size": 16}

@@ -25,7 +25,8 @@ from shardwise.schedule.recording import Recording, recordings_in
 from shardwise.schedule.waits import waits
 from shardwise.testing import on_ranks
 from shardwise.train.run import train_on_rank
-from shardwise.train.run_file import TimelineOptions, run_from
+from shardwise.train.run_file import run_from
+from shardwise.train.run_tables import TimelineOptions
 from shardwise.train.timeline import pipelines, record
 from train.test_training import job
 

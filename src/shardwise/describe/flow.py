@@ -57,6 +57,7 @@ class Node:
     makes: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()  # parameters whose values are read
     buffers: tuple[str, ...] = ()  # buffers read or written
+    keeps_state: bool = False  # glue that writes a buffer of the model in place
 
     @property
     def label(self) -> str:

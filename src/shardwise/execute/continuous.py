@@ -22,11 +22,12 @@ import torch.distributed as dist
 
 from shardwise.errors import DataflowError
 from shardwise.execute.batches import MicroBatch
-from shardwise.execute.engine import Engine, UnderWay, Work
+from shardwise.execute.engine import Engine
 from shardwise.execute.flows import Flow, Flows
 from shardwise.execute.late_updates import Computed, Finished, LateUpdates
 from shardwise.execute.moments import Moments
 from shardwise.execute.place import Place
+from shardwise.execute.step_state import UnderWay, Work
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.schedule.actions import Action, Kind
 from shardwise.schedule.pipedream_2bw import windows

@@ -8,15 +8,14 @@ without a send. Whoever waits for gradients is told by it when those of a stage 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from shardwise.comm.buffers import ReceiveBuffers
-from shardwise.comm.point_to_point import Incoming, Outgoing, Transport, receive, send
+from shardwise.comm.point_to_point import Transport, receive, send
 from shardwise.execute.action_table import (
     Backward,
     Forward,
@@ -30,95 +29,22 @@ from shardwise.execute.action_table import (
 )
 from shardwise.execute.around import Around
 from shardwise.execute.backward import run_backward
-from shardwise.execute.batches import MicroBatch
-from shardwise.execute.buffers import Buffer
 from shardwise.execute.deferred import Deferred
-from shardwise.execute.flows import Flow
-from shardwise.execute.moments import Moment, Moments, clock_of
+from shardwise.execute.moments import Moments, clock_of
 from shardwise.execute.offload import Offloads
 from shardwise.execute.repetition import Repetition
 from shardwise.execute.resolve import Keys, resolve
 from shardwise.execute.row_plan import Item, Op, RowPlan, plan_of
-from shardwise.execute.stage import StageRun, Surroundings
+from shardwise.execute.stage_forward import StageForward
+from shardwise.execute.step_state import Alive, Gathered, StepState, UnderWay, Waiting, Work
 from shardwise.execute.weight_sums import WeightSums
-from shardwise.execute.whole_run import WholeRun
 from shardwise.schedule.actions import Action
-from shardwise.trace.capture import own
 from shardwise.trace.install import Switch
-from shardwise.trace.objective import LossFunction, objective
-from shardwise.trace.randomness import Scope
+from shardwise.trace.objective import LossFunction
 
 _TABLES = 64  # kept of an engine
 
-__all__ = ["Engine", "Moment", "UnderWay", "Waiting", "Work"]
-
-
-class Waiting(Protocol):
-    """Who reduces gradients once they are final (`parallel.gradients.GradientSum`)."""
-
-    def begin(self, order: Sequence[int]) -> None: ...
-
-    def during(self, stage: int) -> contextlib.AbstractContextManager[Callable[[torch.Tensor], None]]: ...
-
-    def end(self, stage: int, *, but: Collection[int] = ()) -> None: ...
-
-    def final(self, parameter: nn.Parameter) -> None: ...
-
-
-class Gathered(Protocol):
-    """Who makes the parameters of a stage whole, where ranks divide them (`execute.divided_states.DividedStates`)."""
-
-    def unshard(self, stage: int) -> None: ...
-
-    def reshard(self, stage: int) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Work:
-    """One micro-batch of a step: its inputs, its flow, and the factor of its loss in the global mean."""
-
-    micro_batch: MicroBatch
-    flow: Flow
-    factor: float
-    scope: Scope
-    headers: bool
-
-
-@dataclasses.dataclass(slots=True)
-class _Alive:
-    """A forward whose backward has not run."""
-
-    sent: dict[int, torch.Tensor]
-    leaves: dict[int, torch.Tensor]
-    loss: torch.Tensor | None
-    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
-    written: Sequence[Buffer] = ()  # by a forward that is run again, as they were before it
-
-
-@dataclasses.dataclass(slots=True)
-class UnderWay:
-    """What one row leaves to the next: forwards whose backward has not run, messages on their way, losses."""
-
-    alive: dict[int, _Alive] = dataclasses.field(default_factory=dict)
-    incoming: dict[int, Incoming] = dataclasses.field(default_factory=dict)
-    local: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    losses: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)  # sends of the last row
-
-
-@dataclasses.dataclass(slots=True)
-class _State:
-    """What is under way in one step, by the keys of its table."""
-
-    works: Sequence[Work]
-    gradients: Waiting | None
-    alive: dict[int, _Alive]
-    incoming: dict[int, Incoming]
-    local: dict[int, torch.Tensor]
-    losses: dict[int, torch.Tensor]
-    deferred: dict[int, Deferred] = dataclasses.field(default_factory=dict)
-    outgoing: list[Outgoing] = dataclasses.field(default_factory=list)
-    ready: Any = None  # when the inputs of the action under way were there
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -146,16 +72,12 @@ class Engine:
         self.model = model
         self.rank = rank
         self.rank_of_stage = tuple(rank_of_stage)
-        self._switch = switch
-        self._loss = loss
+        self._stage_forward = StageForward(model, switch=switch, loss=loss, around=around or Around())
         self._transport = transport
         self._sums = sums or WeightSums()
-        self._around = around or Around()
         self._offloads = offloads  # where a schedule moves what forwards keep
-        self._surroundings = Surroundings(self._around)
         self.device = device
         self._clock = clock_of(device)
-        self._modules = dict(model.named_modules())
         self._keys = Keys()
         self._tables: dict[tuple[int, ...], Table] = {}
         self._buffers = ReceiveBuffers() if device.type == "cpu" else None
@@ -163,7 +85,7 @@ class Engine:
         self._plans: dict[int, tuple[Sequence[Item], RowPlan]] = {}
         self._repetition = Repetition(model)
         self._repeating = repeating  # around a forward that is run again: it counts once
-        self._run_entry: Mapping[Op, Callable[[_State, Any], None]] = {
+        self._run_entry: Mapping[Op, Callable[[StepState, Any], None]] = {
             Op.POST: self._post,
             Op.SEND_VALUES: self._send_values,
             Op.SEND_GRADIENTS: self._send_gradients,
@@ -200,13 +122,13 @@ class Engine:
         """
         table = self._table(row, works)
         kept = under_way or UnderWay()
-        state = _State(works, gradients, kept.alive, kept.incoming, kept.local, kept.losses)
+        state = StepState(works, gradients, kept.alive, kept.incoming, kept.local, kept.losses)
         if gradients is not None:
             gradients.begin(table.plan.order)
         now = self._clock.now
         marks: list[Any] = []  # start, inputs ready, end of every action
         # one gradient is no sum
-        with self._sums.running(sums=len(works) > 1, splits=table.plan.splits), self._surroundings.open():
+        with self._sums.running(sums=len(works) > 1, splits=table.plan.splits), self._stage_forward.surroundings.open():
             for run, entry, action, is_last_forward in table.entries:
                 if action is None:
                     run(state, entry)
@@ -255,7 +177,7 @@ class Engine:
 
     # -- transfers ------------------------------------------------------------------------------
 
-    def _post(self, state: _State, post: Post) -> None:
+    def _post(self, state: StepState, post: Post) -> None:
         headers = state.works[post.micro_batch].headers
         for message in post.messages:
             state.incoming[message.key] = receive(
@@ -267,7 +189,7 @@ class Engine:
                 buffers=self._buffers,
             )
 
-    def _send_values(self, state: _State, sending: SendValues) -> None:
+    def _send_values(self, state: StepState, sending: SendValues) -> None:
         headers = state.works[sending.micro_batch].headers
         alive = state.alive[sending.forward]
         for message in sending.messages:
@@ -275,7 +197,7 @@ class Engine:
             outgoing = send(self._transport, tensor, message.expected, message.peer, headers=headers)
             (alive.outgoing if message.confirmed else state.outgoing).append(outgoing)
 
-    def _send_gradients(self, state: _State, sending: SendGradients) -> None:
+    def _send_gradients(self, state: StepState, sending: SendGradients) -> None:
         headers = state.works[sending.micro_batch].headers
         for message in sending.messages:
             expected = message.expected
@@ -286,7 +208,7 @@ class Engine:
 
     # -- forward and backward -------------------------------------------------------------------
 
-    def _forward(self, state: _State, forward: Forward) -> None:
+    def _forward(self, state: StepState, forward: Forward) -> None:
         m = forward.action.micro_batch
         work = state.works[m]
         leaves: dict[int, torch.Tensor] = {}
@@ -296,75 +218,45 @@ class Engine:
             leaves[arrival.value] = leaf.requires_grad_() if arrival.differentiable else leaf
         state.ready = self._clock.now()
         if forward.idle:
-            state.alive[forward.key] = _Alive({}, leaves, None)
+            state.alive[forward.key] = Alive({}, leaves, None)
             return
         if forward.twice:
             # with a graph, which is freed at once: so both runs take the same path
             given = _copies(leaves) if forward.table.writes else leaves
             with self._repetition.first((work.flow.digest, forward.action.stage)) as written:
-                sent, loss = self._compute(work, forward, given)
-            alive = _Alive(_detached(sent), leaves, None, written=written)
+                sent, loss = self._stage_forward.of(work, forward, given)
+            alive = Alive(_detached(sent), leaves, None, written=written)
         else:
             moves = forward.moves and self._offloads is not None
             with self._offloads.keeping(forward.key) if moves else contextlib.nullcontext():  # type: ignore[union-attr]
-                sent, loss = self._compute(work, forward, leaves)
-            alive = _Alive(sent, leaves, loss) if torch.is_grad_enabled() else _Alive(_detached(sent), {}, None)
+                sent, loss = self._stage_forward.of(work, forward, leaves)
+            alive = Alive(sent, leaves, loss) if torch.is_grad_enabled() else Alive(_detached(sent), {}, None)
         state.alive[forward.key] = alive
         if loss is not None:
             state.losses[m] = loss.detach()
         for value, key in forward.handed:
             state.local[key] = sent[value].detach()
 
-    def _offload(self, state: _State, move: Move) -> None:
+    def _offload(self, state: StepState, move: Move) -> None:
         if self._offloads is not None:
             self._offloads.put(move.key)
 
-    def _load(self, state: _State, move: Move) -> None:
+    def _load(self, state: StepState, move: Move) -> None:
         if self._offloads is not None:
             self._offloads.bring(move.key)
 
-    def _again(self, state: _State, forward: Forward) -> None:
+    def _again(self, state: StepState, forward: Forward) -> None:
         """The forward once more, of which all is kept; it sends nothing."""
         alive = state.alive[forward.key]
         if forward.idle:
             return
         with self._repetition.again(alive.written), self._repeating():
-            alive.sent, alive.loss = self._compute(state.works[forward.action.micro_batch], forward, alive.leaves)
+            alive.sent, alive.loss = self._stage_forward.of(
+                state.works[forward.action.micro_batch], forward, alive.leaves
+            )
         alive.written = ()
 
-    def _compute(
-        self, work: Work, forward: Forward, leaves: Mapping[int, torch.Tensor]
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-        """What a stage sends, and the loss on the loss stage, of what it has received."""
-        inputs = own(work.micro_batch.inputs) if work.flow.writes_batch else work.micro_batch.inputs
-        if len(work.flow.cut.stages) == 1 and not work.flow.random and not work.headers:
-            return {}, self._whole(inputs)
-        run = StageRun(
-            tape=work.flow.tape,
-            cut=forward.stage,
-            table=forward.table,
-            modules=self._modules,
-            received=leaves,
-            dealt=work.flow.dealt,
-            scope=work.scope,
-            checked=work.headers,
-            around=self._around if self._around else None,
-        )
-        loss = run.forward(lambda: objective(self.model, inputs, self._loss), self._switch, self._surroundings)
-        return run.sent, loss if forward.has_loss else None
-
-    def _whole(self, inputs: Any) -> torch.Tensor:
-        """The loss of a model that is one stage and draws nothing."""
-        if not self._around:
-            return objective(self.model, inputs, self._loss)
-        run = self._surroundings.run = WholeRun(self._around)
-        try:
-            with self._switch.on(run):
-                return objective(self.model, inputs, self._loss)
-        finally:
-            self._surroundings.run = None
-
-    def _whole_backward(self, state: _State, backward: Backward) -> None:
+    def _whole_backward(self, state: StepState, backward: Backward) -> None:
         stage = backward.action.stage
         if backward.ends and state.gradients is not None:
             with state.gradients.during(stage) as begins:  # autograd's hooks tell of gradients that it accumulates
@@ -374,12 +266,12 @@ class Engine:
         with self._sums.adding(True):
             self._backward(state, backward)
 
-    def _backward_of_inputs(self, state: _State, backward: Backward) -> None:
+    def _backward_of_inputs(self, state: StepState, backward: Backward) -> None:
         state.deferred[backward.key] = Deferred()
         with self._sums.deferring(state.deferred[backward.key]):
             self._backward(state, backward)
 
-    def _weights(self, state: _State, weights: Weights) -> None:
+    def _weights(self, state: StepState, weights: Weights) -> None:
         queue = state.deferred.pop(weights.key)
         if weights.ends and state.gradients is not None:
             state.gradients.end(weights.action.stage, but=queue.parameters)
@@ -387,20 +279,20 @@ class Engine:
         else:
             queue.run()
 
-    def _unshard(self, state: _State, stage: Reduce) -> None:
+    def _unshard(self, state: StepState, stage: Reduce) -> None:
         if self._parameters is not None:
             self._parameters.unshard(stage.stage)
 
-    def _reshard(self, state: _State, stage: Reduce) -> None:
+    def _reshard(self, state: StepState, stage: Reduce) -> None:
         if self._parameters is not None:
             self._parameters.reshard(stage.stage)
 
-    def _reduce(self, state: _State, reduce: Reduce) -> None:
+    def _reduce(self, state: StepState, reduce: Reduce) -> None:
         if state.gradients is not None:
             state.gradients.end(reduce.stage)
 
     def _backward(
-        self, state: _State, backward: Backward, begins: Callable[[torch.Tensor], None] | None = None
+        self, state: StepState, backward: Backward, begins: Callable[[torch.Tensor], None] | None = None
     ) -> None:
         alive = state.alive.pop(backward.key)
         roots: list[torch.Tensor] = []
@@ -445,7 +337,7 @@ class Engine:
         return known
 
 
-def _nothing(state: _State, entry: object) -> None:
+def _nothing(state: StepState, entry: object) -> None:
     """A second half that was run with the first."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,26 +17,25 @@ import torch.nn as nn
 
 from shardwise.comm.same_host_group import SameHostGroup
 from shardwise.comm.traffic import Traffic
-from shardwise.describe.tensor import Slice
 from shardwise.errors import LayoutError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.compiled import Compiled
 from shardwise.execute.continuous import Stream
 from shardwise.execute.divided_states import DividedStates, Sums
-from shardwise.execute.engine import Engine, Work
+from shardwise.execute.engine import Engine
 from shardwise.execute.expert_ranks import ExpertCounts, ExpertStep
 from shardwise.execute.flows import Flows
+from shardwise.execute.held import Held
 from shardwise.execute.late_updates import LateUpdates, Update
 from shardwise.execute.mean_loss import MeanLoss
 from shardwise.execute.moments import Moments
-from shardwise.execute.norms import sum_of_squares
 from shardwise.execute.place import Place
 from shardwise.execute.split_proof import SplitProof
+from shardwise.execute.step_state import Work
 from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.precision.numerics import Numerics
-from shardwise.parallel.states import State
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
 from shardwise.plan.sources import ScheduleSource
@@ -64,7 +63,7 @@ class StepResult:
     sums_s: float = 0.0  # for which this rank waited for sums of gradients, behind its last action
 
 
-class Program:
+class Program(Held):
     """One rank's share of a model under a layout. Use `build` to make one and `close()` to take it apart."""
 
     def __init__(
@@ -92,27 +91,30 @@ class Program:
         numerics: Numerics | None = None,
         compiled: Compiled | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(
+            model,
+            place=place,
+            holders=holders,
+            device=engine.device,
+            divided=divided,
+            experts=experts,
+            divided_states=divided_states,
+            numerics=numerics or Numerics(model),
+        )
         self.compiled = compiled
-        self.numerics = numerics or Numerics(model)
         self.split_proofs = tuple(split_proofs)  # which units split their backward, where the schedule does
         self._traffic = traffic or Traffic()
         self._everyone = everyone
-        self.divided = divided
-        self.experts = experts
         self.context = context  # the units on own tokens of sequences, where these are divided
         self._expert_counts = (
             None if experts is None else ExpertCounts(experts, shard=place.shard, device=engine.device)
         )
         self.tape = tape
         self.cut = cut
-        self.place = place
-        self.holders = dict(holders)
         self.seed = seed
         self._flows = flows
         self._engine = engine
         self._schedule = schedule
-        self._divided_states = divided_states
         parts = None if divided_states is None else divided_states.parts
         self._gradients = gradients if parts is None else Sums(parts, gradients)
         self._edges = edges
@@ -126,96 +128,6 @@ class Program:
     def random(self) -> bool:
         """Whether a step that has been run drew random numbers."""
         return self._flows.random
-
-    # -- parameters -----------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that this rank holds, by name."""
-        return {
-            name: p
-            for name, p in self.model.named_parameters()
-            if self.place.owns_any(self.holders[name]) and (self.experts is None or self.experts.holds(name))
-        }
-
-    @property
-    def states(self) -> dict[str, State]:
-        """What an optimizer updates here, by the name of the parameter; `updated()` is told behind every update."""
-        own = {} if self._divided_states is None else self._divided_states.states
-        return {
-            name: own.get(name)
-            or State(parameter=self.numerics.masters.of(name, parameter), shape=tuple(parameter.shape))
-            for name, parameter in self.parameters.items()
-            if parameter.requires_grad and (name in own or not self.divides_state(name))
-        }
-
-    def updated(self) -> None:
-        """An optimizer has written into `states`: bring the values to where the next step reads them. Collective."""
-        self.numerics.masters.cast()
-        if self._divided_states is not None:
-            self._divided_states.refresh()
-
-    def accepts(self, norm: float) -> bool:
-        """Whether the step with gradients of this norm is to be updated: not where scaled gradients overflowed. Asked
-        once a step, of every rank; the loss scale of the next step follows."""
-        return self.numerics.accepts(norm)
-
-    def owns(self, name: str) -> bool:
-        """Whether this rank is the one that saves the parameter, or its part of it: lowest stage, first replica that
-        has it, and the first shard where all have the same."""
-        first = self.place.expert if self.divides_experts(name) else 0
-        return self.counts(name) and self.place.replica == first
-
-    def divides_state(self, name: str) -> bool:
-        """Whether replicas divide the state of a parameter: of its elements this rank may have some, or none."""
-        return self._divided_states is not None and name in self._divided_states
-
-    def part(self, name: str) -> State | None:
-        """This rank's elements of a parameter whose state is divided, trained or not; None where it has none."""
-        return None if self._divided_states is None else self._divided_states.held(name)
-
-    def owns_part(self, name: str) -> bool:
-        """Whether this rank saves its elements of a parameter whose state is divided: the first group of replicas."""
-        first = self.place.expert if self.divides_experts(name) else 0
-        return self.counts(name) and self.place.replica - self.place.part * self.place.ep == first
-
-    def whole(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, `parameters` have all their values, also where replicas divide them between steps. Collective."""
-        return contextlib.nullcontext() if self._divided_states is None else self._divided_states.whole()
-
-    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The value of every parameter of this rank, whole, one after another; of its master, where it has one.
-        Collective."""
-        if self._divided_states is not None:
-            yield from self._divided_states.values()
-        for name, parameter in self._updated_here():
-            yield name, parameter.detach()
-
-    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The gradient of every parameter of this rank behind a step, whole, one after another. Collective."""
-        if self._divided_states is not None:
-            yield from self._divided_states.gradients()
-        for name, parameter in self._updated_here():
-            yield name, parameter.grad
-
-    def divides_experts(self, name: str) -> bool:
-        """Whether the parameter, or its part on this rank, is that of experts that other replicas do not have."""
-        return self.experts is not None and self.experts.divides(name)
-
-    def experts_of(self, name: str) -> Slice | None:
-        """How a parameter is divided along its experts; None where it is not."""
-        return None if self.experts is None else self.experts.slice_of(name)
-
-    def counts(self, name: str) -> bool:
-        """Whether this rank counts the parameter, or its part of it, in its replica's norm."""
-        first = self.place.owner_of[self.holders[name][0]]
-        if first != self.place.position or self.place.context != 0:
-            return False
-        return self.place.shard == 0 or self.part_of(name) is not None
-
-    def part_of(self, name: str) -> Slice | None:
-        """How a parameter is divided among the shards; None where each has it whole."""
-        return None if self.divided is None else self.divided.part_of(name)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -265,7 +177,7 @@ class Program:
         factors = [work.factor / scale for work in works]
         mean = MeanLoss(
             factors,
-            device=self._engine_device,
+            device=self._device,
             alone=self._world == 1,
             shards=self.place.tp * self.place.cp,
             group=self._everyone,
@@ -314,16 +226,12 @@ class Program:
         return before if self._divided_states is None else [*before, *self._divided_states.put_aside()]
 
     def _total_weight(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, Any]:
-        total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._engine_device)
+        total = torch.tensor(sum(mb.weight for mb in micro_batches), dtype=torch.float64, device=self._device)
         if self.place.dp == 1:  # every rank has the same micro-batches
             return total, None
         # Every rank of a replica counts the same micro-batches: the sum over the world is too large.
         total /= self.place.pp * self.place.cp * self.place.tp
         return total, dist.all_reduce(total, async_op=True)
-
-    @property
-    def _engine_device(self) -> torch.device:
-        return self._engine.device
 
     def _row(self, num_micro_batches: int, edges: frozenset[tuple[int, int]], backward: bool) -> Row:
         key = (num_micro_batches, edges, backward)
@@ -379,7 +287,7 @@ class Program:
             divided=self.divided,
             squares=self._own_squares,
             group=group,
-            device=self._engine_device,
+            device=self._device,
             first_step=first_step,
             update=update,
             tell=tell,
@@ -395,62 +303,6 @@ class Program:
             sent_bytes=self._traffic.read,
             group=group,
         )
-
-    # -- the norm -------------------------------------------------------------------------------
-
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients, every parameter counted once on any layout."""
-        squares = self._own_squares()
-        if self._world > 1:
-            dist.all_reduce(squares)
-            squares /= self.place.dp
-        return float(squares.sqrt().item())
-
-    def _updated_here(self) -> list[tuple[str, nn.Parameter]]:
-        return [
-            (name, self.numerics.masters.of(name, parameter))
-            for name, parameter in self.parameters.items()
-            if not self.divides_state(name)
-        ]
-
-    def _own_squares(self) -> torch.Tensor:
-        """Of this rank's gradients, () in float64; their sum over all ranks is that of every replica."""
-        own = [
-            p.grad if self.divided is None else self.divided.counted(name, p.grad)
-            for name, p in self._updated_here()
-            if p.grad is not None and self.counts(name) and not self.divides_experts(name)
-        ]
-        squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
-        return squares + self._squares_of_experts() + self._squares_of_parts()
-
-    def _squares_of_parts(self) -> torch.Tensor:
-        """Of what replicas divide, weighed so that the mean over all replicas counts each element once."""
-        total = torch.zeros((), dtype=torch.float64, device=self._engine_device)
-        states = {} if self._divided_states is None else self._divided_states.states
-        for of_experts, weight in ((False, self.place.fsdp), (True, self.place.fsdp * self.place.ep)):
-            own = [
-                state.parameter.grad
-                for name, state in states.items()
-                if state.parameter.grad is not None and self.counts(name) and self.divides_experts(name) is of_experts
-            ]
-            total += sum_of_squares(own).to(total.device) * weight
-        return total
-
-    def _squares_of_experts(self) -> torch.Tensor:
-        """Of experts that are divided, weighed so that the mean over all replicas counts each once."""
-        own = [
-            p.grad if self.divided is None else self.divided.counted(name, p.grad)
-            for name, p in self._updated_here()
-            if p.grad is not None and self.counts(name) and self.divides_experts(name)
-        ]
-        squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._engine_device)
-        return squares * self.place.ep
-
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients, as clipping does."""
-        own = [state.parameter.grad for state in self.states.values() if state.parameter.grad is not None]
-        if own:
-            torch._foreach_mul_(own, factor)
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Ask for `callback` when the program is taken apart, the last one first."""

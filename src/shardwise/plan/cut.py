@@ -183,6 +183,9 @@ def _cut_one(
     def foreign(value: int) -> bool:
         return bool(above[value] & ~own)
 
+    kept = (value for node in flow.nodes if node.keeps_state for value in node.makes)  # maybe nobody reads it
+    needs.update(value for value in kept if not foreign(value))
+
     # The part of the dataflow behind the needs, back to the calls: values that depend on foreign calls.
     region: set[int] = set()
     glue: set[int] = {node.index for node in looks}

@@ -56,6 +56,7 @@ def write_op(
     for value, tensor in made:
         draft.origins.name(tensor, value, fresh=storage(tensor) not in by_storage)
     kind = NodeKind.OP if tensors or written else NodeKind.READ
+    buffers_written = tuple(draft.buffers[id(tensor)] for tensor in written if id(tensor) in draft.buffers)
     draft.nodes.append(
         Node(
             index=index,
@@ -65,6 +66,7 @@ def write_op(
             makes=makes,
             parameters=tuple(sorted(op.touched.parameters)),
             buffers=tuple(sorted(op.touched.buffers)),
+            keeps_state=bool(buffers_written),
         )
     )
     draft.records.append(
@@ -73,7 +75,7 @@ def write_op(
             answer=Structure(spec, answer),
             changes=bool(written),
             writes=writes,
-            buffers_written=tuple(draft.buffers[id(tensor)] for tensor in written if id(tensor) in draft.buffers),
+            buffers_written=buffers_written,
             random=op.random,
             draw=draw,
             look=_seen(leaves) if kind is NodeKind.READ else None,

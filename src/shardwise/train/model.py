@@ -19,7 +19,7 @@ import torch.nn as nn
 from shardwise.checkpoint.source import Source
 from shardwise.errors import ConfigError
 from shardwise.trace.model_config import read_config
-from shardwise.train.run_file import ModelOptions
+from shardwise.train.run_tables import ModelOptions
 from shardwise.train.saved_values import SavedValues, names_in
 
 __all__ = ["Values", "model_factory", "names_in", "sizes_of", "values_of"]

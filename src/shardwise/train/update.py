@@ -7,7 +7,7 @@ import torch
 from shardwise.execute.program import Program
 from shardwise.train.optimizer import set_rate
 from shardwise.train.rate import learning_rate
-from shardwise.train.run_file import TrainingOptions
+from shardwise.train.run_tables import TrainingOptions
 
 __all__ = ["rate_of", "update"]
 

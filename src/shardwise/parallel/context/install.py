@@ -10,9 +10,8 @@ was found. To be installed behind what wraps the forwards of single layers and b
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +21,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardwise.describe.context import ByToken, ContextPlan, UnitContext
 from shardwise.errors import DataflowError
 from shardwise.parallel.context.region import ContextRegion
+from shardwise.parallel.forwards import Forward, Forwards
 from shardwise.parallel.tensor.divided_logits import whole_of
 from shardwise.parallel.tensor.sequence import Tokens
 from shardwise.parallel.tensor.sequence_shard import SequenceShard, whole_tokens
 from shardwise.trace.absent import Absent
 
 __all__ = ["DealtContext", "by_token"]
-
-Forward = Callable[..., Any]
 
 
 class DealtContext:
@@ -38,8 +36,7 @@ class DealtContext:
     def __init__(self, model: nn.Module, plan: ContextPlan, region: ContextRegion, units: Collection[str]) -> None:
         self.plan = plan
         self.region = region
-        self._on = True
-        self._forwards: list[tuple[nn.Module, Forward | None, Forward]] = []
+        self._forwards = Forwards()
         self._wrapped: set[int] = set()
         for name in units:
             unit, own = model.get_submodule(name), plan.units.get(name)
@@ -47,42 +44,24 @@ class DealtContext:
                 module = unit.get_submodule(inner)
                 if inner and id(module) not in self._wrapped:
                     self._wrapped.add(id(module))
-                    self._wrap(module, self._by_token(module.forward, how))
+                    self._forwards.wrap(module, self._by_token(module.forward, how))
             body = unit.forward
             if own is not None and "" in own.by_token:
                 body = self._by_token(body, own.by_token[""])
-            self._wrap(unit, self._unit(body, own))
+            self._forwards.wrap(unit, self._unit(body, own))
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """The units as they were."""
-        before, self._on = self._on, False
+        before, self._forwards.on = self._forwards.on, False
         try:
             yield
         finally:
-            self._on = before
+            self._forwards.on = before
 
     def close(self) -> None:
         """Forwards as they were."""
-        self._on = False
-        for module, before, ours in reversed(self._forwards):
-            if module.__dict__.get("forward") is not ours:
-                continue  # wrapped by someone else since, and switched off
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-        self._forwards.clear()
-
-    def _wrap(self, module: nn.Module, dealt: Forward) -> None:
-        before, body = module.__dict__.get("forward"), module.forward
-
-        @functools.wraps(body)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return dealt(*args, **kwargs) if self._on else body(*args, **kwargs)
-
-        module.__dict__["forward"] = forward
-        self._forwards.append((module, before, forward))
+        self._forwards.close()
 
     def _by_token(self, body: Forward, how: ByToken) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:

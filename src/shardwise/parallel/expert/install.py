@@ -6,9 +6,6 @@ an expert is what stays here. Knows a plan and one rank of its group; refuses to
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import torch.nn as nn
 
@@ -20,7 +17,7 @@ from shardwise.parallel.expert.listed import ListedExperts
 from shardwise.parallel.expert.load import Loads
 from shardwise.parallel.expert.ordered import ordered_forward
 from shardwise.parallel.expert.stacked import stacked_forward
-from shardwise.parallel.switched import Forward, Switched
+from shardwise.parallel.switched import Switched
 from shardwise.parallel.tensor.slices import cut, local_shape
 from shardwise.trace.absent import Absent, absent_parameter
 from shardwise.trace.placing import as_before, replace
@@ -105,16 +102,16 @@ class DividedExperts(Switched):
             forward = stacked_forward(module, experts, self.group, self.loads, layer=layer, number=number)
         else:
             forward = ordered_forward(module, experts, self.group, self.loads, layer=layer, number=number)
-        self._wrap(module, forward)
+        self._forwards.wrap(module, forward)
 
     def _divide_listed(self, unit: str, layer: str, experts: Listed, number: int) -> None:
         names = [".".join(name for name in (unit, member) if name) for member in experts.members]
         members = [self._module(name) for name in names]
         listed = ListedExperts(members, experts, self.group, self.loads, layer=layer, number=number)
         for expert, member in enumerate(members):
-            self._wrap(member, listed.member(expert))
+            self._forwards.wrap(member, listed.member(expert))
         caller = self._module(".".join(name for name in (unit, experts.caller) if name))
-        self._wrap(caller, listed.caller(caller.forward))
+        self._forwards.wrap(caller, listed.caller(caller.forward))
         for name, member in zip(names, members, strict=True):
             for leaf, parameter in member.named_parameters():
                 if not self.holds(f"{name}.{leaf}"):
@@ -125,16 +122,6 @@ class DividedExperts(Switched):
             return self._model.get_submodule(name)
         except AttributeError:
             raise ModelError(f"a plan names modules that there are: the model has no {name!r}") from None
-
-    def _wrap(self, module: nn.Module, divided: Forward) -> None:
-        before, body = module.__dict__.get("forward"), module.forward
-
-        @functools.wraps(body)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return divided(*args, **kwargs) if self._on else body(*args, **kwargs)
-
-        module.__dict__["forward"] = forward
-        self._forwards.append((module, before, forward))
 
 
 def _part(name: str, whole: nn.Parameter, part: Slice, rank: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.describe.tensor import Slice, UnitPlan
 from shardwise.errors import ModelError
-from shardwise.parallel.switched import Forward, Switched
+from shardwise.parallel.forwards import Forward
+from shardwise.parallel.switched import Switched
 from shardwise.parallel.tensor.collectives import TensorGroup, copy_to, gather_from, scatter_to
 from shardwise.parallel.tensor.divided_logits import DividedLogits, Reads
 from shardwise.parallel.tensor.draws import DividedDraws
@@ -174,23 +174,13 @@ class Sharding(Switched):
                 body = self._joining(body, plan.joins[name], keep=self.keep_logits)
             if name in plan.lookups:
                 body = self._looking_up(body, plan.slices[f"{name}.weight" if name else "weight"])
-            self._wrap(module, body)
+            self._forwards.wrap(module, body)
         for name, dims in plan.reshapes.items():
-            self._wrap(self._module(name), _reshaping(self._module(name).forward, dims))
+            self._forwards.wrap(self._module(name), _reshaping(self._module(name).forward, dims))
         self._fused = bool(plan.heads) or fuses(self.module)
         inside = plan.inputs or plan.outputs or plan.draws or plan.products
         if len(plan.copies) > 1 or inside or self._fused or self._may_deal:
-            self._wrap(self.module, self._entered(self.module.forward))
-
-    def _wrap(self, module: nn.Module, divided: Forward) -> None:
-        before, body = module.__dict__.get("forward"), module.forward
-
-        @functools.wraps(body)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return divided(*args, **kwargs) if self._on else body(*args, **kwargs)
-
-        module.__dict__["forward"] = forward
-        self._forwards.append((module, before, forward))
+            self._forwards.wrap(self.module, self._entered(self.module.forward))
 
     def _copying(self, body: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:

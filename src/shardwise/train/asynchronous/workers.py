@@ -26,7 +26,7 @@ from shardwise.train.asynchronous.local_sgd import LocalSGD
 from shardwise.train.asynchronous.outer import Outer
 from shardwise.train.asynchronous.outer_sgd import OuterSGD
 from shardwise.train.asynchronous.rule import Rule
-from shardwise.train.run_file import AsynchronousOptions
+from shardwise.train.technique_tables import AsynchronousOptions
 
 __all__ = ["Numbers", "Workers", "rule_of"]
 

@@ -1,0 +1,122 @@
+"""What a program costs around its kernels: seconds of one action and of one step, of a model that computes little.
+
+    seconds of a step = step_s + micro-batches · (2 · action_s + the same forward and backward without a program)
+
+Every rank runs a program of one rank, all at the same time. Knows programs; refuses to know what is priced with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+import torch.nn as nn
+
+from shardwise.execute.assemble import assemble
+from shardwise.execute.batches import MicroBatch, split
+from shardwise.execute.program import Program
+from shardwise.layout import Layout
+
+__all__ = ["Programmed", "program_seconds", "resident_bytes"]
+
+_WIDTH = 8
+_FEW, _MANY = 2, 16  # micro-batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Programmed:
+    """In every round; and once, to lay a model out."""
+
+    action_s: tuple[float, ...]
+    step_s: tuple[float, ...]
+    layout_s: float
+
+
+class _Nothing(nn.Module):
+    """A chain of linears so small that they take no time, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def program_seconds(
+    *,
+    rounds: int,
+    steps: int,
+    device: torch.device | str = "cpu",
+    together: Callable[[], None] | None = None,
+) -> Programmed:
+    """Medians of nothing: each round is the mean of `steps` steps. `together` is called before each, on every rank."""
+    device = torch.device(device)
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(_MANY, _WIDTH, device=device)}
+    start = time.perf_counter()
+    model, plain_model = _Nothing().to(device), _Nothing().to(device)
+    parts = {
+        count: split({"x": batch["x"][:count]}, micro_batches=count, replicas=1, weights=lambda _: 1.0)[0]
+        for count in (_FEW, _MANY)
+    }
+    layout = Layout(micro_batches=_FEW)
+    program = assemble(model, parts[_FEW][0].inputs, layout=layout, rank=0, device=device)
+    layout_s = time.perf_counter() - start
+    optimizer = torch.optim.AdamW(list(program.parameters.values()))
+    actions: list[float] = []
+    of_step: list[float] = []
+    number = 0
+    try:
+        for index in range(rounds + 1):
+            seconds = {}
+            for count, mine in parts.items():
+                if together is not None:
+                    together()
+                seconds[count] = _mean(lambda: _step(program, optimizer, mine, number), steps, device)  # noqa: B023
+                number += steps
+            plain = _mean(lambda: _plain(plain_model, batch["x"][:1]), steps * _FEW, device)
+            slope = (seconds[_MANY] - seconds[_FEW]) / (_MANY - _FEW)
+            if index:  # the first warms up
+                actions.append(max(0.0, (slope - plain) / 2))
+                of_step.append(max(0.0, seconds[_FEW] - _FEW * slope))
+    finally:
+        program.close()
+    gc.collect()
+    return Programmed(action_s=tuple(actions), step_s=tuple(of_step), layout_s=layout_s)
+
+
+def resident_bytes(device: torch.device | str = "cpu") -> int:
+    """Of this rank now; on a GPU, what is in use of it beside what torch has allocated."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free - torch.cuda.memory_reserved(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def _step(program: Program, optimizer: torch.optim.Optimizer, mine: Sequence[MicroBatch], number: int) -> None:
+    program.step(mine, step=number)
+    optimizer.step()
+    program.updated()
+    for parameter in program.parameters.values():
+        parameter.grad = None
+
+
+def _plain(model: nn.Module, x: torch.Tensor) -> None:
+    model(x).backward()
+
+
+def _mean(run: Callable[[], None], times: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / times

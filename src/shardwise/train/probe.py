@@ -1,0 +1,240 @@
+"""Measures this machine: starts as many ranks as asked for, one thread each, and has them compute and exchange at once.
+
+    1 rank     kernels alone                         what a rank does with the machine to itself
+    n ranks    kernels, exchanges, a program         the same when all compute: cores and memory are shared
+
+Rounds of everything follow each other, so that what else the machine does shows as spread. Knows ranks and what they
+measure; refuses to know what is fitted to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all
+from shardwise.describe.measured import ExchangeTime, KernelTime, MachineTimes, ProgramTime
+from shardwise.errors import ConfigError
+from shardwise.execute.probe_program import Programmed, program_seconds, resident_bytes
+from shardwise.launch import RankContext, RankPool, RankStarter, init_process_group
+from shardwise.trace.probe_kernels import cases, seconds_of_all
+
+__all__ = ["Thoroughness", "default_ranks", "probe"]
+
+_DEADLINE_S = 300.0
+_PRELOAD = ("shardwise.train.probe",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Thoroughness:
+    """Rounds of everything; seconds of one kernel and of one exchange in a round; bytes of exchanges."""
+
+    rounds: int = 5
+    kernel_s: float = 0.02
+    exchange_s: float = 0.01
+    sizes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
+    quick: bool = False
+
+    @classmethod
+    def quickly(cls) -> Thoroughness:
+        """A few seconds, for a first look."""
+        return cls(rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """What one rank has measured once."""
+
+    kernels: tuple[float, ...]
+    exchanges: tuple[Exchanged, ...]
+
+
+def probe(
+    ranks: Sequence[int],
+    *,
+    device: str = "cpu",
+    how: Thoroughness | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[MachineTimes, ...]:
+    """What this machine does with each number of `ranks`. `tell` hears what is measured now.
+
+    Raises `ConfigError` where there are no ranks or too few GPUs; `LaunchError` where ranks cannot be started.
+    """
+    how = how or Thoroughness()
+    _check(ranks, device)
+    tell("starting ranks")
+    begun = time.perf_counter()
+    with RankStarter(preload=_PRELOAD) as starter:
+        alone: list[_Round] = []
+        with _pool(1, device, starter) as pool:
+            pool.start()
+            start_s = time.perf_counter() - begun
+            for _ in range(how.rounds):
+                tell("1 rank: kernels")
+                alone += pool.run(_measured, device, how, False, timeout_s=_DEADLINE_S)
+        return tuple(_with(count, device, how, starter, alone, start_s, tell) for count in ranks)
+
+
+def default_ranks(device: str = "cpu") -> tuple[int, ...]:
+    """As many ranks as cores, and twice as many; all GPUs."""
+    if device == "cuda":
+        return (max(1, torch.cuda.device_count()),)
+    cores = len(os.sched_getaffinity(0))
+    return (cores, 2 * cores)
+
+
+def _with(
+    count: int,
+    device: str,
+    how: Thoroughness,
+    starter: RankStarter,
+    alone: Sequence[_Round],
+    start_s: float,
+    tell: Callable[[str], None],
+) -> MachineTimes:
+    """What `count` ranks do at once."""
+    rounds: list[list[_Round]] = []
+    begun = time.perf_counter()
+    with _pool(count, device, starter) as pool:
+        pool.start()
+        start_s += time.perf_counter() - begun
+        tell(f"{count} ranks: a program")
+        programs = pool.run(_programmed, device, how, timeout_s=_DEADLINE_S)
+        for number in range(how.rounds):
+            tell(f"{count} ranks: kernels and exchanges, round {number + 1} of {how.rounds}")
+            rounds.append(pool.run(_measured, device, how, True, timeout_s=_DEADLINE_S))
+    return MachineTimes(
+        ranks=count,
+        cores=len(os.sched_getaffinity(0)),
+        device=_name_of(device),
+        memory_bytes=_memory_bytes(device, count),
+        kernels=_kernel_times(device, how, rounds),
+        exchanges=_exchange_times(rounds),
+        program=_program_time([made for made, _ in programs], [held for _, held in programs], start_s),
+        alone=_kernel_times(device, how, [[each] for each in alone]),
+    )
+
+
+def _pool(count: int, device: str, starter: RankStarter) -> RankPool:
+    """Ranks with one thread each; those of GPUs make their process group themselves."""
+    timeout_s = 60.0 if device == "cpu" else None
+    return RankPool(count, process_group_timeout_s=timeout_s, num_threads=1, starter=starter)
+
+
+def _check(ranks: Sequence[int], device: str) -> None:
+    if not ranks or min(ranks) < 1:
+        raise ConfigError(f"a probe needs numbers of ranks of 1 or more, but got {list(ranks)}; try --ranks 2,4")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f'what is measured is "cpu" or "cuda", but got {device!r}; use one of them')
+    if device == "cuda" and torch.cuda.device_count() < max(ranks):
+        raise ConfigError(
+            f"{max(ranks)} ranks need as many GPUs, and torch sees {torch.cuda.device_count()} here; ask for fewer"
+        )
+
+
+# -- on a rank ----------------------------------------------------------------------------------------
+
+
+def _device_of(context: RankContext, kind: str) -> torch.device:
+    """This rank's, ready to exchange with the others'."""
+    torch.set_num_threads(1)
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", context.local_rank)
+    torch.cuda.set_device(device)
+    init_process_group(context, backend="nccl")
+    return device
+
+
+def _measured(context: RankContext, kind: str, how: Thoroughness, exchanges: bool) -> _Round:
+    device = _device_of(context, kind)
+    shared = max(1.0, context.world_size / len(os.sched_getaffinity(0))) if kind == "cpu" else 1.0
+    kernels = seconds_of_all(device, window_s=how.kernel_s * shared, quick=how.quick, together=_together(context))
+    exchanged: list[Exchanged] = []
+    if exchanges and context.world_size > 1:
+        exchanged = exchange_seconds_of_all(
+            how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=not how.quick
+        )
+    return _Round(kernels=tuple(kernels), exchanges=tuple(exchanged))
+
+
+def _programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Programmed, int]:
+    device = _device_of(context, kind)
+    held = resident_bytes(device)
+    steps = 3 if how.quick else 10
+    return program_seconds(rounds=how.rounds, steps=steps, device=device, together=_together(context)), held
+
+
+def _together(context: RankContext) -> Callable[[], None]:
+    return dist.barrier if context.world_size > 1 else _nothing
+
+
+def _nothing() -> None:
+    """One rank waits for nobody."""
+
+
+# -- of all ranks -------------------------------------------------------------------------------------
+
+
+def _kernel_times(device: str, how: Thoroughness, rounds: Sequence[Sequence[_Round]]) -> tuple[KernelTime, ...]:
+    found = []
+    for index, case in enumerate(cases(torch.device(device), quick=how.quick)):
+        means = tuple(sum(rank.kernels[index] for rank in ranks) / len(ranks) for ranks in rounds)
+        found.append(KernelTime(kernel=case.kernel, seconds=means, what=case.what))
+    return tuple(found)
+
+
+def _exchange_times(rounds: Sequence[Sequence[_Round]]) -> tuple[ExchangeTime, ...]:
+    found = []
+    for index, first in enumerate(rounds[0][0].exchanges):
+        slowest = tuple(max(rank.exchanges[index].seconds for rank in ranks) for ranks in rounds)
+        found.append(
+            ExchangeTime(
+                kind=first.kind,
+                group=first.group,
+                nbytes=first.nbytes,
+                way=first.way,
+                seconds=slowest,
+                chosen=first.chosen,
+            )
+        )
+    return tuple(found)
+
+
+def _program_time(made: Sequence[Programmed], held: Sequence[int], start_s: float) -> ProgramTime:
+    return ProgramTime(
+        action_s=tuple(max(of_round) for of_round in zip(*(each.action_s for each in made), strict=True)),
+        step_s=tuple(max(of_round) for of_round in zip(*(each.step_s for each in made), strict=True)),
+        start_s=start_s,
+        layout_s=max(each.layout_s for each in made),
+        framework_bytes=max(held),
+    )
+
+
+# -- of the machine -----------------------------------------------------------------------------------
+
+
+def _name_of(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()} core"
+
+
+def _memory_bytes(device: str, ranks: int) -> int:
+    """Of one rank: of a GPU, or its share of the host's."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total) // ranks
