@@ -98,3 +98,41 @@ def test_printed_bytes_are_read_back_within_half_a_percent(num_bytes: int) -> No
 @given(st.floats(min_value=1e-9, max_value=99))
 def test_printed_seconds_are_read_back_within_half_a_percent(seconds: float) -> None:
     assert q.parse_seconds(q.format_seconds(seconds)) == pytest.approx(seconds, rel=5.1e-3)
+
+
+def test_rates_are_read_with_what_they_count() -> None:
+    assert q.parse_rate("3.35 TB/s") == 3.35e12
+    assert q.parse_rate("989 Tflops/s", "flops") == 989e12
+    assert q.parse_rate("12") == q.parse_rate(12) == 12.0
+
+
+@pytest.mark.parametrize("text, unit", [("31 GB", "B"), ("31 Gflops/s", "B"), ("31 GB/s", "flops"), ("/s", "B")])
+def test_what_is_no_rate_is_refused(text: str, unit: str) -> None:
+    with pytest.raises(ConfigError, match="rate"):
+        q.parse_rate(text, unit)
+
+
+@pytest.mark.parametrize(
+    "written, text",
+    [
+        (q.exact_bytes(80_000_000_000), "80 GB"),
+        (q.exact_bytes(2**34), "16 GiB"),
+        (q.exact_bytes(0), "0 B"),
+        (q.exact_seconds(5e-6), "5 us"),
+        (q.exact_seconds(1.5), "1.5 s"),
+        (q.exact_seconds(1e-12), "0.001 ns"),
+        (q.exact_rate(3.35e12), "3.35 TB/s"),
+        (q.exact_rate(9.89e14, "flops"), "989 Tflops/s"),
+        (q.exact_flops(2.5e9), "2.5 Gflops"),
+    ],
+)
+def test_exact_text_is_short_where_it_can_be(written: str, text: str) -> None:
+    assert written == text
+
+
+@given(st.floats(0, 1e20))
+def test_exact_text_is_read_as_the_same_number(value: float) -> None:
+    assert q.parse_seconds(q.exact_seconds(value)) == value
+    assert q.parse_flops(q.exact_flops(value)) == value
+    assert q.parse_rate(q.exact_rate(value)) == value
+    assert q.parse_bytes(q.exact_bytes(round(value))) == round(value)

@@ -13,6 +13,7 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardwise.describe.cluster import Cluster as Cluster
     from shardwise.errors import ShardwiseError as ShardwiseError
     from shardwise.layout import Layout as Layout
     from shardwise.parallel.expert.plan_experts import plan_experts as plan_experts
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from shardwise.parallel.tensor.modules import VocabParallelEmbedding as VocabParallelEmbedding
     from shardwise.parallel.tensor.plan_tensor import plan_tensor as plan_tensor
     from shardwise.parallel.tensor.processes import ProcessTensorGroup as ProcessTensorGroup
+    from shardwise.plan.search_profile import search as search
     from shardwise.trace.deferred import defer as defer
     from shardwise.trace.profile import trace as trace
     from shardwise.trace.timing import measure as measure
@@ -35,6 +37,7 @@ __version__ = "0.1.0.dev0"
 
 PUBLIC_NAMES = MappingProxyType(
     {
+        "Cluster": "shardwise.describe.cluster",
         "ColumnParallelLinear": "shardwise.parallel.tensor.modules",
         "Comparison": "shardwise.verify",
         "Layout": "shardwise.layout",
@@ -48,6 +51,7 @@ PUBLIC_NAMES = MappingProxyType(
         "measure": "shardwise.trace.timing",
         "plan_experts": "shardwise.parallel.expert.plan_experts",
         "plan_tensor": "shardwise.parallel.tensor.plan_tensor",
+        "search": "shardwise.plan.search_profile",
         "trace": "shardwise.trace.profile",
         "train": "shardwise.train.run",
         "verify": "shardwise.verify",

@@ -4,6 +4,8 @@ Values inside shardwise are plain numbers in base units (bytes, flops, seconds);
 at the edge, in run files and reports. It knows nothing of what is measured.
 
     512 MiB = 512 · 2**20 bytes      512 MB = 512 · 10**6 bytes      2 h 05 min = 7500 s
+
+`format_…` rounds for reading; `exact_…` writes what is read back as the same number.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from types import MappingProxyType
 
 from shardwise.errors import ConfigError
 
 __all__ = [
+    "exact_bytes",
+    "exact_flops",
+    "exact_rate",
+    "exact_seconds",
     "format_bytes",
     "format_count",
     "format_duration",
@@ -25,6 +32,7 @@ __all__ = [
     "parse_bytes",
     "parse_count",
     "parse_flops",
+    "parse_rate",
     "parse_seconds",
 ]
 
@@ -61,7 +69,11 @@ def _parse(text: str | float, units: Mapping[str, float], what: str) -> float:
     match = _TERM.fullmatch(text)
     if match is None or match[2] not in units:
         raise ConfigError(_unreadable(text, units, what))
-    return _checked(float(match[1].replace("_", "")) * units[match[2]], text, what)
+    try:  # in decimals: 5 us is the float 5e-6, as 5 * 1e-6 is not
+        value = float(Decimal(match[1].replace("_", "")) * Decimal(str(units[match[2]])))
+    except ArithmeticError:
+        value = math.inf
+    return _checked(value, text, what)
 
 
 def _checked(value: float, text: str | float, what: str) -> float:
@@ -84,6 +96,16 @@ def parse_flops(text: str | float) -> float:
     """`"312 Tflops"`, `"6.7e9"` -> flops (or flops per second; the caller knows which)."""
     value = text.removesuffix("/s") if isinstance(text, str) else text
     return _parse(value, _FLOP_UNITS, "number of flops")
+
+
+def parse_rate(text: str | float, unit: str = "B") -> float:
+    """`"3.35 TB/s"` or, with `unit="flops"`, `"989 Tflops/s"` -> so many a second; a bare number is in base units."""
+    if isinstance(text, str) and not text.rstrip().endswith("/s"):
+        if not re.fullmatch(rf"\s*{_NUMBER}\s*", text):
+            raise ConfigError(f'{text!r} is not a rate; write one such as "3.2 G{unit}/s"')
+        text = float(text)
+    amount = text.rstrip().removesuffix("/s") if isinstance(text, str) else text
+    return _parse(amount, _FLOP_UNITS if unit == "flops" else _BYTE_UNITS, f"rate of {unit} a second")
 
 
 def parse_count(text: str | float) -> int:
@@ -161,3 +183,34 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
+
+
+def _exact(value: float, units: Mapping[str, float]) -> str:
+    """The shortest of the texts that are exactly `value`, in one of `units`; of two as short, in the larger one."""
+    number = Decimal(str(value))
+    found = []
+    for unit, factor in units.items():
+        scaled = number / Decimal(str(factor))
+        if scaled * Decimal(str(factor)) == number and (abs(scaled) >= 1 or factor == min(units.values())):
+            found.append((len(text := f"{scaled.normalize():f}"), -factor, f"{text} {unit}"))
+    return min(found)[2] if number else f"0 {next(unit for unit, factor in units.items() if factor == 1)}"
+
+
+def exact_bytes(num_bytes: float) -> str:
+    """`80_000_000_000` -> `"80 GB"`, `2**34` -> `"16 GiB"`: `parse_bytes` gives the same number."""
+    return _exact(num_bytes, {f"{prefix}B": factor for prefix, factor in {**_DECIMAL, **_BINARY}.items()})
+
+
+def exact_seconds(seconds: float) -> str:
+    """`5e-6` -> `"5 us"`: `parse_seconds` gives the same number."""
+    return _exact(seconds, {unit: _SECONDS[unit] for unit in ("s", "ms", "us", "ns")})
+
+
+def exact_flops(flops: float) -> str:
+    """`2e9` -> `"2 Gflops"`: `parse_flops` gives the same number."""
+    return _exact(flops, {f"{prefix}flops": factor for prefix, factor in _DECIMAL.items()})
+
+
+def exact_rate(amount_per_second: float, unit: str = "B") -> str:
+    """`3.35e12` -> `"3.35 TB/s"`: `parse_rate` gives the same number."""
+    return f"{_exact(amount_per_second, {f'{prefix}{unit}': factor for prefix, factor in _DECIMAL.items()})}/s"

@@ -24,6 +24,8 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plan": ("shardwise.cli.plan", "Show how a model is split: stages, memory, traffic, the schedule."),
         "verify": ("shardwise.cli.verify", "Prove that a layout computes what one device computes."),
         "train": ("shardwise.cli.train", "Train: starts the processes here, or joins those of torchrun, SLURM, MPI."),
+        "probe": ("shardwise.cli.probe", "Measure this machine, for plans: rates, exchanges, overheads."),
+        "report": ("shardwise.cli.report", "Show predicted beside measured: a run's time, memory, traffic."),
         "draw": ("shardwise.cli.draw", "Draw a pipeline schedule as text."),
         "export": ("shardwise.cli.export", "Make a transformers folder of a run's checkpoint."),
     }

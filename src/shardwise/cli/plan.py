@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from typing import Annotated
@@ -9,16 +10,23 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.options import Overrides
+from shardwise.cli.plan_search import Asked, assess, searched, swept
+from shardwise.cli.plan_traced import Traced, job_of, traced_model
+from shardwise.describe.catalogue import load_cluster
+from shardwise.describe.cluster import Cluster
 from shardwise.errors import ConfigError
 from shardwise.execute.contexts import context_plan
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Precision
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
+from shardwise.plan.job import Job as PriceJob
+from shardwise.plan.ranked import Objective
 from shardwise.plan.sources import check_source
 from shardwise.quantities import format_bytes, format_count, format_seconds, parse_flops
 from shardwise.trace.model_config import empty_model, read_config, synthetic_batch
 from shardwise.trace.profile import trace
 from shardwise.train.asynchronous.note import workers_note
+from shardwise.train.auto_layout import AUTO, is_auto, run_on_one_device
 from shardwise.train.balance import layout_for, profile_for, with_threads
 from shardwise.train.build import build_model, build_task, first_micro_batch
 from shardwise.train.plan import (
@@ -59,6 +67,27 @@ def command(
             metavar="RATE", help="What a rank computes in a second, such as 400T; measured here if not given."
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLUSTER",
+            help="Search, or price, on this machine: h100x8x4, local2, or the path of a cluster.toml.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="WHAT", help="With --cluster: time, cost, memory, pareto or pareto-cost.")
+    ] = "time",
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="With --cluster: layouts that are shown.")] = 5,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="devices=A..B", help="With --cluster: strong and weak scaling.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --cluster and --model-config: samples of a step.")
+    ] = None,
+    svg: Annotated[
+        str | None, typer.Option(metavar="FILE", help="With --cluster: the step, or the sweep, as a picture.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --cluster: one JSON line.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Show how a model is split: what every stage runs, holds and sends, and the schedule drawn.
@@ -72,6 +101,13 @@ def command(
     shardwise plan run.toml --layout pp=4,schedule=gpipe
     shardwise plan run.toml --set balance=measured
     shardwise plan --model-config config.json --layout tp=8,pp=16 --flops 400T
+    shardwise plan run.toml --cluster h100x8x4
+    shardwise plan run.toml --cluster h100x8x4 --layout tp=8,dp=4
+    shardwise plan run.toml --cluster h100x8x128 --sweep devices=8..1024
+
+    With --cluster, seconds and bytes are those of that machine: without --layout
+    (or where the run says layout = "auto") all layouts of its devices are
+    searched, with it one is priced; what one change would buy is told.
 
     A layout is name=value with commas:
       dp, pp, tp      replicas, stages of the pipeline, shards of every unit;
@@ -104,10 +140,85 @@ def command(
             "config file, or use a run file"
         )
     rate = None if flops is None else _rate(flops)
+    if (
+        run is not None
+        and cluster is None
+        and is_auto(run, [*(overrides or ()), *([f"layout={layout}"] if layout else ())])
+    ):
+        cluster = f"local{os.cpu_count() or 1}"
+    extra = {"--sweep": sweep, "--svg": svg, "--json": as_json, "--global-batch": global_batch}
+    if cluster is None and any(extra.values()):
+        given = next(name for name, value in extra.items() if value)
+        raise ConfigError(f"{given} is for a plan on a cluster, but no --cluster is given; add --cluster local2, say")
+    if cluster is not None:
+        asked = Asked(objective=_objective(objective), top=top, as_json=as_json, svg=svg or "")
+        machine = load_cluster(cluster)
+        if model_config is not None:
+            own = None if layout is None else Layout.parse(layout)
+            batch = global_batch or batch_size * machine.num_devices
+            _on_cluster_config(model_config, own, batch_size, sequence_length, machine, batch, asked, sweep)
+        elif run is not None:
+            _on_cluster_run(run, overrides or [], layout, machine, asked, sweep)
+        return
     if model_config is not None:
         _plan_config(model_config, Layout.parse(layout or "pp=1"), batch_size, sequence_length, rate)
     elif run is not None:
         _plan_run(run, [*(overrides or ()), *([f"layout={layout}"] if layout else ())], rate)
+
+
+def _objective(text: str) -> Objective:
+    try:
+        return Objective(text)
+    except ValueError:
+        raise ConfigError(f'--objective is {", ".join(Objective)}, but got "{text}"; use one of these') from None
+
+
+def _on_cluster_run(
+    path: str, overrides: list[str], layout: str | None, machine: Cluster, asked: Asked, sweep: str | None
+) -> None:
+    written = run_on_one_device(path, overrides)
+    wanted = None if layout in (None, AUTO) else Layout.parse(str(layout))
+    described = written.model_copy(update={"checkpoint": written.checkpoint.model_copy(update={"every": 0})})
+    job = prepare(described)
+    task = build_task(job)
+    model, _ = build_model(job)
+    inputs = first_micro_batch(described, task)
+    samples = described.training.global_batch // described.num_micro_batches
+    traced = traced_model(model, inputs, samples=samples, cluster=machine, loss=task.loss, tp_plan=described.tp_plan)
+    training = described.training
+    priced = job_of(training.global_batch, precision=described.techniques.precision, optimizer=training.optimizer)
+    _on_cluster(traced, machine, priced, wanted, asked, sweep)
+
+
+def _on_cluster_config(
+    path: str,
+    layout: Layout | None,
+    batch_size: int,
+    sequence_length: int,
+    machine: Cluster,
+    global_batch: int,
+    asked: Asked,
+    sweep: str | None,
+) -> None:
+    model = empty_model(read_config(path))
+    batch = synthetic_batch(model, batch_size=batch_size, sequence_length=sequence_length)
+    traced = traced_model(model, batch, samples=batch_size, cluster=machine)
+    priced = job_of(global_batch, precision=Precision(compute="bfloat16"), optimizer="adamw")
+    _on_cluster(traced, machine, priced, layout, asked, sweep)
+
+
+def _on_cluster(
+    traced: Traced, machine: Cluster, job: PriceJob, layout: Layout | None, asked: Asked, sweep: str | None
+) -> None:
+    if sweep is not None:
+        swept(traced.works, traced.limits, machine, job, sweep, asked)
+    elif layout is None:
+        searched(traced.works, traced.limits, machine, job, asked)
+    else:
+        assess(traced.works, traced.limits, machine, job, layout, asked)
+    if not asked.as_json:
+        for axes, why in traced.profiles.reasons.items():
+            print(f"note          {axes}: not traced, by shares of the whole model: {why}")
 
 
 def _rate(text: str) -> float:

@@ -10,11 +10,27 @@ numbers, so that an efficiency is at most 1 and a latency at least 0. Refuses to
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 
 from shardwise.errors import ConfigError
 
 __all__ = ["Cluster", "Device", "Efficiency", "Hosts", "Link", "Overheads"]
+
+
+def _share(name: str, value: float, *, zero: bool = False) -> None:
+    if not (0 <= value <= 1 and (zero or value > 0)):
+        raise ConfigError(f"{name} is a share, {'0' if zero else 'above 0'} to 1, but got {value}; mend it")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name} is {least:g} or more, but got {value}; mend it")
+
+
+def _above(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} is above 0, but got {value}; mend it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +41,7 @@ class Efficiency:
     launch_s: of one kernel, below which none ends.
     matmul_half_flops: a product of so many flops reaches half of `matmul` (small ones fill a device badly); 0: all do.
     memory_half_bytes: likewise of bytes moved.
+    update: of the memory's rate, the share that an optimizer's pass reaches; 0: `memory`.
     """
 
     matmul: float = 0.7
@@ -33,10 +50,12 @@ class Efficiency:
     launch_s: float = 5e-6
     matmul_half_flops: float = 0.0
     memory_half_bytes: float = 0.0
+    update: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("matmul", "attention", "memory"):
             _share(name, getattr(self, name))
+        _share("update", self.update, zero=True)
         for name in ("launch_s", "matmul_half_flops", "memory_half_bytes"):
             _at_least(name, getattr(self, name), 0.0)
 
@@ -74,7 +93,9 @@ class Link:
     it joins at most (those of a host, of a pod), None: all.
 
     efficiency: the share that large messages reach; latency_s: of one hop; half_bytes: a message of so many bytes
-    reaches half of the bandwidth besides; 0: latency alone.
+    reaches half of the bandwidth besides; 0: latency alone. reduces: whether its switches add up what passes them
+    (NVLS, SHARP), so that an all-reduce sends everything once. meeting_s: of a collective besides its hops, until all
+    ranks are there and have been told (ranks that sleep are woken).
     """
 
     name: str
@@ -83,11 +104,14 @@ class Link:
     ranks: int | None = None
     efficiency: float = 0.8
     half_bytes: float = 0.0
+    reduces: bool = False
+    meeting_s: float = 0.0
 
     def __post_init__(self) -> None:
         _above(f"link {self.name}: bytes_per_s", self.bytes_per_s)
         _at_least(f"link {self.name}: latency_s", self.latency_s, 0.0)
         _at_least(f"link {self.name}: half_bytes", self.half_bytes, 0.0)
+        _at_least(f"link {self.name}: meeting_s", self.meeting_s, 0.0)
         _share(f"link {self.name}: efficiency", self.efficiency)
 
 
@@ -113,20 +137,25 @@ class Overheads:
     """What a step costs beside its kernels and messages.
 
     action_s: the program's own time for one action of a schedule; step_s: for one step (data, logging, the optimizer's
-    start). framework_bytes: held by the runtime on every device before a model is there; `slack`: the share of the
-    allocator's bytes that fragments take. overlap: of communication that may run beside compute, the share that is
-    hidden; beside: how much longer compute takes while it does, as a share.
+    start); kernel_s, exchange_s: for starting one kernel, one collective: a device that is faster waits for it.
+    crowded_s: what every hop of a collective inside a unit takes longer where pipelines cross hosts too (their messages
+    share the processors that move both). framework_bytes: held by the runtime on every device before a model is there;
+    `slack`: the share of the allocator's bytes that fragments take. overlap: of communication that may run beside
+    compute, the share that is hidden; beside: how much longer compute takes while it does, as a share.
     """
 
     action_s: float = 0.0
     step_s: float = 0.0
+    kernel_s: float = 0.0
+    exchange_s: float = 0.0
+    crowded_s: float = 0.0
     framework_bytes: int = 0
     slack: float = 0.0
     overlap: float = 1.0
     beside: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("action_s", "step_s", "framework_bytes", "slack", "beside"):
+        for name in ("action_s", "step_s", "kernel_s", "exchange_s", "crowded_s", "framework_bytes", "slack", "beside"):
             _at_least(name, getattr(self, name), 0.0)
         _share("overlap", self.overlap, zero=True)
 
@@ -150,6 +179,33 @@ class Cluster:
         if sizes != sorted(sizes):
             raise ConfigError(f"links stand in the order of what they join, but got {sizes}; sort them")
 
+    @classmethod
+    def local(cls, ranks: int) -> Cluster:
+        """This machine with so many ranks on its cores, not measured: rates are a typical server core's, of which a
+        rank has its share where there are more ranks than cores. `shardwise probe` writes what it is."""
+        cores = os.cpu_count() or 1
+        share = min(1.0, cores / ranks)
+        delay_s = 25e-6 / share  # what a program adds to every kernel, as the flops and bytes that take as long
+        reached = Efficiency(matmul=0.75, attention=0.2, memory=0.4, launch_s=3e-6, update=0.6)
+        flops_per_s, bytes_per_s = 60e9 * share, 12e9 * share
+        reached = dataclasses.replace(
+            reached,
+            matmul_half_flops=delay_s * flops_per_s * reached.matmul,
+            memory_half_bytes=delay_s * bytes_per_s * reached.memory,
+        )
+        device = Device(
+            name="CPU core",
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks,
+            flops_per_s={"float32": flops_per_s, "bfloat16": flops_per_s},
+            bytes_per_s=bytes_per_s,
+            efficiency=reached,
+        )
+        link = Link(name="shared memory", bytes_per_s=6e9 * share, latency_s=30e-6 / share, meeting_s=150e-6 / share)
+        overheads = Overheads(action_s=150e-6 / share, step_s=2e-3 / share, framework_bytes=200 << 20, overlap=0.0)
+        return cls(
+            hosts=(Hosts(device=device, devices=ranks),), links=(link,), overheads=overheads, name=f"local{ranks}"
+        )
+
     @property
     def num_devices(self) -> int:
         """Ranks, at one a device."""
@@ -167,18 +223,3 @@ class Cluster:
                 return hosts.device
             rank -= hosts.num_devices
         raise ConfigError(f"ranks are 0 to {self.num_devices - 1}, but asked for one {rank + 1} beyond the last")
-
-
-def _share(name: str, value: float, *, zero: bool = False) -> None:
-    if not (0 <= value <= 1 and (zero or value > 0)):
-        raise ConfigError(f"{name} is a share, {'0' if zero else 'above 0'} to 1, but got {value}; mend it")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name} is {least:g} or more, but got {value}; mend it")
-
-
-def _above(name: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{name} is above 0, but got {value}; mend it")

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
 from shardwise.describe.flow import Dataflow, NodeKind
-from shardwise.describe.kernels import Exchange, Kernel
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
 from shardwise.errors import ModelError
 
 __all__ = [
@@ -91,6 +91,8 @@ class CallProfile:
     keeps; None: nobody counted.
     product_flops, product_bytes: of the products with weights, and their results: what a unit need not compute again
     where it keeps them; None: nobody counted.
+    transient_bytes: the most that is alive while its forward or backward runs, besides what is kept then for the
+    backward of it and of what ran before; None: nobody watched.
     kernels, exchanges: operation by operation, forward and backward; empty: nobody listed them.
     """
 
@@ -108,6 +110,7 @@ class CallProfile:
     weight_bytes: int | None = None
     product_flops: int | None = None
     product_bytes: int | None = None
+    transient_bytes: int | None = None
     kernels: tuple[Kernel, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
 
@@ -116,18 +119,19 @@ class CallProfile:
             f"{self.unit}#{self.call}",
             (self.forward_flops, self.backward_flops, self.saved_bytes, self.output_bytes),
             (self.forward_s or 0.0, self.backward_s or 0.0, self.weight_flops or 0, self.weight_bytes or 0),
-            (self.product_flops or 0, self.product_bytes or 0),
+            (self.product_flops or 0, self.product_bytes or 0, self.transient_bytes or 0),
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GlueProfile:
-    """An operation between units that costs flops or keeps bytes; every stage that needs it computes it."""
+    """An operation between units that costs something; every stage that needs it computes it."""
 
     node: int
     forward_flops: int
     backward_flops: int
     saved_bytes: int
+    transient_bytes: int | None = None
     kernels: tuple[Kernel, ...] = ()
 
     def __post_init__(self) -> None:
@@ -215,8 +219,10 @@ class ModelProfile:
             {"name": unit.name, "class_name": unit.class_name, "parameters": _plain(unit.parameters)}
             for unit in self.units
         ]
-        fields["calls"] = [dataclasses.asdict(call) for call in self.calls]
-        fields["glue"] = [dataclasses.asdict(part) for part in self.glue]
+        table = _Table()
+        fields["calls"] = [table.plain(call) for call in self.calls]
+        fields["glue"] = [table.plain(part) for part in self.glue]
+        fields["lists"] = table.lists
         fields["glue_parameters"] = _plain(self.glue_parameters)
         return json.dumps({**fields, "flow": self.flow.to_json()})
 
@@ -225,13 +231,14 @@ class ModelProfile:
         """The profile that `to_json` wrote. Raises `ModelError`."""
         try:
             data: dict[str, Any] = json.loads(text)
+            lists = _lists(data.get("lists", ()))
             units = [{**unit, "parameters": _parameters(unit["parameters"])} for unit in data["units"]]
             return cls(
                 model_class=str(data["model_class"]),
                 units=tuple(UnitProfile(**unit) for unit in units),
-                calls=tuple(CallProfile(**_listed(call)) for call in data["calls"]),
+                calls=tuple(CallProfile(**_listed(call, lists)) for call in data["calls"]),
                 flow=Dataflow.from_json(data["flow"]),
-                glue=tuple(GlueProfile(**_listed(part)) for part in data["glue"]),
+                glue=tuple(GlueProfile(**_listed(part, lists)) for part in data["glue"]),
                 glue_parameters=_parameters(data["glue_parameters"]),
                 tied={name: tuple(others) for name, others in data["tied"].items()},
                 buffer_bytes=int(data["buffer_bytes"]),
@@ -243,16 +250,53 @@ class ModelProfile:
             ) from error
 
 
-def _listed(part: Mapping[str, Any]) -> dict[str, Any]:
+class _Table:
+    """Kernels and exchanges of parts, as plain lists: those that many parts share stand there once."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[dict[str, Any]]] = []
+        self._known: dict[tuple[Kernel | Exchange, ...], int] = {}
+
+    def plain(self, part: CallProfile | GlueProfile) -> dict[str, Any]:
+        """A part with numbers of `lists` in place of its own."""
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return fields | {name: self._number(fields[name]) for name in _LISTED if fields.get(name)}
+
+    def _number(self, values: tuple[Kernel | Exchange, ...]) -> int:
+        if values not in self._known:
+            self._known[values] = len(self.lists)
+            self.lists.append([_told(value) for value in values])
+        return self._known[values]
+
+
+_LISTED = ("kernels", "exchanges")
+
+
+def _told(value: Kernel | Exchange) -> dict[str, Any]:
+    """Without what is as it is by default."""
+    given = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
+    return {name: own for name, (own, default) in given.items() if own != default}
+
+
+def _lists(told: Iterable[Iterable[Mapping[str, Any]]]) -> list[tuple[Kernel | Exchange, ...]]:
+    return [tuple(_of_list(each) for each in values) for values in told]
+
+
+def _of_list(told: Mapping[str, Any]) -> Kernel | Exchange:
+    fields: dict[str, Any] = {name: tuple(own) if isinstance(own, list) else own for name, own in told.items()}
+    fields["phase"] = Phase(fields["phase"])
+    if "axis" in fields:
+        return Exchange(**fields | {"kind": ExchangeKind(fields["kind"])})
+    return Kernel(**fields | {"kind": KernelKind(fields["kind"])})
+
+
+def _listed(part: Mapping[str, Any], lists: Sequence[object]) -> dict[str, Any]:
     """A part with its kernels and exchanges as values; profiles without them are older."""
-    found = {**part, "kernels": tuple(Kernel(**_tuples(each)) for each in part.get("kernels", ()))}
-    if "exchanges" in part:
-        found["exchanges"] = tuple(Exchange(**each) for each in part["exchanges"])
+    found = {**part}
+    for name in _LISTED:
+        if name in part:
+            found[name] = lists[part[name]] if isinstance(part[name], int) else ()
     return found
-
-
-def _tuples(kernel: Mapping[str, Any]) -> dict[str, Any]:
-    return {**kernel, "shape": tuple(kernel["shape"]), "batch_dims": tuple(kernel["batch_dims"])}
 
 
 def _plain(parameters: Mapping[str, ParameterProfile]) -> dict[str, list[object]]:

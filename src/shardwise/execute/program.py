@@ -39,7 +39,7 @@ from shardwise.parallel.precision.numerics import Numerics
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut
 from shardwise.plan.sources import ScheduleSource
-from shardwise.schedule.actions import StageAction, StageKind
+from shardwise.schedule.actions import Action, StageAction, StageKind
 from shardwise.schedule.check import check
 from shardwise.schedule.passes.shard import with_sharding
 from shardwise.schedule.schedule import Schedule, forward_only
@@ -131,9 +131,20 @@ class Program(Held):
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepResult:
+    def meet(self, micro_batches: Sequence[MicroBatch], *, step: int) -> None:
+        """Trace what a step with these micro-batches meets; in that step nobody checks any more what arrives."""
+        for micro_batch in micro_batches:
+            self._flows.flow_of(micro_batch, self._scope(micro_batch, step)).met += 1
+
+    def step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        before_action: Callable[[Action], None] | None = None,
+    ) -> StepResult:
         """Forward and backward of this replica's micro-batches; gradients of the mean loss are in `.grad` afterwards,
-        added to what was there before.
+        added to what was there before. `before_action` is told of each action before it runs.
 
         Every rank calls it with its replica's micro-batches. Raises `DataflowError`, `TransferError`, and `LayoutError`
         for a parameter that was frozen when the model was laid out on several ranks and is not any more.
@@ -144,19 +155,26 @@ class Program(Held):
                 f"who sums a gradient is settled when a model is laid out, but {len(thawed)} parameters such as "
                 f"{thawed[0]} were frozen then and now ask for a gradient; lay the model out again"
             )
-        return self._run(micro_batches, step=step, backward=True)
+        return self._run(micro_batches, step=step, backward=True, before_action=before_action)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, step: int = 0) -> StepResult:
         """The mean loss without gradients. The caller has set `model.eval()`."""
         with torch.no_grad():
             return self._run(micro_batches, step=step, backward=False)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], *, step: int, backward: bool) -> StepResult:
+    def _scope(self, mb: MicroBatch, step: int) -> Scope:
+        return Scope(seed=self.seed, step=step, micro_batch=mb.index, samples=mb.samples, place="glue", call=0)
+
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        backward: bool,
+        before_action: Callable[[Action], None] | None = None,
+    ) -> StepResult:
         total, pending = self._total_weight(micro_batches)
-        scopes = [
-            Scope(seed=self.seed, step=step, micro_batch=mb.index, samples=mb.samples, place="glue", call=0)
-            for mb in micro_batches
-        ]
+        scopes = [self._scope(mb, step) for mb in micro_batches]
         flows = [self._flows.flow_of(mb, scope) for mb, scope in zip(micro_batches, scopes, strict=True)]
         if pending is not None:
             pending.wait()
@@ -194,7 +212,7 @@ class Program(Held):
                 works,
                 gradients=self._gradients if backward else None,
                 after_last_forward=mean.start,
-                before_action=told,
+                before_action=_both(told, before_action),
             )
         computed_s = time.perf_counter()
         if self._gradients is not None and backward:
@@ -315,6 +333,19 @@ class Program(Held):
             self._gradients.close()
         self._stack.close()
         self.numerics.close()
+
+
+def _both(
+    first: Callable[[Action], None] | None, second: Callable[[Action], None] | None
+) -> Callable[[Action], None] | None:
+    if first is None or second is None:
+        return first or second
+
+    def told(action: Action) -> None:
+        first(action)
+        second(action)
+
+    return told
 
 
 def _gathers(schedule: Schedule) -> bool:

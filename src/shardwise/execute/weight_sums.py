@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwise.execute import products
 from shardwise.execute.deferred import Deferred
@@ -32,6 +33,7 @@ __all__ = ["SMALLEST", "WeightSums"]
 
 SMALLEST = 2**17  # elements; below, a Python function costs more than the addition (measured: docs/log.md)
 _INPUTS = (torch.Tensor, nn.Parameter)
+_REHEARSED = (*_INPUTS, FakeTensor)  # in a step; outside of steps they belong to traces
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -53,6 +55,7 @@ class WeightSums:
     """
 
     def __init__(self) -> None:
+        self.runs = False
         self.on = False
         self.splits = False
         self.adds = False
@@ -154,11 +157,11 @@ class WeightSums:
     @contextlib.contextmanager
     def running(self, *, sums: bool = True, splits: bool = False) -> Iterator[None]:
         """Forwards in the block may sum in place in their backward (`sums`), or leave it to a queue (`splits`)."""
-        self.on, self.splits = sums, splits
+        self.runs, self.on, self.splits = True, sums, splits
         try:
             yield
         finally:
-            self.on = self.splits = False
+            self.runs = self.on = self.splits = False
 
     @contextlib.contextmanager
     def adding(self, adds: bool) -> Iterator[None]:
@@ -189,7 +192,7 @@ class WeightSums:
             and torch.is_grad_enabled()
             and weight.requires_grad
             and weight.is_floating_point()
-            and type(x) in _INPUTS
+            and type(x) in (_REHEARSED if self.runs else _INPUTS)
             and (splits or not torch.is_autocast_enabled(x.device.type))
             and (not x.is_floating_point() or x.dtype == weight.dtype or cast_of(of, x) is not None)
             and not weight._backward_hooks

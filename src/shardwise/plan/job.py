@@ -14,12 +14,21 @@ __all__ = ["Job", "PerParameter", "Profiles"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PerParameter:
-    """Bytes of one trained parameter. The default is float32 with AdamW."""
+    """Bytes of one trained parameter. The default is float32 with AdamW.
+
+    fresh: of the gradient that a backward makes before it is added to the one that is summed, until the backward ends;
+        0: where it is added at once.
+    wire: of a buffer that replicas exchange gradients in, kept beside them.
+    temporary: of what the optimizer makes for all parameters at once, while it runs.
+    """
 
     parameter: int = 4
     gradient: int = 4
     master: int = 0
     optimizer: int = 8
+    fresh: int = 0
+    wire: int = 0
+    temporary: int = 0
 
     @classmethod
     def mixed(cls) -> PerParameter:
@@ -30,12 +39,14 @@ class PerParameter:
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """global_batch: samples of a step, of all replicas. overlap_replicas: whether gradients of replicas are summed
-    beside the last backward; reduce_bytes: of one element on the wire when they are."""
+    beside the last backward; reduce_bytes: of one element on the wire when they are; gradients_stay: whether they have
+    their bytes all the time, in one buffer, and not from a step's first backward on."""
 
     global_batch: int
     per_parameter: PerParameter = PerParameter()
     overlap_replicas: bool = True
     reduce_bytes: int = 4
+    gradients_stay: bool = False
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:

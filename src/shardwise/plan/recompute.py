@@ -24,7 +24,7 @@ from shardwise.plan.work import FLOPS_PER_BYTE
 from shardwise.quantities import format_bytes, parse_bytes
 from shardwise.schedule import Action, Kind, Schedule
 
-__all__ = ["How", "RecomputePlan", "plan_recompute", "profile_with"]
+__all__ = ["How", "RecomputePlan", "computed_again", "kept_bytes", "plan_recompute", "profile_with"]
 
 
 class How(enum.StrEnum):
@@ -90,6 +90,18 @@ def plan_recompute(profile: ModelProfile, cut: Cut, schedule: Schedule, recomput
         flops=sum(_flops(call, units.get(call.unit, How.NONE)) for call in profile.calls),
         forward_flops=profile.forward_flops,
     )
+
+
+def computed_again(profile: ModelProfile, cut: Cut, recompute: str) -> dict[str, How]:
+    """Units that "full" or "selective" computes again, as far as they keep less for it; {} for "none"."""
+    how = How(recompute)
+    options = {unit: _item(profile, unit, stages, cut).names for unit, stages in _stages_of(profile, cut).items()}
+    return {} if how is How.NONE else {unit: how for unit, names in options.items() if how in names}
+
+
+def kept_bytes(call: CallProfile, how: How) -> int:
+    """What a call keeps for its backward."""
+    return _kept(call, how)
 
 
 def profile_with(profile: ModelProfile, plan: RecomputePlan) -> ModelProfile:

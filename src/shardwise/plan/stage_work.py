@@ -22,6 +22,7 @@ class StageWork:
     parameters: elements that the rank holds before replicas divide anything; `trained`: of them, those with gradients.
     expert_parameters, expert_trained: of these, experts', which `ep` has divided already and of which there are
         replicas / ep copies.
+    shared_parameters: of the trained, those that another stage holds too (a tied head): their gradients are summed.
     unit_parameters: elements of each unit, in the order of calls: what is gathered at a time at zero=3.
     kernels: of a forward and a backward; `recomputed`: forward kernels that run again before the backward.
     exchanges: inside units, forward and backward; those of recomputed forwards are among them once more.
@@ -41,6 +42,7 @@ class StageWork:
     exchanges: tuple[Exchange, ...] = ()
     expert_parameters: int = 0
     expert_trained: int = 0
+    shared_parameters: int = 0
     unit_parameters: tuple[int, ...] = ()
     weight_bytes: float = 0.0
     transient_bytes: float = 0.0

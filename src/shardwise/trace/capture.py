@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -22,7 +23,7 @@ from shardwise.trace.record import DataDependent, GlueLooks, Recorder, glue_key
 from shardwise.trace.tape import Tape
 from shardwise.trace.units import choose_units
 
-__all__ = ["Captured", "capture", "own", "recorded"]
+__all__ = ["Captured", "Faked", "capture", "own", "recorded", "without_values"]
 
 _TABLES = frozenset(vars(nn.Module()))  # of parameters, children, hooks: torch's own
 Watch = Callable[[Recorder], contextlib.AbstractContextManager[None]]
@@ -119,27 +120,43 @@ def recorded(
     looking: set[str] | None = None,
 ) -> Iterator[Recorder]:
     """The model with fake parameters, copied buffers and watched units; everything is put back at the end."""
+    modules = {module: name for name, module in model.named_modules()}
+    switch = Switch()
+    with without_values(model) as faked:
+        recorder = Recorder(
+            parameters=faked.parameters,
+            buffers=faked.buffers,
+            modules=modules,
+            fake=faked.mode,
+            scope=scope or Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0),
+            looking=looking,
+        )
+        with installed(units, switch), switch.on(recorder), recorder.active():
+            yield recorder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Faked:
+    """A model without values: the mode of its fake parameters, and names of parameters and buffers by their ids."""
+
+    mode: FakeTensorMode
+    parameters: Mapping[int, str]
+    buffers: Mapping[int, str]
+
+
+@contextlib.contextmanager
+def without_values(model: nn.Module) -> Iterator[Faked]:
+    """The model with fake parameters and copied buffers; everything is put back at the end."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     names: dict[int, str] = {}
     buffers: dict[int, str] = {}
-    modules = {module: name for name, module in model.named_modules()}
-    switch = Switch()
     with (
         _memos_empty(model),
         _attributes_restored(model),
         _fake_parameters(model, fake, names),
         _copied_buffers(model, buffers),
     ):
-        recorder = Recorder(
-            parameters=names,
-            buffers=buffers,
-            modules=modules,
-            fake=fake,
-            scope=scope or Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0),
-            looking=looking,
-        )
-        with installed(units, switch), switch.on(recorder), recorder.active():
-            yield recorder
+        yield Faked(fake, names, buffers)
 
 
 @contextlib.contextmanager

@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 from shardwise.describe.flow import Dataflow, Node, NodeKind
+from shardwise.describe.kernels import Kernel
 from shardwise.describe.profile import CallProfile, GlueProfile, ModelProfile, ParameterProfile, UnitProfile
 from shardwise.trace.capture import Captured, capture
 from shardwise.trace.count import Counter
+from shardwise.trace.kernels import mirrored
 from shardwise.trace.objective import Batch, LossFunction
 from shardwise.trace.record import Recorder
 
-__all__ = ["profile_of", "trace"]
+__all__ = ["num_samples", "profile_of", "trace"]
 
 
 def trace(
@@ -32,18 +36,26 @@ def trace(
     unit computed.
     """
     counters: list[Counter] = []
+    samples = num_samples(batch)
 
     def watch(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-        counters.append(Counter())  # a recording may start over with larger units
+        counters.append(Counter(samples=samples))  # a recording may start over with larger units
         return counters[-1].watching(recorder)
 
     captured = capture(model, batch, loss=loss, units=units, watch=watch)
     return profile_of(model, captured, counters[-1])
 
 
+def num_samples(batch: Batch) -> int | None:
+    """Rows of the first tensor of a batch; None where there is none."""
+    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((leaf.shape[0] for leaf in leaves), None)
+
+
 def profile_of(model: nn.Module, captured: Captured, counter: Counter) -> ModelProfile:
     """The profile of a recording that `counter` watched."""
     flow = captured.tape.flow
+    kernels = _Kernels(counter)
     aliases = _aliases(model)
     parameters = _parameters(model)
     units = tuple(
@@ -59,8 +71,8 @@ def profile_of(model: nn.Module, captured: Captured, counter: Counter) -> ModelP
     return ModelProfile(
         model_class=type(model).__name__,
         units=units,
-        calls=tuple(_call(flow, node, counter, saved) for node in flow.calls),
-        glue=tuple(_glue(node, counter, saved) for node in flow.nodes if _costs(node, counter, saved)),
+        calls=tuple(_call(flow, node, counter, saved, kernels) for node in flow.calls),
+        glue=tuple(_glue(node, counter, saved, kernels) for node in flow.nodes if _costs(node, counter, saved)),
         flow=flow,
         glue_parameters={name: about for name, about in parameters.items() if name not in in_units},
         tied=_tied(model),
@@ -98,9 +110,25 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(rest) for name, rest in others.items()}
 
 
-def _call(flow: Dataflow, node: Node, counter: Counter, saved: Mapping[int, int]) -> CallProfile:
+class _Kernels:
+    """The kernels of each node; nodes that do the same share one tuple."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._known: dict[tuple[Kernel, ...], tuple[Kernel, ...]] = {}
+
+    def of(self, node: int, *, estimated: bool = False) -> tuple[Kernel, ...]:
+        """estimated: the backward did not get through, and is taken to do twice what the forward does."""
+        found = self._counter.kernels(node)
+        if estimated:
+            found = (*found, *mirrored(found))
+        return self._known.setdefault(found, found)
+
+
+def _call(flow: Dataflow, node: Node, counter: Counter, saved: Mapping[int, int], kernels: _Kernels) -> CallProfile:
     made = [flow.values[value] for value in node.makes]
     forward = counter.forward_flops.get(node.index, 0)
+    estimated = node.index not in counter.reached and any(value.requires_grad for value in made)
     return CallProfile(
         node=node.index,
         unit=node.name,
@@ -114,6 +142,7 @@ def _call(flow: Dataflow, node: Node, counter: Counter, saved: Mapping[int, int]
         weight_bytes=counter.weight_bytes.get(node.index, 0),
         product_flops=counter.product_flops.get(node.index, 0),
         product_bytes=counter.product_bytes.get(node.index, 0),
+        kernels=kernels.of(node.index, estimated=estimated),
     )
 
 
@@ -126,14 +155,15 @@ def _backward_flops(flow: Dataflow, node: Node, counter: Counter, forward: int) 
 
 
 def _costs(node: Node, counter: Counter, saved: Mapping[int, int]) -> bool:
-    books = (counter.forward_flops, counter.backward_flops, saved)
+    books = (counter.forward_flops, counter.backward_flops, saved, counter.booked())
     return node.kind is not NodeKind.CALL and any(node.index in book for book in books)
 
 
-def _glue(node: Node, counter: Counter, saved: Mapping[int, int]) -> GlueProfile:
+def _glue(node: Node, counter: Counter, saved: Mapping[int, int], kernels: _Kernels) -> GlueProfile:
     return GlueProfile(
         node=node.index,
         forward_flops=counter.forward_flops.get(node.index, 0),
         backward_flops=counter.backward_flops.get(node.index, 0),
         saved_bytes=saved.get(node.index, 0),
+        kernels=kernels.of(node.index),
     )

@@ -100,6 +100,10 @@ class Recorder:
         """The node that is running: a unit call, or the glue operation that becomes the next node; None between."""
         return len(self._draft.nodes) if self.running.op is not None else self.running.unit_node
 
+    def is_buffer(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is one of the model's buffers."""
+        return id(tensor) in self._draft.buffers
+
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Contexts | None]:
         """A checkpointed call runs once, everything kept; around several units it is refused."""

@@ -39,7 +39,8 @@ from shardwise.train.asynchronous.note import workers_note
 from shardwise.train.asynchronous.outer import Outer
 from shardwise.train.asynchronous.saved import restore_worker
 from shardwise.train.asynchronous.workers import Workers
-from shardwise.train.balance import layout_for, of_rank_0, profile_for
+from shardwise.train.balance import layout_for, of_rank_0
+from shardwise.train.estimate import profiles_for, store_estimate
 from shardwise.train.memory import own_memory
 from shardwise.train.model import Values, model_factory, names_in, values_of
 from shardwise.train.optimizer import optimizer_of
@@ -130,9 +131,15 @@ class World:
 
 
 def build(
-    job: Job, context: RankContext, *, worker: Worker | None = None, on_plan: Callable[[str], None] | None = None
+    job: Job,
+    context: RankContext,
+    *,
+    worker: Worker | None = None,
+    on_plan: Callable[[str], None] | None = None,
+    on_estimate: Callable[[str], None] | None = None,
 ) -> World:
-    """The world of this rank. Collective; rank 0 gives the plan in words to `on_plan` before the model is laid out.
+    """The world of this rank. Collective; rank 0 gives the plan in words to `on_plan` before the model is laid out, and
+    a line about the estimate that it stores to `on_estimate`.
 
     `context` is that of the rank inside its `worker`, where a run has several.
 
@@ -168,7 +175,17 @@ def build(
     found: Found | None = None
     planned: Timeline | None = None
     if context.rank == 0 and (on_plan is not None or run.balance == "measured" or searches):
-        profile = profile_for(run, model, inputs, loss=task.loss, values=values, device=device)
+        profile, profiles = profiles_for(
+            run,
+            model,
+            inputs,
+            loss=task.loss,
+            values=values,
+            device=device,
+            tensor=tensor,
+            experts=experts,
+            context=context_plan,
+        )
         layout = layout_for(run, profile)
         micro_batches = run.num_micro_batches
         found = schedule_for(
@@ -193,6 +210,8 @@ def build(
             )
             notes = experts_note(experts) + context_note(context_plan) + statistics_note(model, layout)
             on_plan(plan + notes + workers_note(run, model))
+        if on_estimate is not None:
+            on_estimate(store_estimate(run, model, layout, profiles))
     if run.balance == "measured":
         layout = of_rank_0(layout)
     workers = None if worker is None or run.asynchronous is None else Workers(worker, run.asynchronous)

@@ -9,8 +9,9 @@ from shardwise.checkpoint.save import Shard
 from shardwise.execute.program import StepResult
 from shardwise.train.asynchronous.saved import shards_of_worker, state_of_workers
 from shardwise.train.build import World
+from shardwise.train.memory import PeakMemory
 from shardwise.train.state import save
-from shardwise.train.steps import steps_of
+from shardwise.train.steps import Done, steps_of
 from shardwise.train.timeline import record
 from shardwise.train.update import rate_of
 
@@ -28,8 +29,10 @@ def run_steps(world: World, emit: Emit) -> list[float]:
         every = (options.evaluate_every, world.run.checkpoint.every)
         return any(_due(each, step, options.steps) for each in every)
 
+    peak = PeakMemory(world.device)
     for done in steps_of(world, pauses=pauses):
         step, result = done.step, done.result
+        recorded = world.run.timeline.wants(step, options.steps) and world.stream is None
         losses.append(result.loss)
         emit(
             "step",
@@ -42,6 +45,8 @@ def run_steps(world: World, emit: Emit) -> list[float]:
             busy_s=result.moments.busy_s,
             sent_bytes=dict(result.sent_bytes),
             memory_bytes=list(done.memory_bytes),
+            peak_bytes=peak.nbytes,
+            **_seconds_of_parts(done, waits=world.device.type == "cpu" or recorded),
         )
         if step == world.first_step and world.program.compiled is not None:
             emit("compiled", step=step, notes=list(world.program.compiled.notes()))
@@ -57,13 +62,23 @@ def run_steps(world: World, emit: Emit) -> list[float]:
                 imbalance=result.experts.imbalance,
                 dropped=sum(result.experts.dropped.values()),
             )
-        if world.run.timeline.wants(step, options.steps) and world.stream is None:
+        if recorded:
             record_step(world, result, emit, step)
         if _due(options.evaluate_every, step, options.steps):
             evaluate(world, emit, step)
         if _due(world.run.checkpoint.every, step, options.steps):
             save_world(world, emit, step + 1)
+        peak.begin_again()  # the next event tells of its own step alone
     return losses
+
+
+def _seconds_of_parts(done: Done, *, waits: bool) -> dict[str, float]:
+    """What an event tells of a step's parts; of those on a device only where it is waited for anyway."""
+    if done.parts is None:
+        return {}
+    told = {"data_s": done.parts.data_s, "sums_s": done.result.sums_s}
+    told["computed_s"] = done.parts.computed_s(done.result.moments)
+    return {**told, "optimizer_s": done.parts.optimizer_s} if waits else told
 
 
 def record_step(world: World, result: StepResult, emit: Emit, step: int) -> None:

@@ -1,7 +1,7 @@
 """Measures this machine: starts as many ranks as asked for, one thread each, and has them compute and exchange at once.
 
-    1 rank     kernels alone                         what a rank does with the machine to itself
-    n ranks    kernels, exchanges, a program         the same when all compute: cores and memory are shared
+    1 of n ranks     kernels                             what a rank does with the machine to itself
+    n ranks          kernels, exchanges, a program       the same when all compute: cores and memory are shared
 
 Rounds of everything follow each other, so that what else the machine does shows as spread. Knows ranks and what they
 measure; refuses to know what is fitted to it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,39 +22,45 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all
-from shardwise.describe.measured import ExchangeTime, KernelTime, MachineTimes, ProgramTime
+from shardwise.describe.kernels import ExchangeKind
+from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes, ProgramTime
 from shardwise.errors import ConfigError
 from shardwise.execute.probe_program import Programmed, program_seconds, resident_bytes
 from shardwise.launch import RankContext, RankPool, RankStarter, init_process_group
+from shardwise.trace.probe_blocks import block_kernels, block_seconds, block_shapes
 from shardwise.trace.probe_kernels import cases, seconds_of_all
 
 __all__ = ["Thoroughness", "default_ranks", "probe"]
 
 _DEADLINE_S = 300.0
+_PROGRAM_ROUNDS = 5
 _PRELOAD = ("shardwise.train.probe",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Thoroughness:
-    """Rounds of everything; seconds of one kernel and of one exchange in a round; bytes of exchanges."""
+    """Rounds of everything, fewer where they would end after `budget_s`; seconds in which one kernel, one exchange is
+    repeated in a round; bytes of exchanges."""
 
     rounds: int = 5
-    kernel_s: float = 0.02
-    exchange_s: float = 0.01
+    kernel_s: float = 0.012
+    exchange_s: float = 0.006
     sizes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
     quick: bool = False
+    budget_s: float = 60.0
 
     @classmethod
     def quickly(cls) -> Thoroughness:
         """A few seconds, for a first look."""
-        return cls(rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True)
+        return cls(rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True, budget_s=20.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Round:
     """What one rank has measured once."""
 
-    kernels: tuple[float, ...]
+    kernels: tuple[tuple[float, float], ...]  # alone, and with all ranks at once
+    blocks: tuple[float, ...]  # forward and backward of each
     exchanges: tuple[Exchanged, ...]
 
 
@@ -72,15 +79,15 @@ def probe(
     _check(ranks, device)
     tell("starting ranks")
     begun = time.perf_counter()
+    found: list[MachineTimes] = []
     with RankStarter(preload=_PRELOAD) as starter:
-        alone: list[_Round] = []
-        with _pool(1, device, starter) as pool:
-            pool.start()
-            start_s = time.perf_counter() - begun
-            for _ in range(how.rounds):
-                tell("1 rank: kernels")
-                alone += pool.run(_measured, device, how, False, timeout_s=_DEADLINE_S)
-        return tuple(_with(count, device, how, starter, alone, start_s, tell) for count in ranks)
+        for number, count in enumerate(ranks, start=1):
+            with _pool(count, device, starter) as pool:
+                pool.start()
+                if not found:  # once: the starter, and the first ranks
+                    start_s = time.perf_counter() - begun
+                found.append(_with(pool, device, how, start_s, begun + how.budget_s * number / len(ranks), tell))
+    return tuple(found)
 
 
 def default_ranks(device: str = "cpu") -> tuple[int, ...]:
@@ -92,34 +99,31 @@ def default_ranks(device: str = "cpu") -> tuple[int, ...]:
 
 
 def _with(
-    count: int,
-    device: str,
-    how: Thoroughness,
-    starter: RankStarter,
-    alone: Sequence[_Round],
-    start_s: float,
-    tell: Callable[[str], None],
+    pool: RankPool, device: str, how: Thoroughness, start_s: float, until_s: float, tell: Callable[[str], None]
 ) -> MachineTimes:
-    """What `count` ranks do at once."""
+    """What the ranks of a pool do at once. Two rounds at least: one has no spread."""
+    count = pool.world_size
+    tell(f"{count} ranks: a program")
+    programs = pool.run(_programmed, device, how, timeout_s=_DEADLINE_S)
     rounds: list[list[_Round]] = []
-    begun = time.perf_counter()
-    with _pool(count, device, starter) as pool:
-        pool.start()
-        start_s += time.perf_counter() - begun
-        tell(f"{count} ranks: a program")
-        programs = pool.run(_programmed, device, how, timeout_s=_DEADLINE_S)
-        for number in range(how.rounds):
-            tell(f"{count} ranks: kernels and exchanges, round {number + 1} of {how.rounds}")
-            rounds.append(pool.run(_measured, device, how, True, timeout_s=_DEADLINE_S))
+    for number in range(how.rounds):
+        begun_s = time.perf_counter()
+        tell(f"{count} ranks: kernels and exchanges, round {number + 1} of {how.rounds}")
+        rounds.append(pool.run(_measured, device, how, number == 0, timeout_s=_DEADLINE_S))
+        ended_s = time.perf_counter()
+        if number and ended_s + (ended_s - begun_s) > until_s:
+            break
+    together, alone = _kernel_times(device, how, rounds)
     return MachineTimes(
         ranks=count,
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(os.sched_getaffinity(0)) if device == "cpu" else count,
         device=_name_of(device),
         memory_bytes=_memory_bytes(device, count),
-        kernels=_kernel_times(device, how, rounds),
+        kernels=together,
+        alone=alone,
+        blocks=_block_times(how, rounds),
         exchanges=_exchange_times(rounds),
         program=_program_time([made for made, _ in programs], [held for _, held in programs], start_s),
-        alone=_kernel_times(device, how, [[each] for each in alone]),
     )
 
 
@@ -154,59 +158,84 @@ def _device_of(context: RankContext, kind: str) -> torch.device:
     return device
 
 
-def _measured(context: RankContext, kind: str, how: Thoroughness, exchanges: bool) -> _Round:
+def _measured(context: RankContext, kind: str, how: Thoroughness, first: bool) -> _Round:
     device = _device_of(context, kind)
     shared = max(1.0, context.world_size / len(os.sched_getaffinity(0))) if kind == "cpu" else 1.0
-    kernels = seconds_of_all(device, window_s=how.kernel_s * shared, quick=how.quick, together=_together(context))
-    exchanged: list[Exchanged] = []
-    if exchanges and context.world_size > 1:
-        exchanged = exchange_seconds_of_all(
-            how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=not how.quick
+    kernels = seconds_of_all(
+        device,
+        window_s=how.kernel_s,
+        quick=how.quick,
+        first=context.rank == 0,
+        together=dist.barrier if context.world_size > 1 else None,
+        shared=shared,
+    )
+    blocks: list[float] = []
+    for shape in block_shapes(quick=how.quick):
+        blocks += block_seconds(
+            shape, device, window_s=4 * how.kernel_s * shared, begin=dist.barrier if context.world_size > 1 else None
         )
-    return _Round(kernels=tuple(kernels), exchanges=tuple(exchanged))
+    exchanged: list[Exchanged] = []
+    if context.world_size > 1:
+        exchanged = exchange_seconds_of_all(
+            how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=first and not how.quick
+        )
+    return _Round(kernels=tuple(kernels), blocks=tuple(blocks), exchanges=tuple(exchanged))
 
 
 def _programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Programmed, int]:
     device = _device_of(context, kind)
     held = resident_bytes(device)
     steps = 3 if how.quick else 10
-    return program_seconds(rounds=how.rounds, steps=steps, device=device, together=_together(context)), held
-
-
-def _together(context: RankContext) -> Callable[[], None]:
-    return dist.barrier if context.world_size > 1 else _nothing
-
-
-def _nothing() -> None:
-    """One rank waits for nobody."""
+    together = dist.barrier if context.world_size > 1 else None
+    return program_seconds(rounds=min(how.rounds, _PROGRAM_ROUNDS), steps=steps, device=device, together=together), held
 
 
 # -- of all ranks -------------------------------------------------------------------------------------
 
 
-def _kernel_times(device: str, how: Thoroughness, rounds: Sequence[Sequence[_Round]]) -> tuple[KernelTime, ...]:
-    found = []
+def _kernel_times(
+    device: str, how: Thoroughness, rounds: Sequence[Sequence[_Round]]
+) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
+    """With all ranks at once, the mean of them; and of the first rank alone."""
+    together, alone = [], []
     for index, case in enumerate(cases(torch.device(device), quick=how.quick)):
-        means = tuple(sum(rank.kernels[index] for rank in ranks) / len(ranks) for ranks in rounds)
-        found.append(KernelTime(kernel=case.kernel, seconds=means, what=case.what))
+        means = tuple(statistics.fmean(rank.kernels[index][1] for rank in ranks) for ranks in rounds)
+        together.append(KernelTime(kernel=case.kernel, seconds=means, what=case.what))
+        firsts = tuple(ranks[0].kernels[index][0] for ranks in rounds)
+        alone.append(KernelTime(kernel=case.kernel, seconds=firsts, what=case.what))
+    return tuple(together), tuple(alone)
+
+
+def _block_times(how: Thoroughness, rounds: Sequence[Sequence[_Round]]) -> tuple[BlockTime, ...]:
+    """The mean of the ranks."""
+    found: list[BlockTime] = []
+    for shape in block_shapes(quick=how.quick):
+        tokens, width, _ = shape
+        for way, kernels in zip(("forward", "backward"), block_kernels(shape), strict=True):
+            means = tuple(statistics.fmean(rank.blocks[len(found)] for rank in ranks) for ranks in rounds)
+            found.append(BlockTime(what=f"{way} of {tokens} x {width}", kernels=kernels, seconds=means))
     return tuple(found)
 
 
 def _exchange_times(rounds: Sequence[Sequence[_Round]]) -> tuple[ExchangeTime, ...]:
-    found = []
-    for index, first in enumerate(rounds[0][0].exchanges):
-        slowest = tuple(max(rank.exchanges[index].seconds for rank in ranks) for ranks in rounds)
-        found.append(
-            ExchangeTime(
-                kind=first.kind,
-                group=first.group,
-                nbytes=first.nbytes,
-                way=first.way,
-                seconds=slowest,
-                chosen=first.chosen,
-            )
+    """Of the slowest rank. What programs do not use is measured in the first round alone."""
+    slowest: dict[tuple[ExchangeKind, int, int, str], list[float]] = {}
+    for ranks in rounds:
+        for of_ranks in zip(*(rank.exchanges for rank in ranks), strict=True):
+            each = of_ranks[0]
+            key = (each.kind, each.group, each.nbytes, each.way)
+            slowest.setdefault(key, []).append(max(rank.seconds for rank in of_ranks))
+    return tuple(
+        ExchangeTime(
+            kind=each.kind,
+            group=each.group,
+            nbytes=each.nbytes,
+            way=each.way,
+            seconds=tuple(slowest[each.kind, each.group, each.nbytes, each.way]),
+            chosen=each.chosen,
         )
-    return tuple(found)
+        for each in rounds[0][0].exchanges
+    )
 
 
 def _program_time(made: Sequence[Programmed], held: Sequence[int], start_s: float) -> ProgramTime:

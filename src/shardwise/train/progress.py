@@ -38,6 +38,8 @@ class ProgressSink:
         match event.kind:
             case "plan":
                 self._print(str(data["text"]) + "\n")
+            case "estimate":
+                self._print(str(data["text"]))
             case "start":
                 self._start(data)
             case "step":

@@ -151,7 +151,13 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
                 tell(event)
 
         inside = context if worker is None else worker.context
-        world = build(job, inside, worker=worker, on_plan=lambda text: emit("plan", text=text))
+        world = build(
+            job,
+            inside,
+            worker=worker,
+            on_plan=lambda text: emit("plan", text=text),
+            on_estimate=lambda text: emit("estimate", text=text),
+        )
         if context.rank == 0 and run.checkpoint.every:
             describe(run, model=world.program.model, task=world.task)
         shapes = [

@@ -37,6 +37,8 @@ class Run(Table):
 
     balance   what makes stages equal: "flops" that were counted, "measured" seconds (every unit call is timed once at
               the start), "parameters", or "depth" (unit calls); not where `layout` says it, or lists the stages
+    cluster   what a step is estimated for: a file that `shardwise probe` wrote, or a name such as "h100x8"; without it
+              FOLDER/cluster.toml where there is one, else what is typical
     compile   torch.compile's backend for every unit, such as "inductor"; without it units are not compiled
     tp_plan   a table of names of modules, `*` for numbers, and transformers' styles: how shards divide units. It is
               proven, and refused before training where it is wrong; without it a plan is found
@@ -55,6 +57,7 @@ class Run(Table):
     precision: PrecisionOptions = PrecisionOptions()
     communication: CommunicationOptions = CommunicationOptions()
     compile: str = ""
+    cluster: str = ""
     asynchronous: AsynchronousOptions | None = None
 
     @field_validator("layout", mode="before")

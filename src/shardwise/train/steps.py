@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from shardwise.execute.continuous import Stream
+from shardwise.execute.moments import Clock, Moments, clock_of
 from shardwise.execute.program import StepResult
 from shardwise.train.asynchronous.outer import Outer
 from shardwise.train.asynchronous.workers import Numbers, Workers
@@ -18,7 +20,28 @@ from shardwise.train.build import World
 from shardwise.train.memory import memory_of_ranks
 from shardwise.train.update import update
 
-__all__ = ["Done", "steps_of"]
+__all__ = ["Done", "Parts", "steps_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Seconds of a step on this rank: until it had its samples, until its last action was done, and of the update.
+
+    On a device the update is timed by marks that are read when somebody asks.
+    """
+
+    start_s: float
+    data_s: float
+    clock: Clock
+    updating: tuple[Any, Any]  # marks around the update
+
+    def computed_s(self, moments: Moments) -> float:
+        """From the beginning of the step to the end of its last action."""
+        return moments[-1].end_s - self.start_s if len(moments) else self.data_s
+
+    @property
+    def optimizer_s(self) -> float:
+        return self.clock.between(*self.updating)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +53,7 @@ class Done:
     norm: float  # of all gradients, before they were clipped
     seconds: float
     memory_bytes: Sequence[int]  # by rank
+    parts: Parts | None = None  # of a step that was drained
 
 
 def steps_of(world: World, *, pauses: Callable[[int], bool]) -> Iterator[Done]:
@@ -49,15 +73,20 @@ def _drained(world: World) -> Iterator[Done]:
 
 def _step(world: World, step: int) -> Done:
     program, optimizer, options = world.program, world.optimizer, world.run.training
+    clock = clock_of(world.device)
     start = time.perf_counter()
-    result = program.step(world.micro_batches(step), step=step)
+    samples = world.micro_batches(step)
+    data_s = time.perf_counter() - start
+    result = program.step(samples, step=step)
     norm = program.gradient_norm()
+    begun = clock.now()
     update(program, optimizer, options, step=step, norm=norm)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
+    parts = Parts(start_s=start, data_s=data_s, clock=clock, updating=(begun, clock.now()))
     seconds = time.perf_counter() - start
     memory_bytes = memory_of_ranks(program.place, world.device)
-    return Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes)
+    return Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes, parts=parts)
 
 
 def _of_workers(world: World, workers: Workers, outer: Outer, pauses: Callable[[int], bool]) -> Iterator[Done]:

@@ -84,7 +84,7 @@ class _Total(torch.autograd.Function):
 
 def _no_view(made: torch.Tensor) -> torch.Tensor:
     """The same memory, as a tensor that may be written into: autograd forbids that of views that functions return."""
-    alias = torch.empty(0, dtype=made.dtype, device=made.device)
+    alias = made.new_empty(0)
     alias.set_(made.detach())  # type: ignore[call-overload]
     return alias
 

@@ -83,7 +83,7 @@ class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(tie)  # a checkpoint computes again as far as tensors were saved: all exchanges
-        alias = torch.empty(0, dtype=value.dtype, device=value.device)
+        alias = value.new_empty(0)
         alias.set_(value.detach())  # type: ignore[call-overload]
         return alias  # no view: what reads it may write into it
 

@@ -67,7 +67,7 @@ class Bucket:
     def _own_values(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Moves the parameters into `flat`, and makes the own part."""
         part = self._memory.part
-        wide = torch.zeros(part.stop - part.start, dtype=torch.float32, device=self.flat.device) if masters else None
+        wide = self.flat.new_zeros(part.stop - part.start, dtype=torch.float32) if masters else None
         here = self.flat[part]
         for name, start, parameter in zip(self.plan.names, self.plan.starts, self.parameters, strict=True):
             view = self.flat[start : start + parameter.numel()].view(parameter.shape)

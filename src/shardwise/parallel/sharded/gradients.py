@@ -47,7 +47,7 @@ class _Reduced:
     def taken(self, numel: int, like: torch.Tensor) -> torch.Tensor:
         """Memory for the part, in which nobody has a gradient of an earlier step."""
         if self.kept is None or self.storage is None or _num_users(self.storage) > self.unused:
-            self.kept = torch.empty(numel, dtype=like.dtype, device=like.device)
+            self.kept = like.new_empty(numel)
             self.storage = self.kept.untyped_storage()
             self.unused = _num_users(self.storage)
         return self.kept

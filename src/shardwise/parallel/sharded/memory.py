@@ -49,7 +49,7 @@ def memory_for(numel: int, *, like: torch.Tensor, group: Collective, frees: bool
         common = group.common(numel, like.dtype)
         if common is not None:
             return _Common(common, group, frees=frees)
-    flat = torch.zeros(numel, dtype=like.dtype, device=like.device)
+    flat = like.new_zeros(numel)
     return _Freed(flat, group) if frees else _Kept(flat, group)
 
 

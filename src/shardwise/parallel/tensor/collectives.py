@@ -110,7 +110,7 @@ def gather_from(local: torch.Tensor, part: Slice, group: TensorGroup) -> torch.T
 
 def _no_view(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor of its own: what reads it may write into it."""
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    alias = tensor.new_empty(0)
     alias.set_(tensor.detach())  # type: ignore[call-overload]
     return alias
 

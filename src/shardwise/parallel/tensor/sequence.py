@@ -105,10 +105,10 @@ class Regathered:
     @contextlib.contextmanager
     def instead_of(self, whole: torch.Tensor) -> Iterator[None]:
         """What functions inside the block save of the memory of `whole` is this."""
-        storage = whole.untyped_storage().data_ptr()
+        storage = whole.untyped_storage()._cdata
 
         def pack(tensor: torch.Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage or not tensor.numel():
+            if tensor.untyped_storage()._cdata != storage or not tensor.numel():
                 return tensor
             self._num_saved += 1
             return tensor.size(), tensor.stride(), tensor.storage_offset()
@@ -167,7 +167,7 @@ class _Reduce(torch.autograd.Function):
 
 def _no_view(made: torch.Tensor) -> torch.Tensor:
     """The same memory, as a tensor that may be written into: autograd forbids that of views that functions return."""
-    alias = torch.empty(0, dtype=made.dtype, device=made.device)
+    alias = made.new_empty(0)
     alias.set_(made.detach())  # type: ignore[call-overload]
     return alias
 

@@ -383,13 +383,13 @@ def _joined(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     wholes = [(shard, whole_of[id(shard)], whole_of[id(shard)]._version) for shard in shards]
     whole_args, whole_kwargs = tree_map(lambda leaf: whole_of.get(id(leaf), leaf), (tuple(args), dict(kwargs)))
     out = func(*whole_args, **whole_kwargs)
-    made = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)}
+    made = {leaf.untyped_storage()._cdata for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)}
     for shard, whole, version in wholes:
         if whole._version != version:
             _refuse_unseen(shard, func)
             with torch._C.DisableTorchFunctionSubclass():
                 dealt = region.scatter(whole, shard.tokens)
                 _written(shard, shard.local.copy_(dealt) if shard.memory.several else dealt)
-        if whole.untyped_storage().data_ptr() in made:
+        if whole.untyped_storage()._cdata in made:
             shard.memory.views.append((whole, whole._version))
     return out

@@ -1,0 +1,122 @@
+"""Many cases of one source priced at once: their stages in one table, their pipelines in arrays of equal shape.
+
+The arithmetic is the library's (`plan.stage_seconds`, `plan.price.steps_of`); here rows are only gathered, so that a
+fit that prices a thousand rows a thousand times takes minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.planner.architectures import Case
+from shardwise.describe.catalogue import find_device
+from shardwise.describe.cluster import Cluster, Hosts
+from shardwise.errors import ConfigError
+from shardwise.layout import Layout
+from shardwise.plan.compute import FloatArray
+from shardwise.plan.price import placed_stages, steps_of
+from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
+
+__all__ = ["Batch", "cluster_of"]
+
+
+def cluster_of(gpu: str, gpus_per_node: int, hosts: int = 2) -> Cluster:
+    """The catalogue's device and links of that name."""
+    entry = find_device(_named(gpu))
+    joined = max(gpus_per_node, entry.devices_of_host)  # a rack of NVLink is one host, however many boxes it has
+    inside = dataclasses.replace(entry.inside, ranks=joined)
+    links = (inside, dataclasses.replace(entry.between, ranks=None))
+    return Cluster(hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, name=gpu)
+
+
+def _named(gpu: str) -> str:
+    """The name of the catalogue for a name of the table: less and less of it, until one device is meant."""
+    words = gpu.replace("(", " ").replace("-", " ").split()
+    for count in range(len(words), 0, -1):
+        try:
+            return find_device(" ".join(words[:count])).device.name
+        except ConfigError:
+            continue
+    raise ConfigError(f"{gpu!r} is no device of the catalogue; add it to devices.toml")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Alike:
+    """Rows whose pipelines have one shape. index: (rows, stages) into the stages of the table."""
+
+    layout: Layout
+    overlap: bool
+    rows: np.ndarray
+    index: np.ndarray
+    counts: FloatArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Cases of one GPU and source, ready to be priced on any cluster of the same shape."""
+
+    cases: tuple[Case, ...]
+    table: StageTable
+    alike: tuple[_Alike, ...]
+
+    @classmethod
+    def of(cls, cases: Sequence[Case], cluster: Cluster) -> Batch:
+        places: dict[object, int] = {}
+        placed: list[PlacedStage] = []
+        found: dict[object, list[tuple[int, list[int], Case]]] = {}
+        for row, case in enumerate(cases):
+            indices = []
+            for one in placed_stages(case.stages, case.layout, cluster, case.job):
+                key = (
+                    id(one.work.kernels),
+                    id(one.work.exchanges),
+                    one.send_levels,
+                    one.spans,
+                    one.layout.fsdp,
+                    one.layout.zero,
+                    one.job,
+                    one.work.trained,
+                    one.work.shared_parameters,
+                    tuple(one.work.sends.values()),
+                )
+                if key not in places:
+                    places[key] = len(placed)
+                    placed.append(one)
+                indices.append(places[key])
+            shape = (case.layout.pp, case.layout.num_stages, case.layout.schedule, case.job.overlap_replicas)
+            found.setdefault(shape, []).append((row, indices, case))
+        alike = tuple(
+            _Alike(
+                layout=entries[0][2].layout,
+                overlap=entries[0][2].job.overlap_replicas,
+                rows=np.array([row for row, _, _ in entries]),
+                index=np.array([indices for _, indices, _ in entries]),
+                counts=np.array([float(case.num_micro_batches) for _, _, case in entries]),
+            )
+            for entries in found.values()
+        )
+        return cls(cases=tuple(cases), table=StageTable.of(placed), alike=alike)
+
+    def step_s(self, cluster: Cluster) -> FloatArray:
+        """[case]: seconds of its step."""
+        seconds = stage_seconds(self.table, cluster)
+        found = np.zeros(len(self.cases))
+        for group in self.alike:
+            steps = steps_of(
+                _gathered(seconds, group.index), group.counts, group.layout, cluster.overheads, overlap=group.overlap
+            )
+            found[group.rows] = steps.step_s
+        return found
+
+
+def _gathered(seconds: StageSeconds, index: np.ndarray) -> StageSeconds:
+    values = {
+        field.name: getattr(seconds, field.name)[index]
+        for field in dataclasses.fields(seconds)
+        if field.name != "exchanges"
+    }
+    exchanges = {axis: (pair[0][index], pair[1][index]) for axis, pair in seconds.exchanges.items()}
+    return StageSeconds(**values, exchanges=exchanges)

@@ -1,0 +1,172 @@
+"""The largest searches: Llama-3-405B on 16,384 H100s, a mixture like DeepSeek-V3 on 2,048; seconds on one core.
+
+    python -m benchmarks.planner.largest [--json]
+
+Prints how long the whole search took, the best layouts, and their predicted MFU beside what was published: 38 to 43 %
+for Llama-3-405B (arXiv:2407.21783, table 4), 38.9 % causal for DeepSeek-V3 (in fp8, while bf16 is priced here).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+
+from benchmarks.planner.architectures import stages_of
+from benchmarks.planner.shapes import Architecture, Shard
+from benchmarks.planner.stacks import stack_of
+from shardwise.describe.catalogue import named_cluster
+from shardwise.describe.cluster import Cluster
+from shardwise.layout import Layout
+from shardwise.plan.chain_works import ChainWorks
+from shardwise.plan.explain_search import ranking_table
+from shardwise.plan.job import Job, PerParameter
+from shardwise.plan.search import Search, search_layouts
+from shardwise.plan.space import Limits
+from shardwise.plan.stage_work import StageWork
+
+__all__ = ["DEEPSEEK", "LLAMA_405B", "Large", "limits_of", "main", "works_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Large:
+    """A model and its machine. blocks: kinds of layers, in order, with how many follow each other."""
+
+    name: str
+    blocks: tuple[tuple[Architecture, int], ...]
+    tokens: int
+    global_batch: int
+    cluster: str
+    published: str
+
+
+_LLAMA = Architecture(
+    layers=126,
+    hidden=16384,
+    ffn=53248,
+    mats=3,
+    heads=128,
+    kv_heads=8,
+    head_dim=128,
+    vocab=128256,
+    tied=False,
+)
+# 128 heads of 128 with 8 heads of keys and values have about the parameters and flops of its latent attention.
+_DENSE = Architecture(
+    layers=3, hidden=7168, ffn=18432, mats=3, heads=128, kv_heads=8, head_dim=128, vocab=129280, tied=False
+)
+_MIXTURE = dataclasses.replace(_DENSE, layers=58, experts=256, top_k=8, expert_ffn=2048, shared=2048)
+LLAMA_405B = Large(
+    name="Llama-3-405B",
+    blocks=((_LLAMA, 126),),
+    tokens=8192,
+    global_batch=2048,  # 16 M tokens
+    cluster="h100x8x2048",
+    published="38 to 43 % (arXiv:2407.21783, table 4)",
+)
+DEEPSEEK = Large(
+    name="like DeepSeek-V3",
+    blocks=((_DENSE, 3), (_MIXTURE, 58)),
+    tokens=4096,
+    global_batch=15360,  # 63 M tokens
+    cluster="h100x8x256",
+    published="38.9 % causal, in fp8 (deepseek-ai/DeepSeek-V3, dualpipe)",
+)
+
+
+def works_of(model: Large) -> ChainWorks:
+    """What every unit does: the embedding, each layer, the head."""
+    stack = stack_of("")
+
+    def parts(arch: Architecture, layout: Layout, samples: int) -> tuple[StageWork, ...]:
+        """Embedding, one layer, head."""
+        shard = Shard(
+            arch=dataclasses.replace(arch, layers=1),
+            samples=samples,
+            sequence=math.ceil(model.tokens / layout.cp),
+            whole=model.tokens,
+            tp=layout.tp,
+            cp=layout.cp,
+            ep=layout.ep,
+            sp=bool(layout.sequence_parallel),
+        )
+        return stages_of(shard, stack, Layout(pp=3), layout.recompute, embeddings_are_layers=True)
+
+    def units(layout: Layout, samples: int) -> tuple[StageWork, ...]:
+        made = [(parts(arch, layout, samples), count) for arch, count in model.blocks]
+        row = [made[0][0][0], *(layer for part, count in made for layer in [part[1]] * count), made[-1][0][2]]
+        return tuple(row)
+
+    return ChainWorks(units, names_of(model))
+
+
+def names_of(model: Large) -> tuple[str, ...]:
+    count = sum(count for _, count in model.blocks)
+    return ("embedding", *(f"layers.{index}" for index in range(count)), "head")
+
+
+def limits_of(model: Large) -> Limits:
+    """What tp, cp, ep and pp may divide."""
+    arch = model.blocks[0][0]
+    return Limits(
+        stages=len(names_of(model)),
+        tensor={"heads": arch.heads, "heads of keys and values": arch.kv_heads},
+        context={"tokens": model.tokens},
+        experts=max(arch.experts for arch, _ in model.blocks),
+        names=names_of(model),
+    )
+
+
+def search_of(model: Large, cluster: Cluster, *, top: int = 5) -> tuple[Search, float]:
+    """The search, and the seconds that it took."""
+    job = Job(global_batch=model.global_batch, per_parameter=PerParameter.mixed())
+    start = time.perf_counter()
+    found = search_layouts(works_of(model), cluster, job, limits=limits_of(model), top=top)
+    return found, time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
+    parser.add_argument("--explain", action="store_true", help="the best layout line by line")
+    options = parser.parse_args(arguments)
+    figures: dict[str, dict[str, object]] = {}
+    for model in (LLAMA_405B, DEEPSEEK):
+        found, seconds = search_of(model, _cluster(model.cluster))
+        best = found[0]
+        figures[model.name] = {
+            "seconds": round(seconds, 2),
+            "layouts": found.num_layouts,
+            "priced": found.num_priced,
+            "complete": found.complete,
+            "layout": str(best.layout),
+            "step_s": round(best.step_s, 3),
+            "mfu": round(best.ranked.price.mfu, 4),
+            "published": model.published,
+        }
+        if options.json:
+            continue
+        print(f"{model.name} on {model.cluster}, {model.global_batch} samples of {model.tokens} tokens")
+        print(f"  {found.num_layouts} layouts that keep all rules, {found.num_priced} priced, in {seconds:.2f} s")
+        print(f"  predicted {best.ranked.price.mfu:.1%} MFU; published {model.published}")
+        print("\n".join(ranking_table([plan.ranked for plan in found])))
+        if options.explain:
+            print(best.explain())
+            print("\n".join(f"  {change}" for change in best.changes()))
+        print()
+    if options.json:
+        print(json.dumps(figures))
+
+
+@functools.cache
+def _cluster(name: str) -> Cluster:
+    return named_cluster(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What is known of the software that a source ran: which kernels, which precision, what overlaps; each with its reason.
+
+One entry a file of the table; a file that is not named is a stack of today's (`_TODAY`). Nothing here is fitted, and
+nothing depends on a row's model or layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import MappingProxyType
+
+__all__ = ["Stack", "stack_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """fused_attention: scores stay in the processor (flash-attention 2, SDPA), masked halves left out; else products of
+        batches with a fused masked softmax and dropout between them in memory.
+    dropout: of probabilities, attention and MLP outputs. rotary, gated norms etc. follow the architecture.
+    compiled: whether chains of elementwise operations are one kernel.
+    split: "even" layers a stage, "ends" one less on the first and the last, "costs" by nanotron's rule.
+    summed_bytes: of one element of the gradients in which micro-batches are added up; wire_bytes: of one that is sent.
+    overlap: whether replicas sum gradients beside the last backward; overlap_divided: also where they divide states. parameter_bytes: of what optimizers work on.
+    every_second: whether "selective" keeps every second product and attention, not all but what attention keeps.
+    inferred: recomputation where the table does not say.
+    """
+
+    name: str
+    fused_attention: bool = True
+    dropout: bool = False
+    compiled: bool = False
+    split: str = "even"
+    summed_bytes: int = 4
+    wire_bytes: int = 4
+    overlap: bool = True
+    overlap_divided: bool = True
+    every_second: bool = False
+    padded_vocab: int = 128
+    inferred: str = "none"
+
+
+_MEGATRON_2021 = Stack(
+    name="Megatron-LM, Megatron-DeepSpeed (2021 to 2022)",  # before flash-attention; dropout 0.1
+    fused_attention=False,
+    dropout=True,
+    summed_bytes=2,  # fp16 gradients, added up in place, unscaled by the optimizer
+    wire_bytes=2,
+    overlap=False,  # gradients are summed behind the last backward (use_gradient_bucket=false; local DDP)
+)
+_TODAY = Stack(name="Megatron Core and TransformerEngine")  # cuDNN fused attention, distributed optimizer with overlap
+_JAX = Stack(name="MaxText, Paxml", compiled=True, inferred="full")  # XLA; scanned layers save their inputs alone
+_STACKS = MappingProxyType(
+    {
+        "vtrain_ground_truth_single.csv": _MEGATRON_2021,
+        "vtrain_ground_truth_multi.csv": _MEGATRON_2021,
+        "bloom_176b_prequel_layouts.csv": _MEGATRON_2021,
+        "megatron_sc21_table1.csv": dataclasses.replace(_MEGATRON_2021, summed_bytes=4, wire_bytes=4),
+        "megatron_sc21_table2_zero3_vs_ptdp.csv": _MEGATRON_2021,
+        "bigscience_v100_gpt.csv": _MEGATRON_2021,
+        # Zero Bubble: Megatron-LM of 2023 without recomputation and dropout off in its runs' GPT configuration
+        "zero_bubble_pp.csv": dataclasses.replace(_MEGATRON_2021, name="Megatron-LM (2023)", split="ends"),
+        # nanotron: flash-attention 2, Triton RMSNorm, float32 gradient accumulator whose hooks sum
+        # beside the backward, while ZeRO-1 scatters gradients behind it (zero_reduce_scatter in the optimizer's step)
+        "hf_ultrascale_playbook_benchmarks.csv": Stack(name="nanotron", split="costs", padded_vocab=1, overlap_divided=False),
+        # FSDP2: parameters gathered in bf16, gradients scattered in float32; compiled blocks in most rows
+        "torchtitan.csv": Stack(name="torchtitan", compiled=True, every_second=True, padded_vocab=1),
+    }
+)
+
+
+def stack_of(file: str, notes: str = "") -> Stack:
+    """The stack of a source by the name of its file; notes say where a row of it ran on another, or was not compiled."""
+    stack = _STACKS.get(file, _TODAY)
+    if "JAX" in notes:
+        return _JAX
+    said = re.search(r"compile=(\d?)", notes)
+    return dataclasses.replace(stack, compiled=said.group(1) == "1") if said else stack

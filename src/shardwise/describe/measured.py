@@ -1,0 +1,99 @@
+"""What a machine was measured to do: seconds of single operations and exchanges, each as often as it was measured.
+
+Values between who measures (on ranks, with torch) and who fits a `Cluster` to them. Refuses to know both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from shardwise.describe.kernels import ExchangeKind, Kernel
+
+__all__ = ["BlockTime", "ExchangeTime", "KernelTime", "MachineTimes", "ProgramTime", "spread_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KernelTime:
+    """Seconds of one operation, in every round: the mean over the ranks, which all computed it at once.
+
+    what: in words, what distinguishes it from kernels of the same shape.
+    """
+
+    kernel: Kernel
+    seconds: tuple[float, ...]
+    what: str = ""
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTime:
+    """Seconds of a forward or a backward of a block in every round, and all kernels that it is made of, with counts."""
+
+    what: str
+    kernels: tuple[Kernel, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeTime:
+    """Seconds of one exchange, in every round: of the slowest rank. All ranks exchanged at once, in groups of `group`.
+
+    way: what moved the bytes: "shared memory", "shared memory, in place", "gloo", "nccl". `chosen`: whether this is
+    what programs use here.
+    """
+
+    kind: ExchangeKind
+    group: int
+    nbytes: int
+    way: str
+    seconds: tuple[float, ...]
+    chosen: bool = True
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramTime:
+    """The program around kernels, in every round, on the slowest rank: seconds for one action of a schedule and for one
+    step beside its kernels; once, to start ranks and to lay a model out on them; bytes of a rank before a model."""
+
+    action_s: tuple[float, ...]
+    step_s: tuple[float, ...]
+    start_s: float
+    layout_s: float
+    framework_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineTimes:
+    """All of it, with `ranks` ranks at once on `cores` cores or as many GPUs, one thread a rank.
+
+    device: its name; memory_bytes: of one; alone: the same kernels where one rank computes and the others are idle.
+    """
+
+    ranks: int
+    cores: int
+    device: str
+    memory_bytes: int
+    kernels: tuple[KernelTime, ...]
+    exchanges: tuple[ExchangeTime, ...]
+    program: ProgramTime
+    alone: tuple[KernelTime, ...] = ()
+    blocks: tuple[BlockTime, ...] = ()
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """From the least to the most, as a share of the median: another measurement lies about so near."""
+    middle = statistics.median(values)
+    return (max(values) - min(values)) / middle if middle else 0.0

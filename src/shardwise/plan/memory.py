@@ -1,0 +1,157 @@
+"""Bytes of one rank at the worst moment of a step, line by line, from what its stages do and hold.
+
+    moment     parameters, masters, optimizer   gradients         activations            besides
+    loss       all the time                     those before it   all that the schedule  logits
+                                                                  keeps at its peak
+    turn       all the time                     those before it   the same               one unit's work
+    passed     all the time                     all, fresh ones   without the micro-     one unit's work
+                                                                  batch that is done
+    next loss  all the time                     all               the same               logits
+    step       all the time                     all, fresh ones   none                   the optimizer's temporaries
+
+"loss" and "turn" are where the last forward ends and its backward begins: logits and the loss are alive until the
+head's backward is done, then the work of one unit after the other. In "passed" a first backward is about to end, behind
+it the next one begins, in "step" the optimizer runs.
+
+What replicas divide is what `plan.divide_states` says (Rajbhandari et al. 2020, arXiv:1910.02054, section 5); what is
+whole of it meanwhile is counted as buffers. Micro-batches in flight as in Narayanan et al. 2021 (arXiv:2104.04473,
+section 2.2) are given, from a schedule (`plan.in_flight`) or in closed form. Refuses to know models, units and seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from shardwise.describe.cluster import Overheads
+from shardwise.errors import LayoutError
+from shardwise.layout import Layout
+from shardwise.plan.continuous import VERSIONS
+from shardwise.plan.job import Job
+from shardwise.plan.lines import MemoryLines
+from shardwise.plan.stage_work import StageWork
+from shardwise.schedule import GENERATORS
+
+__all__ = ["memory_lines", "moments", "states_of"]
+
+_AT_ONCE = 2  # units whose parameters are whole at the same time: the one that computes, and the next
+_ON_THE_DEVICE = (
+    2.0  # micro-batches whose activations are not in the host's memory: the one that computes, and the next
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Elements:
+    """What the stages of a rank hold before replicas divide anything."""
+
+    parameters: int
+    trained: int
+    largest_unit: int
+
+    @classmethod
+    def of(cls, stages: Sequence[StageWork]) -> _Elements:
+        return cls(
+            parameters=sum(stage.parameters for stage in stages),
+            trained=sum(stage.trained for stage in stages),
+            largest_unit=max((unit for stage in stages for unit in stage.unit_parameters), default=0),
+        )
+
+
+def memory_lines(
+    stages: Sequence[StageWork],
+    layout: Layout,
+    job: Job,
+    *,
+    num_micro_batches: int,
+    in_flight: Sequence[float],
+    overheads: Overheads = Overheads(),  # noqa: B008 (a frozen value)
+) -> MemoryLines:
+    """The lines of the worst moment of a rank that owns `stages`.
+
+    in_flight: for each of them, micro-batches that it keeps for their backwards when the rank keeps the most; one that
+        waits for its gradients of weights alone counts by what it still keeps.
+    Raises `LayoutError` unless there is such a number, 0 or more, for every stage.
+    """
+    alive = moments(stages, layout, job, num_micro_batches=num_micro_batches, in_flight=in_flight)
+    worst = max(alive.values(), key=lambda lines: lines.total)
+    passing = worst.activations + worst.transient + worst.logits  # what stays is taken once, and leaves no fragments
+    return dataclasses.replace(worst, framework=overheads.framework_bytes, slack=overheads.slack * passing)
+
+
+def moments(
+    stages: Sequence[StageWork],
+    layout: Layout,
+    job: Job,
+    *,
+    num_micro_batches: int,
+    in_flight: Sequence[float],
+) -> Mapping[str, MemoryLines]:
+    """What is alive at every moment that may be the worst, by name; slack and framework apart. See `memory_lines`."""
+    if len(in_flight) != len(stages) or any(number < 0 for number in in_flight):
+        raise LayoutError(
+            f"every stage of a rank keeps so many micro-batches, 0 or more, but got {list(in_flight)} for "
+            f"{len(stages)} stages; give one number a stage"
+        )
+    states = states_of(stages, layout, job)
+    here = _on_device(layout, in_flight)
+    kept = float(sum(number * stage.saved_bytes for number, stage in zip(here, stages, strict=True)))
+    done = min((stage.saved_bytes for number, stage in zip(here, stages, strict=True) if number >= 1), default=kept)
+    transient = max((stage.transient_bytes for stage in stages), default=0.0)
+    trained = sum(stage.trained for stage in stages)
+    summed_before = _gradients_stay(layout, job) or num_micro_batches > max(in_flight, default=0.0)
+    logits = max((stage.logits_bytes for stage in stages), default=0.0)
+    turn = dataclasses.replace(states, activations=kept, gradients=states.gradients if summed_before else 0.0)
+    next_turn = dataclasses.replace(states, activations=max(0.0, kept - done))
+    fresh = states.gradients + job.per_parameter.fresh * trained
+    temporary = job.per_parameter.temporary * trained / layout.fsdp
+    return {
+        "loss": dataclasses.replace(turn, logits=logits),
+        "turn": dataclasses.replace(turn, transient=transient),
+        "passed": dataclasses.replace(next_turn, gradients=fresh, transient=transient),
+        "next loss": dataclasses.replace(next_turn, logits=logits if max(here, default=0.0) > 1 else 0.0),
+        "step": dataclasses.replace(states, gradients=fresh, transient=temporary),
+    }
+
+
+def states_of(stages: Sequence[StageWork], layout: Layout, job: Job) -> MemoryLines:
+    """What a rank holds of the state of training, all through a step, and what is whole or on its way besides.
+
+    Gradients are those that a step sums up; `Job.gradients_stay` says whether they are there between steps too.
+    """
+    held, bytes_of, n = _Elements.of(stages), job.per_parameter, layout.fsdp
+    versions = VERSIONS if layout.schedule in GENERATORS and not GENERATORS[layout.schedule].flushes else 1
+    parameters = float(bytes_of.parameter * (held.parameters + (versions - 1) * held.trained))
+    gradients = float(versions * bytes_of.gradient * held.trained)
+    turn = min(_AT_ONCE * held.largest_unit, held.parameters)
+    buffers = max((_on_its_way(stage) for stage in stages), default=0.0)
+    by_step, zero = layout.unshards_by_step, layout.zero if n > 1 else 0
+    if zero >= 2 and not by_step:
+        buffers += min(bytes_of.gradient * turn, gradients)
+        gradients /= n
+    if zero == 3:
+        buffers += parameters if by_step else bytes_of.parameter * turn
+        parameters /= n
+    if layout.num_replicas > 1 and zero < 3:
+        buffers += bytes_of.wire * held.trained
+    return MemoryLines(
+        parameters=parameters,
+        gradients=gradients,
+        masters=bytes_of.master * held.trained / n,
+        optimizer=0.0 if layout.offloads_optimizer else bytes_of.optimizer * held.trained / n,
+        buffers=buffers,
+    )
+
+
+def _gradients_stay(layout: Layout, job: Job) -> bool:
+    """Whether gradients have their bytes before a step's first backward: replicas sum them in buffers that are kept,
+    but not in parts of them."""
+    return job.gradients_stay or (layout.num_replicas > 1 and (layout.fsdp == 1 or layout.zero == 1))
+
+
+def _on_device(layout: Layout, in_flight: Sequence[float]) -> Sequence[float]:
+    return [min(number, _ON_THE_DEVICE) for number in in_flight] if layout.offloads_activations else in_flight
+
+
+def _on_its_way(stage: StageWork) -> float:
+    """The messages of one micro-batch that wait to be taken."""
+    return float(sum(stage.sends.values()) + sum(stage.gradients.values()))

@@ -1,0 +1,143 @@
+"""The price of layouts of a small model by hand, against sums on paper and against the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
+from shardwise.errors import LayoutError
+from shardwise.layout import Layout
+from shardwise.plan.job import Job
+from shardwise.plan.price import Price, price
+from shardwise.plan.stage_work import StageWork
+
+CARD = Device(
+    name="card",
+    memory_bytes=10**9,
+    flops_per_s={"float32": 1e12},
+    bytes_per_s=1e12,
+    efficiency=Efficiency(matmul=1.0, attention=1.0, memory=1.0, launch_s=0.0),
+)
+LINKS = (
+    Link(name="in", bytes_per_s=1e11, latency_s=0.0, ranks=4, efficiency=1.0),
+    Link(name="out", bytes_per_s=1e10, latency_s=0.0, efficiency=1.0),
+)
+CLUSTER = Cluster(hosts=(Hosts(device=CARD, devices=4, count=4),), links=LINKS)
+JOB = Job(global_batch=64)
+
+
+def passing(phase: Phase, seconds: float) -> Kernel:
+    return Kernel(kind=KernelKind.MEMORY, phase=phase, dtype="float32", nbytes=round(seconds * 1e12))
+
+
+def work(stage: int = 0, last: int = 0, **changes: Any) -> StageWork:
+    """A stage whose forward takes 1 s and whose backward takes 2 s, half of it for weights."""
+    given: dict[str, Any] = {
+        "stage": stage,
+        "parameters": 0,
+        "trained": 0,
+        "kernels": tuple(passing(phase, 1.0) for phase in Phase),
+        "saved_bytes": 1e6,
+        "sends": {stage + 1: 0.0} if stage < last else {},
+        "gradients": {stage + 1: 0.0} if stage < last else {},
+        **changes,
+    }
+    return StageWork(**given)
+
+
+def stages(layout: Layout, **changes: Any) -> list[StageWork]:
+    return [work(stage, layout.num_stages - 1, **changes) for stage in range(layout.num_stages)]
+
+
+def priced(layout: Layout, count: int = 4, *, cluster: Cluster = CLUSTER, job: Job = JOB, **changes: Any) -> Price:
+    return price(stages(layout, **changes), layout, cluster, job, num_micro_batches=count)
+
+
+def test_one_device_takes_the_sum_of_its_kernels() -> None:
+    found = priced(Layout())
+    assert found.step_s == pytest.approx(4 * 3.0)
+    assert found.time[0].compute == pytest.approx(12.0)
+    assert found.time[0].total == pytest.approx(found.step_s)
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
+    found = priced(Layout(pp=4), 8)
+    assert found.step_s == pytest.approx((8 + 3) * 3.0)
+    assert found.bubble_fraction == pytest.approx(3 / 11)
+    for lines in found.time:
+        assert lines.total == pytest.approx(found.step_s)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_the_closed_form_is_what_the_simulator_says(schedule: str) -> None:
+    layout = Layout(pp=4, schedule=schedule)
+    works = stages(layout)
+    found = price(works, layout, CLUSTER, JOB, num_micro_batches=8)
+    exact = price(works, layout, CLUSTER, JOB, num_micro_batches=8, exact=True)
+    assert found.timeline is None
+    assert exact.timeline is not None
+    assert found.step_s == pytest.approx(exact.step_s)
+    assert exact.timeline.seconds == pytest.approx(exact.step_s)
+
+
+def test_recomputation_and_exchanges_are_lines_of_their_own() -> None:
+    again = (passing(Phase.FORWARD, 1.0),)
+    sums = (Exchange(kind=ExchangeKind.ALL_GATHER, axis="tp", phase=Phase.FORWARD, nbytes=2 * 10**11),)
+    found = priced(Layout(tp=2), 1, recomputed=again, exchanges=sums)
+    assert found.time[0].recompute == pytest.approx(1.0)
+    assert found.time[0].tp == pytest.approx(1.0)  # half of 2e11 bytes at 1e11 bytes a second
+    assert found.step_s == pytest.approx(5.0)
+
+
+def test_a_host_that_is_slower_than_its_device_sets_the_pace() -> None:
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=10.0))
+    found = priced(Layout(), 1, cluster=slow)
+    assert found.step_s == pytest.approx(30.0, rel=0.01)  # three kernels; the device would take 3 s
+    assert found.time[0].host == pytest.approx(27.0, rel=0.02)
+
+
+def test_sums_of_gradients_hide_behind_the_last_backward_or_show() -> None:
+    """1e11 bytes around a ring of four: 1.5 s; a backward takes 2 s."""
+    some: dict[str, Any] = {"parameters": 25 * 10**9, "trained": 25 * 10**9}
+    per = dataclasses.replace(JOB.per_parameter, gradient=0, optimizer=0, parameter=0)
+    hidden = priced(Layout(dp=4), 1, job=dataclasses.replace(JOB, per_parameter=per), **some)
+    shown = priced(Layout(dp=4), 1, job=dataclasses.replace(JOB, per_parameter=per, overlap_replicas=False), **some)
+    assert hidden.step_s == pytest.approx(3.0)
+    assert shown.step_s == pytest.approx(4.5)
+    assert shown.time[0].replicas == pytest.approx(1.5)
+
+
+def test_divided_optimizers_update_less_and_gather_parameters() -> None:
+    some: dict[str, Any] = {"parameters": 10**9, "trained": 10**9}
+    whole, divided = (priced(layout, 1, **some) for layout in (Layout(dp=4), Layout(fsdp=4, zero=1)))
+    assert divided.time[0].optimizer < 0.5 * whole.time[0].optimizer
+    assert divided.time[0].replicas > whole.time[0].replicas
+    assert divided.memory[0].optimizer == pytest.approx(whole.memory[0].optimizer / 4)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert priced(Layout(), saved_bytes=9e8).fits
+    assert not priced(Layout(), saved_bytes=1.1e9).fits
+
+
+def test_utilisation_counts_the_model_and_not_what_is_computed_again() -> None:
+    product = Kernel(
+        kind=KernelKind.MATMUL,
+        phase=Phase.FORWARD,
+        dtype="float32",
+        flops=2 * 10**12,
+        shape=(1, 1000, 10**6, 1000),
+    )
+    once = priced(Layout(), 1, kernels=(product,))
+    twice = priced(Layout(), 1, kernels=(product,), recomputed=(product,))
+    assert once.mfu == pytest.approx(1.0)
+    assert twice.mfu == pytest.approx(0.5)
+
+
+def test_the_work_is_that_of_the_layout() -> None:
+    with pytest.raises(LayoutError, match="2 stages"):
+        price([work()], Layout(pp=2), CLUSTER, JOB, num_micro_batches=2)
