@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.planner.architectures import Case
 from shardwise.describe.catalogue import find_device
-from shardwise.describe.cluster import Cluster, Hosts
+from shardwise.describe.cluster import Cluster, Hosts, Overheads
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.plan.compute import FloatArray
@@ -22,6 +22,8 @@ from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, 
 
 __all__ = ["Batch", "cluster_of"]
 
+EXCHANGE_S = 3e-5  # of the host for one collective of torch.distributed: what both A100 tables want if it is fitted
+
 
 def cluster_of(gpu: str, gpus_per_node: int, hosts: int = 2) -> Cluster:
     """The catalogue's device and links of that name."""
@@ -29,7 +31,10 @@ def cluster_of(gpu: str, gpus_per_node: int, hosts: int = 2) -> Cluster:
     joined = max(gpus_per_node, entry.devices_of_host)  # a rack of NVLink is one host, however many boxes it has
     inside = dataclasses.replace(entry.inside, ranks=joined)
     links = (inside, dataclasses.replace(entry.between, ranks=None))
-    return Cluster(hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, name=gpu)
+    overheads = Overheads(exchange_s=EXCHANGE_S)
+    return Cluster(
+        hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, overheads=overheads, name=gpu
+    )
 
 
 def _named(gpu: str) -> str:

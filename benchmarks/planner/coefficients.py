@@ -37,7 +37,6 @@ COEFFICIENTS = (
     Coefficient(where="efficiency", name="matmul", least=0.05, most=1.0, spread=0.15),
     Coefficient(where="efficiency", name="memory", least=0.05, most=1.0, spread=0.25),
     Coefficient(where="overheads", name="kernel_s", least=1e-7, most=1e-3, spread=1.0, start=6e-5),
-    Coefficient(where="overheads", name="exchange_s", least=1e-7, most=1e-2, spread=1.0, start=5e-5),
     Coefficient(where="inside", name="latency_s", least=1e-7, most=1e-3, spread=0.7),
     Coefficient(where="between", name="efficiency", least=0.02, most=1.0, spread=0.4),
     Coefficient(where="between", name="latency_s", least=1e-7, most=1e-2, spread=0.7),

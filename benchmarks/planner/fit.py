@@ -3,8 +3,9 @@
     catalogue ──► all rows of a GPU ──► rows of one source on it
        prior        prior
 
-Robust least squares on the logarithm of predicted over measured: soft L1 to come near, then a Cauchy loss, to which a run
-that hung for minutes says nothing. Each coefficient is held near the level above by its spread. A source or a GPU that no fit saw is priced by the level above.
+Robust least squares on the logarithm of predicted over measured: soft L1 to come near, then a Cauchy loss, to which a
+run that hung for minutes says nothing. Each coefficient is held near the level above by its spread. A source or a GPU
+that no fit saw is priced by the level above.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def fit(prepared: Sequence[Prepared], chosen: Sequence[FloatArray]) -> Fitted:
         keys = [key for key, parts in by_key.items() if _device(parts) == device]
         plain = read(by_key[keys[0]][0][0].cluster, COEFFICIENTS)
         pools[device] = _pooled([first[key] for key in keys], plain)
-    of_sources = {key: _solve(parts, pools[_device(parts)]) for key, parts in by_key.items()}
+    of_sources = {key: _solve(parts, pools[_device(parts)], first[key]) for key, parts in by_key.items()}
     return Fitted(of_sources=of_sources, of_gpus=pools)
 
 
@@ -96,7 +97,8 @@ def _pooled(found: Sequence[FloatArray], plain: FloatArray) -> FloatArray:
     return np.asarray(np.mean([*found, plain], axis=0))
 
 
-def _solve(parts: list[tuple[Prepared, FloatArray]], prior: FloatArray) -> FloatArray:
+def _solve(parts: list[tuple[Prepared, FloatArray]], prior: FloatArray, near: FloatArray | None = None) -> FloatArray:
+    """The coefficients near the prior. near: where to look for them, from an earlier fit."""
     spreads = np.array([each.spread for each in COEFFICIENTS])
     least, most = (np.log([getattr(each, side) for each in COEFFICIENTS]) for side in ("least", "most"))
     logs = [np.log(one.measured[rows]) for one, rows in parts]
@@ -108,8 +110,8 @@ def _solve(parts: list[tuple[Prepared, FloatArray]], prior: FloatArray) -> Float
         ]
         return np.concatenate([bent(np.concatenate(errors) / BEND), (values - prior) / spreads])
 
-    found = np.clip(prior, least + 1e-6, most - 1e-6)
-    for bent in (_soft, _cauchy):
+    found = prior if near is None else near
+    for bent in (_soft, _cauchy) if near is None else (_cauchy,):
         found = np.clip(found, least + 1e-6, most - 1e-6)
         solved = least_squares(residuals, found, bounds=(least, most), diff_step=1e-3, max_nfev=30, args=(bent,))
         found = np.asarray(solved.x)

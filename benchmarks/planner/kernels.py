@@ -52,8 +52,9 @@ def layer_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
 
 def layer_exchanges(shard: Shard, *, recomputed: bool) -> tuple[Exchange, ...]:
     """Of one layer. tp: two sums forward and two backward (Shoeybi et al. 2019), as a gather and a scatter each where
-    tokens are divided, with one more gather of what a weight's gradient needs (Korthikanti et al. 2022); cp: keys and
-    values go round and their gradients back; ep: tokens go out and come back."""
+    tokens are divided, with one more gather of what a weight's gradient needs (Korthikanti et al. 2022), which runs
+    beside the product for the input as the scatter does beside that for the weight; cp: keys and values go round and
+    their gradients back; ep: tokens go out and come back."""
     arch = shard.arch
     found: list[Exchange] = []
     nbytes = 2 * shard.tokens * arch.hidden
@@ -62,8 +63,10 @@ def layer_exchanges(shard: Shard, *, recomputed: bool) -> tuple[Exchange, ...]:
         found += [
             _exchange(ExchangeKind.ALL_GATHER, "tp", F, nbytes, 2),
             _exchange(ExchangeKind.REDUCE_SCATTER, "tp", F, nbytes, 2),
-            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 4 + 2 * (times - 1)),
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 2 + 2 * (times - 1)),
+            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 2 * times),
+            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 2 * (times - 1)),
+            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 2, hidden=True),
+            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 2, hidden=True),
         ]
     elif shard.tp > 1:
         found += [

@@ -14,6 +14,7 @@ more than `usable` of the device, gathered inputs not kept.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from scipy.optimize import least_squares
 from benchmarks.planner.batch import cluster_of
 from benchmarks.planner.memory_cases import LINES, Held
 from benchmarks.planner.rows import Row
+from shardwise.errors import ConfigError
 
 __all__ = [
     "COEFFICIENTS",
@@ -61,6 +63,7 @@ COEFFICIENTS = (
     Coefficient(name="gathered_beyond", start=0.3, spread=0.5, least=0.0, most=1.0),
 )
 _USABLE = 0.95
+_REPORTED = 0.99  # of a device's nominal GiB, what its driver has
 _ENOUGH = 5  # rows of a source that say something to others
 _BLUR = 0.04  # of the logarithm: within it, a row's verdict is half and half
 _SCALE = 0.05  # errors beyond which a row counts less
@@ -177,7 +180,14 @@ def _least(held: Held, fit: MemoryFit) -> float:
 
 
 def _capacity(row: Row) -> float:
-    return float(cluster_of(row.gpu, row.gpus_per_node or 8).hosts[0].device.memory_bytes)
+    """Bytes of the row's device: the catalogue's, unless its name says that it has more or less."""
+    named = re.search(r"(\d+)\s*GB", row.gpu)
+    stated = float(named.group(1)) * GIB * _REPORTED if named else np.inf
+    try:
+        known = float(cluster_of(row.gpu, row.gpus_per_node or 8).hosts[0].device.memory_bytes)
+    except ConfigError:
+        return stated
+    return known if not named or abs(known / stated - 1.0) < 0.1 else stated
 
 
 def _theta(fit: MemoryFit) -> Array:

@@ -12,6 +12,7 @@ from benchmarks.planner.architectures import Case, case_of
 from benchmarks.planner.coefficients import COEFFICIENTS
 from benchmarks.planner.fit import Fitted, Prepared, fit, prepare
 from benchmarks.planner.memory_score import memory_table, with_memory
+from benchmarks.planner.room import filled
 from benchmarks.planner.rows import Row, read_rows
 from benchmarks.planner.score import choice_figures, source_figures
 from shardwise.plan.compute import FloatArray
@@ -34,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = scored_rows(every)
     if given.fit == given.score:
         predicted, fitted = cross_validated(rows)
+        shares = filled(rows, rows, _folds(rows))
     else:
         fitted = fitted_on(scored_rows(known))
         predicted = predicted_by(fitted, rows)
-    figures = {"by_source": source_figures(rows, predicted), **choice_figures(rows, predicted)}
+        shares = filled(rows, known)
+    figures = {"by_source": source_figures(rows, predicted), **choice_figures(rows, predicted, shares)}
     figures = with_memory(figures, every, known)
     if not given.json_only:
         print(coefficient_table(fitted))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
+from benchmarks.planner.room import FULLEST
 from benchmarks.planner.rows import Row
 from shardwise.plan.compute import FloatArray
 
@@ -25,24 +26,34 @@ def source_figures(rows: Sequence[Row], predicted: FloatArray) -> dict[str, dict
     }
 
 
-def choice_figures(rows: Sequence[Row], predicted: FloatArray) -> dict[str, float]:
+def choice_figures(rows: Sequence[Row], predicted: FloatArray, shares: FloatArray) -> dict[str, float]:
     """Among rows of one source, model, GPU count, batch and sequence (three layouts or more): how often the one that is
-    predicted fastest was measured within 5 % and 10 % of the fastest, and the median rank correlation."""
-    groups: dict[tuple[object, ...], list[tuple[float, float]]] = {}
-    for row, seconds in zip(rows, predicted, strict=True):
+    ranked first was measured within 5 % and 10 % of the fastest, and the median rank correlation.
+
+    Ranked first is the fastest by prediction among those with room (`shares` of memory up to `FULLEST`), if there is.
+    """
+    groups: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
+    for row, seconds, share in zip(rows, predicted, shares, strict=True):
         if row.step_time_s and np.isfinite(seconds):
-            groups.setdefault(_group(row), []).append((float(seconds), row.step_time_s))
+            groups.setdefault(_group(row), []).append((float(seconds), row.step_time_s, float(share)))
     kept = [np.array(found) for found in groups.values() if len(found) >= 3]
     if not kept:
         return {"top1_within_5pct": 0.0, "top1_within_10pct": 0.0, "spearman_median": 0.0, "groups": 0}
-    lost = np.array([found[np.argmin(found[:, 0]), 1] / found[:, 1].min() - 1 for found in kept])
-    ranks = [float(spearmanr(found[:, 0], found[:, 1]).statistic) for found in kept]
+    lost = np.array([_first(found)[1] / found[:, 1].min() - 1 for found in kept])
+    ranks = [float(spearmanr(found[:, 0], found[:, 1]).statistic) for found in kept if len(set(found[:, 1])) > 1]
     return {
         "top1_within_5pct": float(np.mean(lost <= 0.05)),
         "top1_within_10pct": float(np.mean(lost <= 0.10)),
         "spearman_median": float(np.nanmedian(ranks)),
         "groups": len(kept),
     }
+
+
+def _first(found: FloatArray) -> FloatArray:
+    """The row (predicted, measured, share) that is ranked first."""
+    roomy = found[found[:, 2] <= FULLEST]
+    among = roomy if len(roomy) else found
+    return np.asarray(among[np.argmin(among[:, 0])])
 
 
 def _group(row: Row) -> tuple[object, ...]:

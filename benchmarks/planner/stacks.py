@@ -21,7 +21,7 @@ class Stack:
     compiled: whether chains of elementwise operations are one kernel.
     split: "even" layers a stage, "ends" one less on the first and the last, "costs" by nanotron's rule.
     summed_bytes: of one element of the gradients in which micro-batches are added up; wire_bytes: of one that is sent.
-    overlap: whether replicas sum gradients beside the last backward; overlap_divided: also where they divide states. parameter_bytes: of what optimizers work on.
+    overlap: whether replicas sum gradients beside the last backward; overlap_divided: also where they divide states.
     every_second: whether "selective" keeps every second product and attention, not all but what attention keeps.
     inferred: recomputation where the table does not say.
     """
@@ -62,7 +62,9 @@ _STACKS = MappingProxyType(
         "zero_bubble_pp.csv": dataclasses.replace(_MEGATRON_2021, name="Megatron-LM (2023)", split="ends"),
         # nanotron: flash-attention 2, Triton RMSNorm, float32 gradient accumulator whose hooks sum
         # beside the backward, while ZeRO-1 scatters gradients behind it (zero_reduce_scatter in the optimizer's step)
-        "hf_ultrascale_playbook_benchmarks.csv": Stack(name="nanotron", split="costs", padded_vocab=1, overlap_divided=False),
+        "hf_ultrascale_playbook_benchmarks.csv": Stack(
+            name="nanotron", split="costs", padded_vocab=1, overlap_divided=False
+        ),
         # FSDP2: parameters gathered in bf16, gradients scattered in float32; compiled blocks in most rows
         "torchtitan.csv": Stack(name="torchtitan", compiled=True, every_second=True, padded_vocab=1),
     }
@@ -70,7 +72,7 @@ _STACKS = MappingProxyType(
 
 
 def stack_of(file: str, notes: str = "") -> Stack:
-    """The stack of a source by the name of its file; notes say where a row of it ran on another, or was not compiled."""
+    """The stack of a source by the name of its file; notes say where a row ran on another, or was not compiled."""
     stack = _STACKS.get(file, _TODAY)
     if "JAX" in notes:
         return _JAX

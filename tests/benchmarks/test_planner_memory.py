@@ -156,3 +156,14 @@ def test_a_layer_more_of_llama_with_flash_attention_is_met() -> None:
     states, activations = galvatron(rows)
     assert abs(states.errors[0]) < 0.002
     assert abs(activations.errors[0]) < 0.001
+
+
+def test_a_device_has_what_its_name_says() -> None:
+    fit = MemoryFit.default()
+    fuller = _row(micro_batch=4)  # takes some 70 GiB
+    runs = [
+        fits(held, fit)
+        for gpu in ("H100-SXM-80GB", "H100-96GB", "V100-32GB", "unheard-of 40GB", "unheard-of")
+        if (held := held_of(dataclasses.replace(fuller, gpu=gpu))) is not None
+    ]
+    assert runs == [True, True, False, False, True]

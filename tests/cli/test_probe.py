@@ -10,8 +10,7 @@ from shardwise.cli import probe as verb
 from shardwise.cli import run_command
 from shardwise.describe.catalogue import load_cluster
 from shardwise.describe.kernels import ExchangeKind, Kernel, KernelKind, Phase
-from shardwise.describe.measured import ExchangeTime, KernelTime, MachineTimes, ProgramTime
-from shardwise.trace.probe_kernels import TINY
+from shardwise.describe.measured import TINY, ExchangeTime, KernelTime, MachineTimes, ProgramTime
 
 
 def machine(ranks: int) -> MachineTimes:

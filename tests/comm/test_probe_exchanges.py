@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.comm.probe_exchanges import exchange_seconds_of_all
+from shardwise.comm.probe_exchanges import exchange_seconds_of_all, hidden_share
 from shardwise.describe.kernels import ExchangeKind
 from shardwise.testing import on_ranks
 
@@ -39,3 +39,8 @@ def test_an_odd_rank_has_no_peer_and_waits_for_the_others(rank) -> None:
 def test_ways_that_programs_do_not_use_are_left_out_if_wanted(rank, all_ways) -> None:
     found = exchange_seconds_of_all((1 << 10,), window_s=1e-4, all_ways=all_ways)
     assert any(each.way == "gloo" for each in found) is all_ways
+
+
+@on_ranks(2)
+def test_what_products_hide_of_an_exchange_is_a_share(rank) -> None:
+    assert 0 <= hidden_share(1 << 16, window_s=1e-3) <= 1

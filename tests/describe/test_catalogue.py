@@ -148,7 +148,8 @@ def test_a_file_is_loaded_by_its_path_and_one_of_several_by_its_ranks(tmp_path) 
     two, four = Cluster.local(2), Cluster.local(4)
     file.write_text(cluster_text([two, four]))
     assert load_cluster(str(file)) == two
-    assert load_cluster(str(file), ranks=4) == load_cluster(f"{file}@4") == four
+    assert load_cluster(str(file), ranks=4) == load_cluster(f"{file}@4") == load_cluster(str(file), ranks=3) == four
+    assert load_cluster(str(file), ranks=1) == two
     with pytest.raises(ConfigError, match=r"has clusters of 2, 4 devices, but 8 .*--ranks 2,4,8"):
         load_cluster(str(file), ranks=8)
     file.write_text(cluster_text(two))

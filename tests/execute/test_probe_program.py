@@ -7,6 +7,7 @@ import math
 import torch
 
 from shardwise.execute.probe_program import program_seconds, resident_bytes
+from shardwise.testing import on_ranks
 
 
 def test_an_action_and_a_step_take_a_time_that_a_program_can_take() -> None:
@@ -20,3 +21,10 @@ def test_an_action_and_a_step_take_a_time_that_a_program_can_take() -> None:
 
 def test_a_process_that_has_imported_torch_is_resident() -> None:
     assert 50 << 20 < resident_bytes(torch.device("cpu")) < 1 << 40
+
+
+@on_ranks(2)
+def test_ranks_run_it_together(rank) -> None:
+    found = program_seconds(rounds=1, steps=2)
+    assert len(found.action_s) == 1
+    assert all(math.isfinite(seconds) for seconds in (*found.action_s, *found.step_s))

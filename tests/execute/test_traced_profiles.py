@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,14 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import make
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.describe.kernels import ExchangeKind
+from shardwise.describe.kernels import ExchangeKind, KernelKind
+from shardwise.describe.profile import CallProfile
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import select, split
 from shardwise.execute.traced_profiles import TracedProfiles
 from shardwise.launch import RankContext
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Precision, Techniques
 from shardwise.testing import on_ranks
+from shardwise.trace.deferred import defer
+from shardwise.trace.objective import objective
 
 torch.set_num_threads(1)
 SAMPLES = 4  # of all replicas
@@ -30,9 +36,10 @@ NAMES = {
 }
 
 
-def traced(name: str) -> TracedProfiles:
+def traced(name: str, precision: Precision | None = None) -> TracedProfiles:
     example = make(name)
-    return TracedProfiles(example.model, select(example.batch, range(SAMPLES), size=8), loss=example.loss)
+    batch = select(example.batch, range(SAMPLES), size=8)
+    return TracedProfiles(example.model, batch, loss=example.loss, precision=precision)
 
 
 def exchanged(profiles: TracedProfiles, layout: Layout) -> dict[str, int]:
@@ -44,12 +51,21 @@ def exchanged(profiles: TracedProfiles, layout: Layout) -> dict[str, int]:
     return dict(found)
 
 
-def real_step(name: str, layout: Layout, rank: RankContext) -> tuple[dict[str, int], int]:
+def real_step(
+    name: str, layout: Layout, rank: RankContext, precision: Precision | None = None
+) -> tuple[dict[str, int], int]:
     """Bytes that a rank sends inside units in a step, and those that autograd keeps of its only micro-batch."""
     example = make(name)
     batch = select(example.batch, range(SAMPLES), size=8)
     parts = split(batch, micro_batches=1, replicas=layout.num_replicas, weights=lambda _: 1.0)
-    program = assemble(example.model, parts[0][0].inputs, layout=layout, rank=rank.rank, loss=example.loss)
+    program = assemble(
+        example.model,
+        parts[0][0].inputs,
+        layout=layout,
+        rank=rank.rank,
+        loss=example.loss,
+        techniques=Techniques(precision=precision or Precision()),
+    )
     own = parts[program.place.replica]
     program.step(own, step=0)  # with headers
     given = [*tensors(own[0].inputs), *example.model.parameters(), *example.model.buffers()]
@@ -99,6 +115,17 @@ def test_a_rank_exchanges_and_keeps_what_was_told(rank: RankContext, name: str, 
 
 
 @on_ranks(2, timeout_s=120.0)
+def test_a_rank_that_computes_in_sixteen_bits_exchanges_and_keeps_what_was_told(rank: RankContext) -> None:
+    precision, layout = Precision(compute="bfloat16"), Layout(tp=2)
+    profiles = traced("llama", precision)
+    told = exchanged(profiles, layout)
+    sent, kept = real_step("llama", layout, rank, precision)
+    assert not profiles.reasons
+    assert sent == told
+    assert profiles.shard(layout, SAMPLES).saved_bytes == pytest.approx(kept, rel=0.01)
+
+
+@on_ranks(2, timeout_s=120.0)
 def test_ranks_that_divide_experts_send_on_average_what_was_told(rank: RankContext) -> None:
     profiles, layout = traced("mixtral"), Layout(ep=2)
     told = exchanged(profiles, layout)
@@ -111,14 +138,19 @@ def test_ranks_that_divide_experts_send_on_average_what_was_told(rank: RankConte
     assert profiles.shard(layout, SAMPLES // 2).saved_bytes == pytest.approx(mean_kept, rel=0.04)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "whisper"])
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "whisper", "bart", "wav2vec2"])
 def test_one_rank_alone_keeps_and_multiplies_what_the_whole_model_does(name: str) -> None:
     profiles = traced(name)
     whole, alone = profiles.whole(SAMPLES), profiles.shard(Layout(), SAMPLES)
     assert not profiles.reasons
     assert (alone.forward_flops, alone.backward_flops) == (whole.forward_flops, whole.backward_flops)
     assert alone.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.01)
+    assert [flops(one) for one in alone.calls] == [flops(other) for other in whole.calls]
     assert all(call.transient_bytes for call in alone.calls if call.backward_flops)
+
+
+def flops(call: CallProfile) -> int:
+    return sum(kernel.flops * kernel.count for kernel in call.kernels)
 
 
 def test_shards_have_a_share_of_products_and_parameters_and_send_their_tokens() -> None:
@@ -135,12 +167,95 @@ def test_shards_have_a_share_of_products_and_parameters_and_send_their_tokens() 
         assert first.logits_bytes == 0
 
 
+class Alive(TorchDispatchMode):
+    """When storages come and go, in a run with values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[tuple[int, int]] = []  # (which, bytes more or fewer)
+        self.numbers: dict[int, int] = {}  # storage -> which
+        self.references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.numbers:
+                self._came(storage)
+        return out
+
+    def _came(self, storage: torch.UntypedStorage) -> None:
+        key, which, size = storage._cdata, len(self.changes), storage.nbytes()
+        self.numbers[key] = which
+        self.changes.append((which, size))
+
+        def gone(_: object) -> None:
+            del self.numbers[key]
+            self.changes.append((which, -size))
+
+        self.references[which] = weakref.ref(storage, gone)
+
+    def most(self, without: set[int]) -> int:
+        """The most that was alive at once."""
+        return max(itertools.accumulate(size for which, size in self.changes if which not in without))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "vit"])
+def test_what_a_step_needs_at_most_is_what_is_kept_and_what_is_alive_besides(name: str) -> None:
+    example = make(name)
+    batch = select(example.batch, range(SAMPLES), size=8)
+    with Alive() as alive:
+        objective(example.model, batch, example.loss).backward()
+    gradients = {
+        parameter.grad.untyped_storage()._cdata
+        for parameter in example.model.parameters()
+        if parameter.grad is not None
+    }
+    most = alive.most({which for key, which in alive.numbers.items() if key in gradients})
+    (work,) = traced(name).works(Layout(), SAMPLES)
+    assert work.saved_bytes + max(work.transient_bytes, work.logits_bytes) == pytest.approx(most, rel=0.03)
+
+
+def test_a_model_that_is_not_there_yet_is_told_as_one_that_is() -> None:
+    example = make("llama")
+    config = example.model.config
+    blueprint = defer(lambda: type(example.model)(config), seed=0)
+    batch = select(example.batch, range(SAMPLES), size=8)
+    deferred = TracedProfiles(blueprint.module.train(), batch)
+    for layout in (Layout(), Layout(tp=2)):
+        assert deferred.works(layout, SAMPLES) == traced("llama").works(layout, SAMPLES)
+    assert not deferred.reasons
+
+
 def test_layouts_that_share_a_rank_share_its_trace() -> None:
     profiles = traced("llama")
     first = profiles.shard(Layout(tp=2, pp=2), SAMPLES)
     assert profiles.shard(Layout(tp=2, dp=4), SAMPLES) is first
     layout = Layout(tp=2, pp=2, recompute="full")
     assert profiles(layout, SAMPLES) is profiles.works(layout, SAMPLES)
+
+
+def test_sequences_that_are_too_short_are_not_dealt_out() -> None:
+    profiles = traced("llama")  # of 12 tokens
+    assert profiles.context_plan(Layout(cp=4)).units
+    plan = profiles.context_plan(Layout(cp=8))
+    assert not plan.units
+    assert "12 tokens" in next(iter(plan.whole.values()))
+
+
+def test_sixteen_bits_are_half_of_what_is_computed_sent_and_held() -> None:
+    example = make("llama")
+    held = {name: (id(parameter), parameter.dtype) for name, parameter in example.model.named_parameters()}
+    whole, narrow = (
+        TracedProfiles(example.model, example.batch, precision=Precision(compute=dtype)).shard(Layout(tp=2), 8)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert {k.dtype for call in narrow.calls for k in call.kernels if k.kind is KernelKind.MATMUL} == {"bfloat16"}
+    assert narrow.saved_bytes < 0.8 * whole.saved_bytes  # norms, and what they keep, are in float32
+    first, second = whole.calls[1].exchanges, narrow.calls[1].exchanges
+    assert sum(e.nbytes * e.count for e in first) == 2 * sum(e.nbytes * e.count for e in second)
+    assert held == {name: (id(parameter), parameter.dtype) for name, parameter in example.model.named_parameters()}
 
 
 def test_what_needs_values_is_told_by_shares_and_by_name() -> None:

@@ -127,6 +127,12 @@ def test_cost_may_choose_fewer_devices() -> None:
     assert found(machine, axes=axes)[0].layout.world_size == 8
 
 
+def test_cost_looks_at_fewer_devices_by_itself() -> None:
+    cheapest = search_layouts(works(4), cluster(), JOB, limits=limits(4), objective="cost", top=3)
+    assert cheapest.explorer.space.axes.devices == (8, 4, 2, 1)
+    assert cheapest[0].layout.world_size < 8
+
+
 def test_the_front_holds_nothing_that_another_beats_in_both() -> None:
     front = found(objective="pareto")
     assert len(front) > 1

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 
 from shardwise.describe.cluster import Cluster, Hosts
+from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.job import Job, PerParameter
 from shardwise.plan.price import price
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.search import search_layouts
 from shardwise.plan.space import Axes
+from shardwise.plan.unequal_replicas import shares_of
 from tests.plan.hand_works import cluster, device, limits, works
 
 LAYERS = 24
@@ -75,3 +77,18 @@ def test_a_device_that_is_short_of_memory_has_fewer_layers_than_its_speed_would_
     most = [max(s.parameters for s in each.stages(each(layout).layout, 1)[4:]) for each in (roomy, tight)]
     assert most[1] < most[0]
     assert tight(layout, exact=True).room_bytes >= 0
+
+
+def test_shares_of_replicas_by_speed_take_at_most_eight_tenths_of_equal_ones() -> None:
+    pricer = Pricer(works(LAYERS), mixed(), JOB, limits(LAYERS))
+    shares = shares_of(pricer, Layout(dp=8, micro_batches=8))
+    (_, fast, most), (_, slow, least) = shares.kinds
+    assert (fast, slow) == (4, 4)
+    assert 10 <= most <= 11
+    assert 5 <= least <= 6
+    assert shares.step_s <= 0.8 * shares.even_s
+
+
+def test_replicas_that_stand_on_both_kinds_have_no_shares() -> None:
+    with pytest.raises(LayoutError, match="one kind of device"):
+        shares_of(Pricer(works(LAYERS), mixed(), JOB, limits(LAYERS)), Layout(tp=8, micro_batches=64))

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.describe.kernels import KernelKind, Phase
+from shardwise.describe.measured import TINY, UPDATE
 from shardwise.trace.count import flops_of
-from shardwise.trace.probe_kernels import TINY, UPDATE, cases, seconds_of, seconds_of_all
+from shardwise.trace.probe_case import seconds_of
+from shardwise.trace.probe_kernels import cases, seconds_of_all
 
 CPU = torch.device("cpu")
 QUICK = list(cases(CPU, quick=True))

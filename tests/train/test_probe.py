@@ -10,7 +10,8 @@ import pytest
 from shardwise.describe.kernels import KernelKind
 from shardwise.errors import ConfigError
 from shardwise.plan.fit_cluster import fit_cluster
-from shardwise.train.probe import Thoroughness, default_ranks, probe
+from shardwise.train.probe import default_ranks, probe
+from shardwise.train.probe_rank import Thoroughness
 
 TINY = dataclasses.replace(Thoroughness.quickly(), rounds=2, kernel_s=1e-3, exchange_s=1e-3)
 

@@ -26,6 +26,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "train": ("shardwise.cli.train", "Train: starts the processes here, or joins those of torchrun, SLURM, MPI."),
         "probe": ("shardwise.cli.probe", "Measure this machine, for plans: rates, exchanges, overheads."),
         "report": ("shardwise.cli.report", "Show predicted beside measured: a run's time, memory, traffic."),
+        "rehearse": ("shardwise.cli.rehearse", "Run one rank of a job whose machine is not there: memory, traffic."),
         "draw": ("shardwise.cli.draw", "Draw a pipeline schedule as text."),
         "export": ("shardwise.cli.export", "Make a transformers folder of a run's checkpoint."),
     }

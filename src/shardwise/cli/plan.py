@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shardwise.cli.calibrate import calibrate_runs
 from shardwise.cli.options import Overrides
 from shardwise.cli.plan_search import Asked, assess, searched, swept
 from shardwise.cli.plan_traced import Traced, job_of, traced_model
@@ -88,6 +90,16 @@ def command(
         str | None, typer.Option(metavar="FILE", help="With --cluster: the step, or the sweep, as a picture.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --cluster: one JSON line.")] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN_FOLDER",
+            help="Fit --cluster, or the run's own, to what a run has measured; several times: to all of these.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="With --calibrate: where to write the cluster.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Show how a model is split: what every stage runs, holds and sends, and the schedule drawn.
@@ -104,6 +116,7 @@ def command(
     shardwise plan run.toml --cluster h100x8x4
     shardwise plan run.toml --cluster h100x8x4 --layout tp=8,dp=4
     shardwise plan run.toml --cluster h100x8x128 --sweep devices=8..1024
+    shardwise plan --calibrate runs/demo --out cluster.toml
 
     With --cluster, seconds and bytes are those of that machine: without --layout
     (or where the run says layout = "auto") all layouts of its devices are
@@ -129,6 +142,13 @@ def command(
     The predicted step is forwards and backwards at a rate that is printed;
     what is left out is printed too.
     """
+    if calibrate:
+        print(calibrate_runs(calibrate, cluster=cluster, out=out))
+        return
+    if out is not None:
+        raise ConfigError(
+            "--out is where --calibrate writes a cluster, but no --calibrate is given; add the run's folder"
+        )
     if (run is None) == (model_config is None):
         given = "neither" if run is None else "both"
         raise ConfigError(
@@ -152,7 +172,8 @@ def command(
         raise ConfigError(f"{given} is for a plan on a cluster, but no --cluster is given; add --cluster local2, say")
     if cluster is not None:
         asked = Asked(objective=_objective(objective), top=top, as_json=as_json, svg=svg or "")
-        machine = load_cluster(cluster)
+        explicit = None if layout in (None, AUTO) else Layout.parse(str(layout))
+        machine = load_cluster(cluster, ranks=None if explicit is None else explicit.world_size)
         if model_config is not None:
             own = None if layout is None else Layout.parse(layout)
             batch = global_batch or batch_size * machine.num_devices

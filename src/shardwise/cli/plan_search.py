@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shardwise.plan.ranked import Objective, Ranked
 from shardwise.plan.scaling_svg import scaling_svg
 from shardwise.plan.search import Search, search_layouts
 from shardwise.plan.space import Axes, Limits
+from shardwise.plan.unequal_replicas import shares_of
 from shardwise.plan.what_if import Scaling, parse_sweep, scaling_table, sweep
 from shardwise.schedule import draw
 from shardwise.schedule.svg import to_svg
@@ -29,7 +31,9 @@ from shardwise.schedule.svg import to_svg
 __all__ = ["Asked", "assess", "searched", "swept"]
 
 _DRAWN = 88  # columns of the timeline
-_CHANGES = 12  # lines
+_CHANGES = 12
+_WIDTH = 100
+_WORTH = 0.99
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +56,12 @@ def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: As
     print("\n".join(_head(cluster, job)))
     print(
         f"searched      {found.num_layouts} layouts keep all rules, {found.num_priced} were priced; "
-        f"{'no other can be better' if found.complete else 'others may be better'}\n"
+        f"{'all others are behind by their estimates' if found.complete else 'others may be better'}\n"
     )
     print("\n".join(ranking_table(found.ranking)))
     print()
     print(found[0].explain())
+    _shares(found.explorer.pricer, found[0].ranked)
     _timeline(found[0].ranked)
     _changes([str(change) for change in found[0].changes()])
     print(f'\nuse it with   --set "layout={found[0].layout}"')
@@ -74,6 +79,7 @@ def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Lay
         return
     print("\n".join(_head(cluster, job)))
     print(explain_ranked([ranked], 0, ()))
+    _shares(pricer, ranked)
     _timeline(ranked)
     _changes([str(change) for change in changes])
 
@@ -96,6 +102,16 @@ def _head(cluster: Cluster, job: Job) -> list[str]:
     return [f"cluster       {cluster.name or 'by hand'}: {kinds}; {job.global_batch} samples a step"]
 
 
+def _shares(pricer: Pricer, ranked: Ranked) -> None:
+    """Where devices are not equal and replicas have no pipeline: what a batch dealt out by speed would save."""
+    layout = ranked.layout
+    whole = all(hosts.num_devices % (layout.tp * layout.cp) == 0 for hosts in pricer.cluster.hosts)
+    if not pricer.cluster.is_uniform and layout.pp == 1 and layout.num_replicas > 1 and whole:
+        shares = shares_of(pricer, layout)
+        if shares.step_s < _WORTH * shares.even_s:
+            print(textwrap.fill(f"shares        by speed, which runs do not deal out yet: {shares}", _WIDTH))
+
+
 def _timeline(ranked: Ranked) -> None:
     timeline = ranked.price.timeline
     if timeline is not None and ranked.layout.pp > 1:
@@ -106,7 +122,7 @@ def _timeline(ranked: Ranked) -> None:
 def _changes(told: list[str]) -> None:
     print("\none change would")
     for text in told[:_CHANGES]:
-        print(f"  {text}")
+        print(textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="      "))
     if len(told) > _CHANGES:
         print(f"  … and {len(told) - _CHANGES} more, which cost more or cannot be done")
 

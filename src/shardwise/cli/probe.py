@@ -16,7 +16,8 @@ from shardwise.cli.probe_table import report
 from shardwise.describe.cluster_file import cluster_text
 from shardwise.errors import ConfigError
 from shardwise.plan.fit_cluster import FittedCluster, fit_cluster
-from shardwise.train.probe import Thoroughness, default_ranks, probe
+from shardwise.train.probe import default_ranks, probe
+from shardwise.train.probe_rank import Thoroughness
 
 __all__ = ["command"]
 

@@ -87,7 +87,7 @@ def _program(times: MachineTimes) -> Iterator[str]:
         yield f"{name:44}{middle:>13}{'':22}{spread_of(of_rounds):.1%}"
     yield f"{'starting ranks':44}{format_seconds(program.start_s):>13}"
     yield f"{'laying out a model':44}{format_seconds(program.layout_s):>13}"
-    yield f"{'a rank before a model':44}{format_bytes(program.framework_bytes):>13}"
+    yield f"{'a rank without a model':44}{format_bytes(program.framework_bytes):>13}"
 
 
 def _coefficient(each: Coefficient, cluster: Cluster) -> str:

@@ -46,6 +46,7 @@ def command(
       layout  = "dp=2,pp=2"      replicas x pipeline, one process for each;
                                  schedule=zb-v, say: see shardwise plan
       balance = "flops"          or measured, parameters, depth: equal stages
+      cluster = "cluster.toml"   what a step is estimated for (shardwise report)
       \\[model]                    config = {model_type = "llama", ...} or a
                                  JSON file; path = folder of safetensors;
                                  or factory = "module:function"

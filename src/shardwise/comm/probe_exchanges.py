@@ -24,12 +24,13 @@ from shardwise.comm.same_host import same_host_transport
 from shardwise.comm.shared_collective import SharedMemoryCollective
 from shardwise.describe.kernels import ExchangeKind
 
-__all__ = ["Exchanged", "exchange_seconds_of_all"]
+__all__ = ["Exchanged", "exchange_seconds_of_all", "hidden_share"]
 
 Run = Callable[[], object]
 
 _MOST = 400  # calls of one exchange
 _WARM_UP = 3
+_SIDE = 256  # of the matrices that are multiplied beside an exchange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,41 @@ def exchange_seconds_of_all(
         found += _collectives(group, sizes, window_s, device, all_ways=all_ways)
     found += _messages(sizes, window_s, device, all_ways=all_ways)
     return found
+
+
+def hidden_share(nbytes: int, *, window_s: float, device: torch.device | str = "cpu") -> float:
+    """Of an all-reduce of all ranks that runs beside products as long as it takes, the share that these hide: 0 to 1.
+
+    Collective; the same on every rank, that of the slowest. In memory that moves fastest, as gradients are summed.
+    """
+    device = torch.device(device)
+    with contextlib.ExitStack() as stack:
+        own = collective_over([list(range(dist.get_world_size()))], stack=stack, device=device)
+        assert own is not None
+        flat = own.empty(nbytes // 4 // own.size * own.size, torch.float32).zero_()
+        a = torch.zeros(_SIDE, _SIDE, device=device)
+        own.all_reduce(flat).wait()
+
+        def exchange() -> None:
+            own.all_reduce(flat).wait()
+
+        one_s = _most(_timed(lambda: a @ a, window_s, device), device)
+        exchange_s = _most(_timed(exchange, window_s, device), device)
+        products = max(1, round(exchange_s / one_s))
+
+        def compute() -> None:
+            for _ in range(products):
+                a @ a
+
+        def both() -> None:
+            under_way = own.all_reduce(flat)
+            compute()
+            under_way.wait()
+
+        compute_s = _most(_timed(compute, window_s, device), device)
+        both_s = _most(_timed(both, window_s, device), device)
+        dist.barrier()
+    return min(1.0, max(0.0, (exchange_s + compute_s - both_s) / min(exchange_s, compute_s)))
 
 
 def _collectives(

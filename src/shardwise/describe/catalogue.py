@@ -85,7 +85,8 @@ def named_cluster(text: str) -> Cluster:
 def load_cluster(text: str, *, ranks: int | None = None) -> Cluster:
     """A cluster by name, or of a file ending in .toml. Raises `ConfigError`.
 
-    Of a file with several, the one with `ranks` devices, the same as "cluster.toml@4"; the first if none is asked for.
+    Of a file with several, the one with `ranks` devices, or the smallest that has more; "cluster.toml@4" asks for four.
+    The first if nothing is asked for.
     """
     path, _, wanted = text.rpartition("@") if re.search(r"\.toml@\d+$", text) else (text, "", "")
     if not path.endswith(".toml"):
@@ -94,13 +95,13 @@ def load_cluster(text: str, *, ranks: int | None = None) -> Cluster:
     number = int(wanted) if wanted else ranks
     if number is None or len(found) == 1:
         return found[0]
-    for cluster in found:
-        if cluster.num_devices == number:
-            return cluster
+    enough = [cluster for cluster in found if cluster.num_devices >= number]
+    if enough:
+        return min(enough, key=lambda cluster: cluster.num_devices)
     have = sorted(cluster.num_devices for cluster in found)
     raise ConfigError(
-        f"{path} has clusters of {', '.join(map(str, have))} devices, but {number} were asked for; ask for one of "
-        f"these, or measure it: shardwise probe --ranks {','.join(map(str, [*have, number]))}"
+        f"{path} has clusters of {', '.join(map(str, have))} devices, but {number} were asked for; ask for fewer, "
+        f"or measure it: shardwise probe --ranks {','.join(map(str, [*have, number]))}"
     )
 
 

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 from shardwise.describe.kernels import ExchangeKind, Kernel
 
-__all__ = ["BlockTime", "ExchangeTime", "KernelTime", "MachineTimes", "ProgramTime", "spread_of"]
+__all__ = ["TINY", "UPDATE", "BlockTime", "ExchangeTime", "KernelTime", "MachineTimes", "ProgramTime", "spread_of"]
+
+TINY = (
+    "of a tiny block"  # `what` of a kernel that stands for all, at a size at which nothing but the program takes time
+)
+UPDATE = "update of parameters"  # … of an optimizer's pass over parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +71,8 @@ class ExchangeTime:
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProgramTime:
     """The program around kernels, in every round, on the slowest rank: seconds for one action of a schedule and for one
-    step beside its kernels; once, to start ranks and to lay a model out on them; bytes of a rank before a model."""
+    step beside its kernels; once, to start ranks and to lay a model out on them; bytes of a rank
+    without a model."""
 
     action_s: tuple[float, ...]
     step_s: tuple[float, ...]
@@ -91,6 +97,7 @@ class MachineTimes:
     program: ProgramTime
     alone: tuple[KernelTime, ...] = ()
     blocks: tuple[BlockTime, ...] = ()
+    hidden: tuple[float, ...] = ()  # of a sum of gradients beside products, the share that does not show
 
 
 def spread_of(values: Sequence[float]) -> float:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
 from shardwise.describe.flow import Dataflow, NodeKind
-from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
+from shardwise.describe.kernel_lists import Lists, lists_from, with_lists
+from shardwise.describe.kernels import Exchange, Kernel
 from shardwise.errors import ModelError
 
 __all__ = [
@@ -219,7 +220,7 @@ class ModelProfile:
             {"name": unit.name, "class_name": unit.class_name, "parameters": _plain(unit.parameters)}
             for unit in self.units
         ]
-        table = _Table()
+        table = Lists()
         fields["calls"] = [table.plain(call) for call in self.calls]
         fields["glue"] = [table.plain(part) for part in self.glue]
         fields["lists"] = table.lists
@@ -231,14 +232,14 @@ class ModelProfile:
         """The profile that `to_json` wrote. Raises `ModelError`."""
         try:
             data: dict[str, Any] = json.loads(text)
-            lists = _lists(data.get("lists", ()))
+            lists = lists_from(data.get("lists", ()))
             units = [{**unit, "parameters": _parameters(unit["parameters"])} for unit in data["units"]]
             return cls(
                 model_class=str(data["model_class"]),
                 units=tuple(UnitProfile(**unit) for unit in units),
-                calls=tuple(CallProfile(**_listed(call, lists)) for call in data["calls"]),
+                calls=tuple(CallProfile(**with_lists(call, lists)) for call in data["calls"]),
                 flow=Dataflow.from_json(data["flow"]),
-                glue=tuple(GlueProfile(**_listed(part, lists)) for part in data["glue"]),
+                glue=tuple(GlueProfile(**with_lists(part, lists)) for part in data["glue"]),
                 glue_parameters=_parameters(data["glue_parameters"]),
                 tied={name: tuple(others) for name, others in data["tied"].items()},
                 buffer_bytes=int(data["buffer_bytes"]),
@@ -248,55 +249,6 @@ class ModelProfile:
                 "a profile in JSON has the fields of ModelProfile, but reading it failed with "
                 f"{type(error).__name__}: {error}; compare with the output of ModelProfile.to_json"
             ) from error
-
-
-class _Table:
-    """Kernels and exchanges of parts, as plain lists: those that many parts share stand there once."""
-
-    def __init__(self) -> None:
-        self.lists: list[list[dict[str, Any]]] = []
-        self._known: dict[tuple[Kernel | Exchange, ...], int] = {}
-
-    def plain(self, part: CallProfile | GlueProfile) -> dict[str, Any]:
-        """A part with numbers of `lists` in place of its own."""
-        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        return fields | {name: self._number(fields[name]) for name in _LISTED if fields.get(name)}
-
-    def _number(self, values: tuple[Kernel | Exchange, ...]) -> int:
-        if values not in self._known:
-            self._known[values] = len(self.lists)
-            self.lists.append([_told(value) for value in values])
-        return self._known[values]
-
-
-_LISTED = ("kernels", "exchanges")
-
-
-def _told(value: Kernel | Exchange) -> dict[str, Any]:
-    """Without what is as it is by default."""
-    given = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
-    return {name: own for name, (own, default) in given.items() if own != default}
-
-
-def _lists(told: Iterable[Iterable[Mapping[str, Any]]]) -> list[tuple[Kernel | Exchange, ...]]:
-    return [tuple(_of_list(each) for each in values) for values in told]
-
-
-def _of_list(told: Mapping[str, Any]) -> Kernel | Exchange:
-    fields: dict[str, Any] = {name: tuple(own) if isinstance(own, list) else own for name, own in told.items()}
-    fields["phase"] = Phase(fields["phase"])
-    if "axis" in fields:
-        return Exchange(**fields | {"kind": ExchangeKind(fields["kind"])})
-    return Kernel(**fields | {"kind": KernelKind(fields["kind"])})
-
-
-def _listed(part: Mapping[str, Any], lists: Sequence[object]) -> dict[str, Any]:
-    """A part with its kernels and exchanges as values; profiles without them are older."""
-    found = {**part}
-    for name in _LISTED:
-        if name in part:
-            found[name] = lists[part[name]] if isinstance(part[name], int) else ()
-    return found
 
 
 def _plain(parameters: Mapping[str, ParameterProfile]) -> dict[str, list[object]]:

@@ -67,6 +67,7 @@ def assemble(
     schedule: AnySource | None = None,
     num_micro_batches: int | None = None,
     techniques: Techniques | None = None,
+    believed: bool = False,
 ) -> Program:
     """Lay out `model` for `layout` on rank `rank`, in place. `inputs` is one micro-batch, as `forward` takes it.
 
@@ -76,7 +77,8 @@ def assemble(
     is given; the same holds of `experts` for layouts with ep > 1 (`parallel.expert.plan_experts`) and of `context` for
     those with cp > 1 (`parallel.context.plan_context`). `schedule` is the
     layout's; without it rank 0 reads it, or searches for one for `num_micro_batches` of a replica. `techniques` say how
-    numbers are kept and sent. Collective. Raises `LayoutError` if the rank is none of the layout's.
+    numbers are kept and sent. `believed`: split backwards are not proven again (a rank by itself cannot). Collective.
+    Raises `LayoutError` if the rank is none of the layout's.
     """
     if not 0 <= rank < layout.world_size:
         raise LayoutError(
@@ -126,7 +128,7 @@ def assemble(
     start_up: StartUp = {}
     if tensor is not None and any(proof.start_up for proof in tensor.proofs):
         start_up = calls_at_start_up(kinds_of(model, inputs, loss=loss, units=units), tensor)
-    splits = _splits(schedule, num_micro_batches or layout.micro_batches or 2 * layout.pp)
+    splits = not believed and _splits(schedule, num_micro_batches or layout.micro_batches or 2 * layout.pp)
     return build(
         model,
         place=place,

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwise.errors import DataflowError
 from shardwise.execute.layer_products import LayerProducts
@@ -133,7 +134,7 @@ def is_summed(weight: torch.Tensor) -> bool:
     gradient = weight.grad
     return (
         gradient is not None
-        and type(gradient) is torch.Tensor
+        and type(gradient) in (torch.Tensor, FakeTensor)
         and gradient.layout is torch.strided
         and gradient.is_contiguous()
         and gradient.dtype == weight.dtype

@@ -2,7 +2,8 @@
 
     seconds of a step = step_s + micro-batches · (2 · action_s + the same forward and backward without a program)
 
-Every rank runs a program of one rank, all at the same time. Knows programs; refuses to know what is priced with it.
+All ranks run it as replicas, whose gradients are so small that summing them is a meeting, as the loss and the norm are.
+Knows programs; refuses to know what is priced with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import psutil
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.execute.assemble import assemble
@@ -59,16 +61,19 @@ def program_seconds(
     """Each round is a mean of `steps` steps of many micro-batches, and of four times as many of few. `together` waits
     for all ranks, before each. A difference of measurements may come out below 0."""
     device = torch.device(device)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
-    batch = {"x": torch.randn(_MANY, _WIDTH, device=device)}
+    batch = {"x": torch.randn(_MANY * ranks, _WIDTH, device=device)}
     start = time.perf_counter()
     model, plain_model = _Nothing().to(device), _Nothing().to(device)
     parts = {
-        count: split({"x": batch["x"][:count]}, micro_batches=count, replicas=1, weights=lambda _: 1.0)[0]
+        count: split({"x": batch["x"][: count * ranks]}, micro_batches=count, replicas=ranks, weights=lambda _: 1.0)[
+            rank
+        ]
         for count in (_FEW, _MANY)
     }
-    layout = Layout(micro_batches=_FEW)
-    program = assemble(model, parts[_FEW][0].inputs, layout=layout, rank=0, device=device)
+    layout = Layout(dp=ranks, micro_batches=_FEW)
+    program = assemble(model, parts[_FEW][0].inputs, layout=layout, rank=rank, device=device)
     layout_s = time.perf_counter() - start
     optimizer = torch.optim.AdamW(list(program.parameters.values()))
     actions: list[float] = []
@@ -105,6 +110,7 @@ def resident_bytes(device: torch.device | str = "cpu") -> int:
 
 def _step(program: Program, optimizer: torch.optim.Optimizer, mine: Sequence[MicroBatch], number: int) -> None:
     program.step(mine, step=number)
+    program.gradient_norm()
     optimizer.step()
     program.updated()
     for parameter in program.parameters.values():

@@ -15,6 +15,7 @@ from shardwise.describe.flow import Dataflow, NodeKind
 from shardwise.describe.kernels import Exchange, Kernel, Phase
 from shardwise.describe.profile import CallProfile, GlueProfile, ModelProfile
 from shardwise.parallel.rank_run import RankRun, segment
+from shardwise.trace.kernels import mirrored
 
 __all__ = ["rank_profile"]
 
@@ -37,9 +38,13 @@ def rank_profile(whole: ModelProfile, run: RankRun, local_bytes: Mapping[int, in
 
 def _call(call: CallProfile, flow: Dataflow, run: RankRun, more: Sequence[Exchange]) -> CallProfile:
     source = run.source(call.node)
-    kernels = run.kernels(call.node)
+    kernels, exchanges = run.kernels(call.node), run.exchanges(call.node)
     counter = run.counter
     backward = counter.backward_flops.get(source, 0)
+    if call.backward_flops and source not in counter.reached:  # the backward did not get through, here as in the whole
+        backward = 2 * counter.forward_flops.get(source, 0)
+        kernels = (*kernels, *mirrored(kernels))
+        exchanges = (*exchanges, *(dataclasses.replace(each, phase=Phase.INPUT) for each in exchanges))
     return dataclasses.replace(
         call,
         forward_flops=counter.forward_flops.get(source, 0),
@@ -52,7 +57,7 @@ def _call(call: CallProfile, flow: Dataflow, run: RankRun, more: Sequence[Exchan
         product_bytes=counter.product_bytes.get(source, 0),
         transient_bytes=max(run.transient_bytes(call.node)),
         kernels=kernels,
-        exchanges=(*run.exchanges(call.node), *more),
+        exchanges=(*exchanges, *more),
     )
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 from shardwise.describe.context import ContextPlan
 from shardwise.describe.expert import ExpertPlan
@@ -29,13 +31,14 @@ from shardwise.execute.batches import batch_size, select
 from shardwise.execute.contexts import attention_of, context_plan
 from shardwise.execute.dealt import Dealt
 from shardwise.execute.rank_profile import rank_profile
-from shardwise.layout import Context, Layout
+from shardwise.layout import Context, Layout, Precision
 from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.context.region import ContextRegion
 from shardwise.parallel.counted_group import CountedGroup
 from shardwise.parallel.expert.even import CountedExpertGroup, EvenExperts
 from shardwise.parallel.expert.plan_experts import plan_experts
-from shardwise.parallel.rank_run import RankRun
+from shardwise.parallel.precision.numerics import Numerics
+from shardwise.parallel.rank_run import GLUE, RankRun
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -54,13 +57,11 @@ from shardwise.trace.count import Counter
 from shardwise.trace.install import Switch, installed
 from shardwise.trace.objective import Batch, LossFunction, objective
 from shardwise.trace.profile import profile_of
-from shardwise.trace.randomness import RandomMode, Scope, python_streams
+from shardwise.trace.randomness import RandomMode, python_streams
 from shardwise.trace.record import Recorder, glue_key
 from shardwise.trace.tape import Tape
 
 __all__ = ["TracedProfiles"]
-
-_SCOPE = Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +88,8 @@ class TracedProfiles:
     """Profiles of the ranks of any layout of one model, by tracing. Everything is asked for once and kept.
 
     `batch` is what `forward` takes; a micro-batch of other sizes has its samples, again from the first where they are
-    too few. `proof_batch` is what divisions are proven with, by default one sample of it. `tp_plan` as `plan_tensor`
-    takes it. The model is left as it was.
+    too few. `proof_batch` is what divisions are proven with, by default two samples of it. `tp_plan` as `plan_tensor`
+    takes it. `precision`: how numbers are kept. The model is left as it was.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class TracedProfiles:
         batch_dims: Mapping[str, int] | None = None,
         tp_plan: GivenPlan | None = None,
         proof_batch: Batch | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.reasons: dict[str, str] = {}  # what was not traced, and why
         self._model = model
@@ -110,6 +112,7 @@ class TracedProfiles:
         self._units = units
         self._batch_dims = batch_dims
         self._tp_plan = tp_plan
+        self._precision = precision
         self._proof_batch = self._of_size(min(2, self._size)) if proof_batch is None else proof_batch
         self._wholes: dict[int, _Whole] = {}
         self._tensor: dict[Hashable, TensorPlan] = {}
@@ -160,8 +163,9 @@ class TracedProfiles:
                 counters.append(Counter(samples=samples))
                 return counters[-1].watching(recorder)
 
-            captured: Captured = capture(self._model, batch, loss=self._loss, units=self._units, watch=watch)
-            profile = profile_of(self._model, captured, counters[-1])
+            with _computing(self._model, self._precision):
+                captured: Captured = capture(self._model, batch, loss=self._loss, units=self._units, watch=watch)
+                profile = profile_of(self._model, captured, counters[-1])
             self._wholes[samples] = _Whole(batch=batch, profile=profile, tape=captured.tape, units=captured.units)
         return self._wholes[samples]
 
@@ -178,30 +182,40 @@ class TracedProfiles:
     def tensor_plan(self, tp: int, sequence: SequenceParallel) -> TensorPlan:
         """How units are divided among `tp` shards."""
         if (tp, sequence) not in self._tensor:
-            self._tensor[tp, sequence] = plan_tensor(
-                self._model,
-                self._proof_batch,
-                tp=tp,
-                loss=self._loss,
-                units=self._units,
-                sequence=sequence,
-                tp_plan=self._tp_plan,
-            )
+            with _cast(self._model, self._precision):
+                self._tensor[tp, sequence] = plan_tensor(
+                    self._model,
+                    self._proof_batch,
+                    tp=tp,
+                    loss=self._loss,
+                    units=self._units,
+                    sequence=sequence,
+                    tp_plan=self._tp_plan,
+                )
         return self._tensor[tp, sequence]
 
     def context_plan(self, layout: Layout) -> ContextPlan:
-        """How units work on own tokens."""
-        key = layout.cp, layout.context
-        if key not in self._context:
-            self._context[key] = context_plan(
-                self._model, self._proof_batch, layout=layout, loss=self._loss, units=self._units
-            )
-        return self._context[key]
+        """How units work on own tokens. Names and dims alone: what is proven of two ranks is told of any number that
+        the batch's sequences are long enough for."""
+        if layout.context not in self._context:
+            two = dataclasses.replace(layout, cp=2)
+            with _cast(self._model, self._precision):
+                self._context[layout.context] = context_plan(
+                    self._model, self._proof_batch, layout=two, loss=self._loss, units=self._units
+                )
+        plan, tokens = self._context[layout.context], _longest(self._batch)
+        if tokens < 2 * layout.cp:
+            why = f"sequences have {tokens} tokens, fewer than two for each of {layout.cp} ranks"
+            return ContextPlan(cp=layout.cp, zigzag=plan.zigzag, whole=dict.fromkeys((*plan.units, *plan.whole), why))
+        return dataclasses.replace(plan, cp=layout.cp)
 
     def expert_plan(self, ep: int) -> ExpertPlan:
         """How experts are divided."""
         if ep not in self._experts:
-            self._experts[ep] = plan_experts(self._model, self._proof_batch, ep=ep, loss=self._loss, units=self._units)
+            with _cast(self._model, self._precision):
+                self._experts[ep] = plan_experts(
+                    self._model, self._proof_batch, ep=ep, loss=self._loss, units=self._units
+                )
         return self._experts[ep]
 
     def _shard(self, layout: Layout, samples: int) -> ModelProfile:
@@ -224,6 +238,7 @@ class TracedProfiles:
         skeleton = _skeleton(self._model)
         alike = _alike(whole, plans)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_computing(skeleton, self._precision))
             divided, dealt = _lay_out(skeleton, whole.units, plans, layout, note, stack)
             local_bytes = _local_bytes(whole.tape, divided, dealt)
             faked = stack.enter_context(without_values(skeleton))
@@ -232,11 +247,11 @@ class TracedProfiles:
             switch = Switch()
             stack.enter_context(installed({name: skeleton.get_submodule(name) for name in whole.units}, switch))
             stack.enter_context(switch.on(run))
-            stack.enter_context(python_streams(glue_key(_SCOPE)))
+            stack.enter_context(python_streams(glue_key(GLUE)))
             if divided is not None:
                 stack.enter_context(divided.step())
             if dealt is not None:  # which attends to others' tokens with dropout only where draws are keyed
-                keyed = dataclasses.replace(_SCOPE, samples=tuple(range(samples)))
+                keyed = dataclasses.replace(GLUE, samples=tuple(range(samples)))
                 stack.enter_context(RandomMode(keyed))
             run.run(lambda: objective(skeleton, own(whole.batch), self._loss))
         return run, local_bytes
@@ -265,6 +280,29 @@ class TracedProfiles:
         )
 
 
+def _longest(batch: Batch) -> int:
+    """Tokens of the longest sequences, or more: sizes behind the samples."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
+    return max((max(leaf.shape[1:]) for leaf in leaves), default=0)
+
+
+@contextlib.contextmanager
+def _cast(model: nn.Module, precision: Precision | None) -> Iterator[Numerics]:
+    """The model with what casts its activations around its modules, as it is when its divisions are proven."""
+    numerics = Numerics(model, precision)
+    try:
+        yield numerics
+    finally:
+        numerics.close()
+
+
+@contextlib.contextmanager
+def _computing(model: nn.Module, precision: Precision | None) -> Iterator[None]:
+    """The model in the dtypes that a step computes with, without values."""
+    with _cast(model, precision) as numerics, numerics.traced():
+        yield
+
+
 def _axes(layout: Layout) -> tuple[Hashable, ...]:
     """What a rank's part depends on."""
     sequence = layout.sequence_parallel if layout.tp > 1 else None
@@ -281,7 +319,10 @@ def _skeleton(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         empty = torch.empty(tuple(parameter.shape), dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    with warnings.catch_warnings():
+        # a deferred model may hold a tensor without values in a plain attribute; torch asks where it lies
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        return copy.deepcopy(model, memo)
 
 
 def _lay_out(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.describe.flow import Node
@@ -27,9 +28,14 @@ from shardwise.parallel.repeated import Template, answer, remembered, signature_
 from shardwise.trace.alive import LiveCounter
 from shardwise.trace.below import tensors_of
 from shardwise.trace.capture import Faked
+from shardwise.trace.for_real import Twins
+from shardwise.trace.randomness import Scope, draw, is_random
+from shardwise.trace.running import DataDependent
 from shardwise.trace.shapes import Shapes
 
-__all__ = ["RankRun", "segment"]
+__all__ = ["GLUE", "RankRun", "segment"]
+
+GLUE = Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0)  # of a recording that is given no other
 
 _DEVICE = torch.ops.prim.device.default
 _Noted = tuple[ExchangeKind, str, Phase, int, bool]
@@ -90,8 +96,9 @@ class RankRun:
 
     # -- the run --------------------------------------------------------------------------------
 
-    def run(self, objective: Callable[[], torch.Tensor]) -> None:
-        """Forward and backward of what `objective` computes. The model is one without values (`Faked`)."""
+    def run(self, objective: Callable[[], torch.Tensor], *, scope: Scope = GLUE) -> None:
+        """Forward and backward of what `objective` computes. The model is one without values (`Faked`). `scope`: what
+        the glue's draws are keyed by, as in the whole model's recording."""
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             if self._phase == "forward":
@@ -100,6 +107,7 @@ class RankRun:
 
         self.counter.watch_buffers(lambda tensor: id(tensor) in self._faked.buffers)
         with (
+            _Glue(self, scope),
             _Mode(self),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             warnings.catch_warnings(),
@@ -119,6 +127,11 @@ class RankRun:
             if loss.requires_grad:
                 torch.autograd.backward([loss])
             self._phase = "over"
+
+    @property
+    def in_glue(self) -> bool:
+        """Whether the model's own code between units runs."""
+        return self._phase == "forward" and not self._inside
 
     def observe(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """An operation has run."""
@@ -203,3 +216,25 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         self._run.observe(func, args, kwargs, out)
         return out
+
+
+class _Glue(TorchFunctionMode):
+    """Functions between units: draws are those of a recording, what looks at values runs once on random numbers."""
+
+    def __init__(self, run: RankRun, scope: Scope) -> None:
+        super().__init__()
+        self._run = run
+        self._scope = scope
+        self._draws = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._run.in_glue:
+            return func(*args, **kwargs)
+        if is_random(func, tuple(args), kwargs):
+            self._draws += 1
+            return draw(func, tuple(args), kwargs, scope=self._scope, index=self._draws - 1)
+        try:
+            return func(*args, **kwargs)
+        except DataDependent:
+            return Twins(self._run._faked.mode, bear=lambda twin: None).run(func, args, kwargs)

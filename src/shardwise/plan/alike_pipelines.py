@@ -4,16 +4,17 @@ What a pipeline takes beyond the pace of its ranks (its fill) and how many micro
 number of places; both are measured on a small pipeline of the same schedule, once for stages of about the same
 proportions, and scaled. Tests hold them to the simulator. Refuses to know what a stage does.
 
-    T(p, m) = m · pace + fill(p),    fill(p) = fill(8) · (p - 1) / 7  where p > 8
+    T(p, m) = m · pace + fill(p),    fill(p) = fill(8) + (fill(8) - fill(4)) (p - 8) / 4  where p > 8
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from shardwise.plan.in_flight import kept_micro_batches
 from shardwise.plan.stage_work import StageWork
-from shardwise.schedule import Costs, Kind, generate, seconds_of
+from shardwise.schedule import Costs, Kind, generate, placement, seconds_of
 
 __all__ = ["alive_of", "fill_of"]
 
@@ -37,11 +38,13 @@ def fill_of(
     forward, weight: the shares of a micro-batch's seconds that are forward, and gradients of weights; send: of one
     message, over the seconds of one stage.
     """
-    ranks = min(num_ranks, _SMALL)
-    count = _few(num_micro_batches, num_ranks, ranks, chunks)
-    steps = _STEPS if num_ranks > ranks else _FINE
-    small = _simulated(schedule, ranks, chunks, count, *(round(n * steps) / steps for n in (forward, weight, send)))
-    return small * (num_ranks - 1) / (ranks - 1) if num_ranks > ranks else small
+    steps = _STEPS if num_ranks > _SMALL else _FINE
+    shares = [round(n * steps) / steps for n in (forward, weight, send)]
+    fills = [
+        _simulated(schedule, ranks, chunks, _few(num_micro_batches, num_ranks, ranks, chunks), *shares)
+        for ranks in _sizes(num_ranks)
+    ]
+    return _continued(fills, num_ranks)
 
 
 def alive_of(
@@ -49,17 +52,37 @@ def alive_of(
 ) -> tuple[float, ...]:
     """[s]: micro-batches that stage s keeps when its rank keeps the most. waiting: the share of what a stage keeps that
     gradients of weights alone need."""
-    ranks = min(num_ranks, _SMALL)
-    small = _alive(schedule, ranks, chunks, _few(num_micro_batches, num_ranks, ranks, chunks), round(waiting * _STEPS))
-    if ranks == num_ranks:
+    kept = [
+        _alive(schedule, ranks, chunks, _few(num_micro_batches, num_ranks, ranks, chunks), round(waiting * _STEPS))
+        for ranks in _sizes(num_ranks)
+    ]
+    small = kept[-1]
+    if len(kept) == 1:
         return small
-    stretch = num_ranks / ranks  # a stage is as far down its chunk as one of the small pipeline is
-    near = [min(ranks - 1, int((place + 0.5) / stretch)) for place in range(num_ranks)]
+    fullest = [
+        max(sum(stages[stage] for stage in own) for own in placement(schedule, num_ranks=ranks, chunks=chunks))
+        for ranks, stages in zip(_sizes(num_ranks), kept, strict=True)
+    ]
+    stretch = _continued(fullest, num_ranks) / fullest[-1]
+    near = [place * _SMALL // num_ranks for place in range(num_ranks)]  # as far down its chunk
     return tuple(
-        min(float(num_micro_batches), small[chunk * ranks + place] * stretch)
+        min(float(num_micro_batches), small[chunk * _SMALL + place] * stretch)
         for chunk in range(chunks)
         for place in near
     )
+
+
+def _sizes(num_ranks: int) -> tuple[int, ...]:
+    """Places of the pipelines that are simulated."""
+    return (num_ranks,) if num_ranks <= _SMALL else (_SMALL // 2, _SMALL)
+
+
+def _continued(small: Sequence[float], num_ranks: int) -> float:
+    """On a straight line through the two of `_sizes`."""
+    if len(small) == 1:
+        return small[0]
+    half, whole = small
+    return whole + (whole - half) * (num_ranks - _SMALL) / (_SMALL - _SMALL // 2)
 
 
 def _few(num_micro_batches: int, num_ranks: int, ranks: int, chunks: int) -> int:

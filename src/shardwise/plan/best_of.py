@@ -17,14 +17,14 @@ from shardwise.plan.ranked import Objective, Ranked, value_of
 __all__ = ["best_of"]
 
 _REFINED = 5  # layouts that are simulated, at least
-_MOST_REFINED = 8
+_MOST_REFINED = 6
 _ROUNDS = 4  # of looking again
 _CAPS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12)  # of a device's memory
 
 
 def best_of(explorer: Explorer, objective: Objective, *, top: int, most: int) -> tuple[tuple[Ranked, ...], bool]:
-    """The `top` best (all of a front), simulated, with their margins; and whether no other can be among them. None where
-    nothing fits."""
+    """The `top` best (all of a front), simulated, with their margins, none where nothing fits; and whether no other can
+    be among them."""
     fronts = objective in (Objective.PARETO, Objective.PARETO_COST)
     complete, chosen = False, list[Ranked]()
     for _ in range(_ROUNDS):

@@ -48,8 +48,8 @@ class ChainWorks:
         return self._known[key]
 
     def __call__(self, layout: Layout, samples: int) -> tuple[StageWork, ...]:
-        """The stages of a layout. Raises `LayoutError` where there are fewer units than stages, or where stages that are
-        listed do not name each unit once, in order."""
+        """The stages of a layout. Raises `LayoutError` where there are fewer units than stages, or where listed stages
+        do not name each unit once, in order."""
         units = self.units(layout, samples)
         ends = self._ends_of(layout, units)
         starts = (0, *ends[:-1])
@@ -139,12 +139,12 @@ def _latest(sums: Sequence[float], num_parts: int, limit: float) -> list[int] | 
 def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
     """What a stage of these units does and holds; what crosses is that of the last one (and sent to the next stage)."""
     kernels = tuple(
-        dataclasses.replace(kernel, count=kernel.count * times)
+        kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
         for unit, times in _counted(units)
         for kernel in unit.kernels
     )
     recomputed = tuple(
-        dataclasses.replace(kernel, count=kernel.count * times)
+        kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
         for unit, times in _counted(units)
         for kernel in unit.recomputed
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from shardwise.describe.tensor import SequenceParallel
 from shardwise.errors import LayoutError, ShardwiseError
 from shardwise.layout import Layout
+from shardwise.plan.placing import ORDER
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.ranked import Ranked
 from shardwise.plan.space import Axes, Limits, Mesh, broken_rule
@@ -21,6 +22,12 @@ from shardwise.schedule import GENERATORS
 __all__ = ["Change", "changes_of"]
 
 _AXES = ("tp", "cp", "ep", "pp")
+_ORDERS = (  # innermost first: the pipeline inside replicas, replicas inside tp and cp, the pipeline innermost
+    ("tp", "cp", "pp", "ep", "fsdp", "dp"),
+    ("tp", "pp", "cp", "ep", "fsdp", "dp"),
+    ("ep", "tp", "cp", "fsdp", "dp", "pp"),
+    ("fsdp", "tp", "cp", "ep", "dp", "pp"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,24 @@ def changes_of(layout: Layout, pricer: Pricer, axes: Axes) -> tuple[Change, ...]
     base = pricer(layout)
     for what, moved, changed, samples in _neighbours(layout, axes, pricer.limits, pricer.job.global_batch):
         found.setdefault(what, []).append(_priced(base, pricer, what, moved, changed, samples))
+    found |= {change.what: [change] for change in _placed(base, pricer)}
     return tuple(sorted((min(own, key=_order) for own in found.values()), key=_order))
+
+
+def _placed(base: Ranked, pricer: Pricer) -> Iterator[Change]:
+    """Other orders of the axes on the links of the cluster: what a launcher that places ranks so would gain."""
+    if not pricer.cluster.is_uniform or len(pricer.cluster.links) == 1:
+        return
+    sizes = {name: getattr(base.layout, name) for name in ORDER}
+    known = {tuple(name for name in ORDER if sizes[name] > 1)}
+    for order in _ORDERS:
+        shown = tuple(name for name in order if sizes[name] > 1)
+        if shown not in known:
+            known.add(shown)
+            what = f"ranks placed {', '.join(shown)} (innermost first; a launcher's order)"
+            ranked = pricer(base.layout, order=order)
+            gain = 1 - ranked.price.step_s / base.price.step_s
+            yield Change(what=what, gain=gain, lacks_bytes=max(0.0, -ranked.room_bytes), ranked=ranked)
 
 
 def _priced(base: Ranked, pricer: Pricer, what: str, moved: str, changed: Layout | str, samples: int) -> Change:
@@ -164,6 +188,8 @@ def _with(layout: Layout, limits: Limits, global_batch: int, samples: int, **cha
     mesh = Mesh(devices=layout.world_size, **{name: sizes[name] for name in _AXES})
     if (rule := broken_rule(mesh, limits)) is not None:
         return rule[1]
+    if sizes["pp"] != layout.pp or "schedule" in changed:
+        fields.pop("stages", None)  # listed for other stages
     if sizes["tp"] == 1 or sizes["cp"] > 1 or sizes["ep"] > 1:
         fields["sequence_parallel"] = SequenceParallel.OFF
     if sizes["pp"] == 1:

@@ -42,7 +42,7 @@ def exchange_seconds_of(
     sizes: npt.NDArray[np.int64],
     cluster: Cluster,
 ) -> FloatArray:
-    """[i]: seconds of exchange i, of kind `list(ExchangeKind)[kinds[i]]`; its group has `sizes[i]` (exchanges, levels)."""
+    """[i]: seconds of exchange i of kind `list(ExchangeKind)[kinds[i]]` in a group of sizes[i] (exchanges, levels)."""
     ranks = np.prod(sizes, axis=1).astype(np.float64)
     half = np.where(ranks > 1, _ring(nbytes, ranks, sizes, cluster.links), 0.0)
     pairwise = np.where(ranks > 1, _pairwise(nbytes, ranks, sizes, cluster.links), 0.0)

@@ -17,6 +17,7 @@ from shardwise.plan.run_measured import RunMeasured
 __all__ = ["Row", "compare", "median_error"]
 
 STEP, MEMORY, ACTIONS, WAITING, TRANSFERS, TRAFFIC = "step", "memory", "actions", "waiting", "transfers", "traffic"
+_WHOLE = "a step"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,11 @@ class Row:
     unit: str
     predicted: float | None
     measured: float | None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is the step itself, and no part of it."""
+        return self.section == STEP and self.what == _WHOLE
 
     @property
     def error(self) -> float | None:
@@ -61,13 +67,15 @@ def median_error(rows: Sequence[Row], section: str | None = None) -> float | Non
 
 
 def _step(predicted: Predicted, measured: RunMeasured) -> Iterator[Row]:
+    """What is waited for behind the last action where nothing is summed belongs to everything else."""
     first = predicted.time[0]
-    parts = [s for s in (measured.pipeline_s, measured.sums_s, measured.optimizer_s) if s is not None]
-    rest = max(0.0, measured.step_s - sum(parts)) if measured.step_s is not None and len(parts) == 3 else None
+    parts = [measured.pipeline_s, measured.optimizer_s, *([measured.sums_s] if first.replicas else [])]
+    known = [seconds for seconds in parts if seconds is not None]
+    rest = max(0.0, measured.step_s - sum(known)) if measured.step_s is not None and len(known) == len(parts) else None
     for what, guess, seconds in (
-        ("a step", predicted.step_s, measured.step_s),
+        (_WHOLE, predicted.step_s, measured.step_s),
         ("pipeline", predicted.pipeline_s, measured.pipeline_s),
-        ("sums of gradients", first.replicas, measured.sums_s),
+        *([("sums of gradients", first.replicas, measured.sums_s)] if first.replicas else []),
         ("optimizer", first.optimizer, measured.optimizer_s),
         ("everything else", predicted.step_overhead_s, rest),
         ("  of it data", None, measured.data_s),
@@ -84,12 +92,14 @@ def _memory(predicted: Predicted, measured: RunMeasured, layout: Layout) -> Iter
 
 
 def _actions(predicted: Predicted, measured: RunMeasured) -> Iterator[Row]:
-    """Of those kinds that the schedule has; of forwards and backwards where nothing was recorded."""
+    """Of those that the schedule has, as it was recorded; of forwards and backwards where nothing was."""
     for kind in (kind.value for kind in KINDS):
         own = measured.actions.get(kind, {})
         if not own and (measured.actions or kind not in ("F", "B")):
             continue
         for stage, seconds in enumerate(predicted.actions[kind]):
+            if own and stage not in own:
+                continue
             what = f"{kind} of stage {stage}"
             yield Row(section=ACTIONS, what=what, unit="s", predicted=seconds, measured=own.get(stage))
 

@@ -98,12 +98,14 @@ def _product_seconds(
     aligned = np.all((rows * size) % ALIGNED_BYTES == 0, axis=0)
     rates = np.where(aligned | (size >= 4), rates, np.minimum(rates, device.rate("float32")))
     rate = rates * device.efficiency.matmul
+    passes = device.bytes_per_s * device.efficiency.memory
     best = np.full(len(rate), np.inf)
     for (rows_of, columns_of, share), parts in itertools.product(TILES, SPLITS):
         tiles = batch * np.ceil(m / rows_of) * np.ceil(n / columns_of) * parts
         waves = np.ceil(tiles / device.processors)
         flops = 2.0 * rows_of * columns_of * (k / parts + START_DEPTH) * device.processors
-        best = np.minimum(best, waves * flops / (rate * share))
+        summed = 8.0 * parts * batch * m * n / passes if parts > 1 else 0.0  # float32 parts, written and read
+        best = np.minimum(best, waves * flops / (rate * share) + summed)
     if device.processors == 1:  # nothing is known of how it divides a product
         best = 2.0 * batch * m * n * k / rate
     return best + device.efficiency.matmul_half_flops / rate

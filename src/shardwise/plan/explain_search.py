@@ -16,7 +16,7 @@ __all__ = ["explain_ranked", "ranking_table", "rejected_lines", "verdict"]
 
 _WIDTH = 100
 _LABEL = 14
-_BREAK = "\x01"  # behind a comma of a layout: a line may end here, and no blank is shown
+_BREAK = "\x01"  # in a layout: a line may end here, and no blank is shown
 
 Rejections = Sequence[tuple[str, int, Rejected]]
 
@@ -55,6 +55,8 @@ def explain_ranked(
 ) -> str:
     """One layout of a ranking: its verdict, memory and time by line and rank, the next one, and what was rejected."""
     chosen = ranking[place]
+    if objective in (Objective.PARETO, Objective.PARETO_COST):
+        objective = Objective.TIME
     lines = _labelled("layout", f"{_layout(chosen)} on {chosen.devices} devices")
     lines += _labelled("step", _step(chosen))
     lines += _labelled("memory", verdict(chosen))
@@ -121,9 +123,9 @@ def _dollars(usd: float | None) -> str:
 
 
 def _layout(ranked: Ranked | str) -> str:
-    """A layout that lines may break behind its commas."""
+    """A layout that lines may break behind its commas, and between listed stages."""
     text = ranked if isinstance(ranked, str) else str(ranked.layout)
-    return text.replace(",", f",{_BREAK} ")
+    return text.replace(",", f",{_BREAK} ").replace("|", f"|{_BREAK} ")
 
 
 def _labelled(label: str, text: str) -> list[str]:

@@ -5,9 +5,9 @@
     link       bandwidth and latency, from all kinds, sizes and groups at once
     overheads  of one action, one step, one kernel
 
-Fitted are the formulas of `compute` and `collectives` themselves, to relative errors, robustly (soft L1), so that what
-a formula does not know shows as a residual. On a device that starts its own kernels (a CPU), the program's part of
-every kernel delays it, and belongs to the kernel's constant; elsewhere it is `kernel_s`, which a slower device hides.
+Everything is fitted to the medians of all rounds, and to each round alone, which says how far it can be trusted. On a
+device that starts its own kernels (a CPU), the program's part of every kernel delays it, and belongs to the kernel's
+constant; elsewhere it is `kernel_s`, which a slower device hides. Refuses to know how it was measured.
 """
 
 from __future__ import annotations
@@ -15,28 +15,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from shardwise.describe.catalogue import find_device
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
 from shardwise.describe.kernels import KernelKind
-from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes
+from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes
 from shardwise.errors import ConfigError
-from shardwise.plan.collectives import KINDS, exchange_seconds_of
-from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
+from shardwise.plan.compute import KernelTable, kernel_seconds
+from shardwise.plan.fit_coefficients import delayed, exchange_times_s, filled, of_blocks, of_kernels, of_link
 
-__all__ = ["TINY", "UPDATE", "Coefficient", "FittedCluster", "Residual", "fit_cluster"]
+__all__ = ["Coefficient", "FittedCluster", "Residual", "fit_cluster"]
 
-Fields = TypeVar("Fields", Efficiency, Link, Overheads)
-
-TINY, UPDATE = "of a tiny block", "update of parameters"  # what is no kernel by itself; see `trace.probe_kernels`
 _DIGITS = 4
-_LEAST_SHARE = 0.005
-_STRAYS = {"matmul": 3.0, "attention": 5.0, "memory": 10.0}  # so much less than an error of a block counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,15 +63,13 @@ class FittedCluster:
 
 def fit_cluster(times: MachineTimes, *, on_gpu: bool = False) -> FittedCluster:
     """The machine as `times.ranks` ranks find it that all compute at once."""
-    rounds = range(len(times.kernels[0].seconds))
+    rounds = range(max(len(times.kernels[0].seconds), len(times.program.action_s)))
     promised = _promised(times, on_gpu)
-    whole, each = (
-        _coefficients(times, promised, on_gpu, None),
-        [_coefficients(times, promised, on_gpu, r) for r in rounds],
-    )
-    device = dataclasses.replace(promised, efficiency=_filled(Efficiency(), whole))
-    link = _filled(_link(times), whole)
-    overheads = _filled(Overheads(overlap=1.0 if on_gpu else 0.0), whole)
+    whole = _coefficients(times, promised, on_gpu, None)
+    each = [_coefficients(times, promised, on_gpu, number) for number in rounds]
+    device = dataclasses.replace(promised, efficiency=filled(Efficiency(), whole))
+    link = filled(_link(times), whole)
+    overheads = filled(Overheads(), whole)
     overheads = dataclasses.replace(overheads, framework_bytes=times.program.framework_bytes)
     cluster = Cluster(
         hosts=(Hosts(device=device, devices=times.ranks),),
@@ -140,128 +131,25 @@ def _coefficients(times: MachineTimes, promised: Device, on_gpu: bool, number: i
         return statistics.median(seconds) if number is None else seconds[number % len(seconds)]
 
     kernels = _kernels(times)
-    found = _of_kernels(kernels, [of(time.seconds) for time in kernels], promised)
+    found = of_kernels(kernels, [of(time.seconds) for time in kernels], promised)
     launched = [of(time.seconds) for time in times.kernels if time.what == TINY]
     if launched and on_gpu:
         found["kernel_s"] = launched[0]
     elif times.blocks:
-        found |= _of_blocks(times.blocks, [of(time.seconds) for time in times.blocks], promised, found)
+        found |= of_blocks(times.blocks, [of(time.seconds) for time in times.blocks], promised, found)
     elif launched:
-        found |= _delayed(promised, found, launched[0])
+        found |= delayed(promised, found, launched[0])
     updates = [time.kernel.nbytes / of(time.seconds) for time in times.kernels if time.what == UPDATE]
     if updates:
         found["update"] = min(1.0, statistics.median(updates) / promised.bytes_per_s)
     exchanges = [time for time in times.exchanges if time.chosen]
     if exchanges:
-        found |= _of_link(exchanges, [of(time.seconds) for time in exchanges], _link(times))
+        found |= of_link(exchanges, [of(time.seconds) for time in exchanges], _link(times))
+    if times.hidden:
+        found["overlap"] = of(times.hidden)
     found["action_s"] = max(0.0, of(times.program.action_s))  # differences of noisy numbers
     found["step_s"] = max(0.0, of(times.program.step_s))
     return {name: _rounded(value) for name, value in found.items()}
-
-
-def _of_kernels(times: Sequence[KernelTime], measured: Sequence[float], promised: Device) -> dict[str, float]:
-    table = KernelTable.of([time.kernel for time in times])
-    least = min(measured)
-    start = {
-        "matmul": 0.8,
-        "attention": 0.5,
-        "memory": 0.5,
-        "launch_s": least,
-        "matmul_half_flops": least * promised.rate("float32"),
-        "memory_half_bytes": least * promised.bytes_per_s,
-    }
-    ranges = {
-        "matmul": (_LEAST_SHARE, 1.0),
-        "attention": (_LEAST_SHARE, 1.0),
-        "memory": (_LEAST_SHARE, 1.0),
-        "launch_s": (least / 100, least * 1.5),
-        "matmul_half_flops": (1.0, 1e4 * start["matmul_half_flops"]),
-        "memory_half_bytes": (1.0, 1e4 * start["memory_half_bytes"]),
-    }
-
-    def seconds(values: Mapping[str, float]) -> FloatArray:
-        return kernel_seconds(table, dataclasses.replace(promised, efficiency=_filled(Efficiency(), values)))
-
-    return _fitted(seconds, np.array(measured), start, ranges)
-
-
-def _of_blocks(
-    times: Sequence[BlockTime], measured: Sequence[float], promised: Device, alone: Mapping[str, float]
-) -> dict[str, float]:
-    """Rates and the delay of every kernel with which the kernels of a block take as long as the block; near what they
-    reach `alone`."""
-    tables = [KernelTable.of(time.kernels) for time in times]
-    counts = [np.array([kernel.count for kernel in time.kernels]) for time in times]
-    start = {"matmul": alone["matmul"], "attention": alone["attention"], "memory": alone["memory"], "delay_s": 1e-5}
-    ranges = {"matmul": (_LEAST_SHARE, 1.0), "attention": (_LEAST_SHARE, 1.0), "memory": (_LEAST_SHARE, 1.0)}
-    ranges["delay_s"] = (1e-7, 1e-3)
-
-    def whole(values: Mapping[str, float]) -> dict[str, float]:
-        return {**alone, **values, **_delayed(promised, values, values["delay_s"])}
-
-    def seconds(values: Mapping[str, float]) -> FloatArray:
-        device = dataclasses.replace(promised, efficiency=_filled(Efficiency(), whole(values)))
-        of_blocks = [n @ kernel_seconds(table, device) for table, n in zip(tables, counts, strict=True)]
-        near = [(values[name] / alone[name]) ** (1 / _STRAYS[name]) for name in _STRAYS]
-        return np.array([*of_blocks, *near])
-
-    found = _fitted(seconds, np.array([*measured, *(1.0 for _ in _STRAYS)]), start, ranges)
-    return {name: value for name, value in whole(found).items() if name != "delay_s"}
-
-
-def _delayed(promised: Device, shares: Mapping[str, float], delay_s: float) -> dict[str, float]:
-    """What is added to every kernel, as the flops or bytes that take as long."""
-    return {
-        "matmul_half_flops": delay_s * promised.rate("float32") * shares["matmul"],
-        "memory_half_bytes": delay_s * promised.bytes_per_s * shares["memory"],
-    }
-
-
-def _of_link(times: Sequence[ExchangeTime], measured: Sequence[float], link: Link) -> dict[str, float]:
-    least = min(measured)
-    start = {"efficiency": 0.5, "latency_s": least / 4, "half_bytes": 1024.0, "meeting_s": least / 4}
-    ranges = {
-        "efficiency": (_LEAST_SHARE, 1.0),
-        "latency_s": (1e-9, max(measured)),
-        "half_bytes": (1.0, 1e8),
-        "meeting_s": (1e-9, max(measured)),
-    }
-
-    def seconds(values: Mapping[str, float]) -> FloatArray:
-        return _exchange_seconds(times, _filled(link, values))
-
-    return _fitted(seconds, np.array(measured), start, ranges)
-
-
-def _exchange_seconds(times: Sequence[ExchangeTime], link: Link) -> FloatArray:
-    return exchange_seconds_of(
-        np.array([KINDS[time.kind] for time in times]),
-        np.array([float(time.nbytes) for time in times]),
-        np.array([[time.group] for time in times]),
-        Cluster(hosts=(_ANY,), links=(link,)),
-    )
-
-
-def _fitted(
-    seconds: Callable[[Mapping[str, float]], FloatArray],
-    measured: FloatArray,
-    start: Mapping[str, float],
-    ranges: Mapping[str, tuple[float, float]],
-) -> dict[str, float]:
-    """The values, inside their ranges, with the least relative errors; found on a logarithmic scale."""
-    names = list(start)
-    low, high = (np.log([ranges[name][side] for name in names]) for side in (0, 1))
-    begin = np.clip(np.log([start[name] for name in names]), low + 1e-9, high - 1e-9)
-
-    def errors(values: FloatArray) -> FloatArray:
-        return np.asarray(np.log(seconds(_named(names, values)) / measured), dtype=np.float64)
-
-    found = least_squares(errors, begin, bounds=(low, high), loss="soft_l1", f_scale=0.2)
-    return _named(names, found.x)
-
-
-def _named(names: Sequence[str], logarithms: FloatArray) -> dict[str, float]:
-    return dict(zip(names, np.exp(logarithms).tolist(), strict=True))
 
 
 # -- the link, and how well all of it fits ------------------------------------------------------------
@@ -278,20 +166,20 @@ def _link(times: MachineTimes) -> Link:
 def _moved(time: ExchangeTime) -> float:
     """Bytes that leave a rank in a ring; as far as formulas know, no link is faster."""
     unit = Link(name="unit", bytes_per_s=1.0, latency_s=0.0, efficiency=1.0)
-    return float(_exchange_seconds([time], unit)[0])
+    return float(exchange_times_s([time], unit)[0])
 
 
 def _residuals(times: MachineTimes, device: Device, link: Link) -> tuple[Residual, ...]:
     """Of kernels alone: what a program adds to each is left out again."""
     bare = _kernels(times)
-    own = _filled(Efficiency(), _of_kernels(bare, [time.median_s for time in bare], device))
+    own = filled(Efficiency(), of_kernels(bare, [time.median_s for time in bare], device))
     priced = kernel_seconds(KernelTable.of([time.kernel for time in bare]), dataclasses.replace(device, efficiency=own))
     rows = [(_kind_of(time), float(seconds), time.median_s) for time, seconds in zip(bare, priced, strict=True)]
     rows += [(f"block {time.what.partition(' ')[0]}", _block_s(time, device), time.median_s) for time in times.blocks]
     chosen = [time for time in times.exchanges if time.chosen]
     rows += [
         (f"{time.kind} of {time.group}", float(seconds), time.median_s)
-        for time, seconds in zip(chosen, _exchange_seconds(chosen, link) if chosen else (), strict=True)
+        for time, seconds in zip(chosen, exchange_times_s(chosen, link) if chosen else (), strict=True)
     ]
     found = []
     for what in dict.fromkeys(row[0] for row in rows):
@@ -309,19 +197,9 @@ def _kind_of(time: KernelTime) -> str:
     return f"{time.kernel.kind} {time.kernel.dtype}" if time.kernel.kind is not KernelKind.MEMORY else "memory"
 
 
-def _filled(value: Fields, numbers: Mapping[str, float]) -> Fields:
-    """With those of the numbers that are its fields."""
-    own = {field.name for field in dataclasses.fields(value)}
-    given: dict[str, Any] = {name: number for name, number in numbers.items() if name in own}
-    return dataclasses.replace(value, **given)
-
-
 def _rounded(value: float) -> float:
     """What is fitted to noise has so many digits."""
     if value <= 0:
         return 0.0
     digits = _DIGITS - 1 - math.floor(math.log10(value))
     return round(value, digits)
-
-
-_ANY = Hosts(device=Device(name="any", memory_bytes=1, flops_per_s={"float32": 1.0}, bytes_per_s=1.0), devices=1)

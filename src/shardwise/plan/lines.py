@@ -24,7 +24,8 @@ class MemoryLines:
 
     @property
     def total(self) -> float:
-        return float(sum(getattr(self, field.name) for field in dataclasses.fields(self)))
+        held = self.parameters + self.gradients + self.masters + self.optimizer + self.buffers
+        return held + self.activations + self.transient + self.logits + self.framework + self.slack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from shardwise.describe.cluster import Overheads
 from shardwise.errors import LayoutError
@@ -72,10 +73,10 @@ def memory_lines(
         waits for its gradients of weights alone counts by what it still keeps.
     Raises `LayoutError` unless there is such a number, 0 or more, for every stage.
     """
-    alive = moments(stages, layout, job, num_micro_batches=num_micro_batches, in_flight=in_flight)
-    worst = max(alive.values(), key=lambda lines: lines.total)
-    passing = worst.activations + worst.transient + worst.logits  # what stays is taken once, and leaves no fragments
-    return dataclasses.replace(worst, framework=overheads.framework_bytes, slack=overheads.slack * passing)
+    states = states_of(stages, layout, job)
+    alive = _alive(stages, layout, job, states.gradients, num_micro_batches, in_flight)
+    worst = max(alive.values(), key=lambda moment: moment.gradients + (1.0 + overheads.slack) * moment.passing)
+    return worst.lines(states, framework=overheads.framework_bytes, slack=overheads.slack * worst.passing)
 
 
 def moments(
@@ -87,29 +88,59 @@ def moments(
     in_flight: Sequence[float],
 ) -> Mapping[str, MemoryLines]:
     """What is alive at every moment that may be the worst, by name; slack and framework apart. See `memory_lines`."""
+    states = states_of(stages, layout, job)
+    alive = _alive(stages, layout, job, states.gradients, num_micro_batches, in_flight)
+    return {name: moment.lines(states) for name, moment in alive.items()}
+
+
+class _Moment(NamedTuple):
+    """Bytes that are not there all the time."""
+
+    gradients: float
+    activations: float = 0.0
+    transient: float = 0.0
+    logits: float = 0.0
+
+    @property
+    def passing(self) -> float:
+        """What comes and goes. What stays is taken once, and leaves no fragments."""
+        return self.activations + self.transient + self.logits
+
+    def lines(self, states: MemoryLines, *, framework: float = 0.0, slack: float = 0.0) -> MemoryLines:
+        """With what is there all the time."""
+        return dataclasses.replace(states, **self._asdict(), framework=framework, slack=slack)
+
+
+def _alive(
+    stages: Sequence[StageWork],
+    layout: Layout,
+    job: Job,
+    gradients: float,
+    num_micro_batches: int,
+    in_flight: Sequence[float],
+) -> Mapping[str, _Moment]:
+    """The moments by name; gradients: those of a step, whole or in parts."""
     if len(in_flight) != len(stages) or any(number < 0 for number in in_flight):
         raise LayoutError(
             f"every stage of a rank keeps so many micro-batches, 0 or more, but got {list(in_flight)} for "
             f"{len(stages)} stages; give one number a stage"
         )
-    states = states_of(stages, layout, job)
     here = _on_device(layout, in_flight)
     kept = float(sum(number * stage.saved_bytes for number, stage in zip(here, stages, strict=True)))
     done = min((stage.saved_bytes for number, stage in zip(here, stages, strict=True) if number >= 1), default=kept)
+    left = max(0.0, kept - done)
     transient = max((stage.transient_bytes for stage in stages), default=0.0)
-    trained = sum(stage.trained for stage in stages)
-    summed_before = _gradients_stay(layout, job) or num_micro_batches > max(in_flight, default=0.0)
     logits = max((stage.logits_bytes for stage in stages), default=0.0)
-    turn = dataclasses.replace(states, activations=kept, gradients=states.gradients if summed_before else 0.0)
-    next_turn = dataclasses.replace(states, activations=max(0.0, kept - done))
-    fresh = states.gradients + job.per_parameter.fresh * trained
-    temporary = job.per_parameter.temporary * trained / layout.fsdp
+    trained = sum(stage.trained for stage in stages)
+    most = max(here, default=0.0)
+    before = gradients if _gradients_stay(layout, job) or num_micro_batches > max(in_flight, default=0.0) else 0.0
+    fresh = gradients + job.per_parameter.fresh * trained
     return {
-        "loss": dataclasses.replace(turn, logits=logits),
-        "turn": dataclasses.replace(turn, transient=transient),
-        "passed": dataclasses.replace(next_turn, gradients=fresh, transient=transient),
-        "next loss": dataclasses.replace(next_turn, logits=logits if max(here, default=0.0) > 1 else 0.0),
-        "step": dataclasses.replace(states, gradients=fresh, transient=temporary),
+        "loss": _Moment(gradients=before, activations=kept, logits=logits),
+        "turn": _Moment(gradients=before, activations=kept, transient=transient),
+        "passed": _Moment(gradients=fresh, activations=left, transient=transient),
+        "next loss": _Moment(gradients=gradients, activations=left, logits=logits if most > 1 else 0.0),
+        "step": _Moment(gradients=fresh, transient=job.per_parameter.temporary * trained / layout.fsdp),
     }
 
 

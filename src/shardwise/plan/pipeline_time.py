@@ -5,7 +5,8 @@
 
 Sources: Huang et al. 2019 (GPipe, section 2.3), Narayanan et al. 2021 (arXiv:2104.04473, section 2.2), Qi et al. 2024
 (arXiv:2401.10241, section 2), Lamy-Poirier 2023 (arXiv:2211.05953, breadth first). Schedules without a formula are
-simulated for few places and micro-batches and continued at the pace of the busiest rank (`plan.alike_pipelines`). Refuses to know what a stage does.
+simulated for few places and micro-batches and continued at the pace of the busiest rank (`plan.alike_pipelines`).
+Refuses to know what a stage does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from shardwise.plan.alike_pipelines import fill_of
 from shardwise.plan.compute import FloatArray
-from shardwise.schedule import Costs, Kind, Schedule, generate, placement, seconds_of
+from shardwise.schedule import Costs, Kind, Schedule, generate, placement
 
 __all__ = ["PipelineTimes", "costs_of_row", "generated", "pipeline_seconds"]
 
@@ -103,7 +104,7 @@ def _interleaved(times: PipelineTimes, micro_batches: FloatArray, num_ranks: int
 
 
 def _looped(times: PipelineTimes, micro_batches: FloatArray, num_ranks: int) -> FloatArray:
-    """Breadth first: every chunk all micro-batches; where these are fewer than ranks, a loop takes as long as a trip."""
+    """Breadth first: every chunk all micro-batches; where these are fewer than ranks, a loop takes a trip's time."""
     num_stages = times.forward.shape[1]
     chunks = num_stages // num_ranks
     ranks = placement("looped-bfs", num_ranks=num_ranks, chunks=chunks)
@@ -151,9 +152,9 @@ def _continued(
     return found
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def generated(schedule: str, num_ranks: int, num_micro_batches: int, chunks: int) -> Schedule:
-    """By that generator; the last few hundred are kept."""
+    """By that generator; the last few are kept."""
     return generate(schedule, num_ranks=num_ranks, num_micro_batches=num_micro_batches, chunks=chunks)
 
 

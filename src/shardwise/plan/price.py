@@ -28,7 +28,7 @@ from shardwise.plan.in_flight import kept_micro_batches
 from shardwise.plan.job import Job
 from shardwise.plan.lines import MemoryLines, TimeLines
 from shardwise.plan.memory import memory_lines
-from shardwise.plan.pipeline_time import PipelineTimes, costs_of_row, pipeline_seconds
+from shardwise.plan.pipeline_time import PipelineTimes, costs_of_row, generated, pipeline_seconds
 from shardwise.plan.placing import ORDER, send_level, spans_of
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
@@ -106,7 +106,10 @@ def price(
         if source is None:
             raise LayoutError(f"schedule={layout.schedule} is found for a model; search, and name what was found")
         few = _few(layout, num_micro_batches)
-        schedule = source(few)
+        if layout.schedule in GENERATORS:
+            schedule = generated(layout.schedule, layout.pp, few, layout.num_stages // layout.pp)
+        else:
+            schedule = source(few)
         timeline = simulate(schedule, costs=costs_of_row(steps.times, 0))
         seconds_of_few = timeline.seconds
         if few < num_micro_batches:
@@ -178,7 +181,7 @@ def steps_of(
     """Steps of many rows with the stages, schedule and chunks of `layout`. Arrays of `seconds`: (rows, stages)."""
     times, crowded = times_of(seconds, overheads), times_of(seconds, overheads, crowded=True)
     chunks = layout.num_stages // layout.pp
-    pipeline = pipeline_seconds(times, num_micro_batches, schedule=layout.schedule, chunks=chunks)
+    pipeline = pipeline_seconds(times, num_micro_batches, schedule=_formula(layout), chunks=chunks)
     # Messages crowd what computes once forwards and backwards pass each other, not the first and the last.
     paces = [times.by_rank(one.forward + one.backward, _ranks(layout)).max(axis=1) for one in (crowded, times)]
     pipeline = pipeline + (num_micro_batches - 1) * (paces[0] - paces[1])
@@ -195,6 +198,13 @@ def steps_of(
         optimizer=optimizer,
         times=times,
     )
+
+
+def _formula(layout: Layout) -> str:
+    """The generator whose closed form is taken; a schedule that is only given is simulated in its place."""
+    if layout.schedule in GENERATORS:
+        return layout.schedule
+    return "gpipe" if layout.num_stages == layout.pp else "looped-bfs"
 
 
 def times_of(seconds: StageSeconds, overheads: Overheads, *, crowded: bool = False) -> PipelineTimes:

@@ -7,6 +7,7 @@ listed by unit. Refuses to know how layouts are chosen.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from shardwise.describe.cluster import Cluster, Device
 from shardwise.layout import Layout, StageRule, compress
@@ -14,6 +15,7 @@ from shardwise.plan.coarse import Works
 from shardwise.plan.job import Job
 from shardwise.plan.known_seconds import KnownSeconds
 from shardwise.plan.memory import states_of
+from shardwise.plan.placing import ORDER
 from shardwise.plan.price import placed_stages, price
 from shardwise.plan.ranked import Ranked, room_of
 from shardwise.plan.resize import of_devices, usd_per_second
@@ -36,10 +38,17 @@ class Pricer:
         self._known: dict[int, KnownSeconds] = {}
 
     def __call__(
-        self, layout: Layout, samples: int | None = None, *, exact: bool = False, outline: bool = False
+        self,
+        layout: Layout,
+        samples: int | None = None,
+        *,
+        exact: bool = False,
+        outline: bool = False,
+        order: Sequence[str] = ORDER,
     ) -> Ranked:
-        """The price of a layout, `samples` a micro-batch; None: as many as its batch makes. exact, outline: as `price`
-        has them (nothing is outlined where devices are of several kinds). Raises what stages and prices raise."""
+        """The price of a layout, `samples` a micro-batch; None: as many as its batch makes. exact, outline, order: as
+        `price` has them (nothing is outlined where devices are of several kinds). Raises what stages and prices
+        raise."""
         cluster, rate = self._cluster(layout.world_size)
         count = layout.num_micro_batches(self.job.global_batch)
         each = samples or max(1, self.job.global_batch // (layout.num_replicas * count))
@@ -53,7 +62,8 @@ class Pricer:
             self.job,
             num_micro_batches=count,
             exact=exact,
-            seconds=self._seconds(stages, layout, cluster) if layout.schedule in GENERATORS else None,
+            order=order,
+            seconds=self._seconds(stages, layout, cluster) if _is_known(layout, order) else None,
             outline=outline and cluster.is_uniform,
         )
         memory = _memory_of_places(layout, cluster, len(made.memory))
@@ -100,6 +110,10 @@ class Pricer:
             cluster = of_devices(self.cluster, devices)
             self._clusters[devices] = (cluster, usd_per_second(cluster))
         return self._clusters[devices]
+
+
+def _is_known(layout: Layout, order: Sequence[str]) -> bool:
+    return layout.schedule in GENERATORS and tuple(order) == ORDER
 
 
 def devices_of_places(layout: Layout, cluster: Cluster) -> tuple[tuple[Device, ...], ...]:

@@ -7,7 +7,7 @@ import dataclasses
 from shardwise.describe.cluster import Cluster, Hosts
 from shardwise.errors import ConfigError
 
-__all__ = ["of_devices", "usd_per_second"]
+__all__ = ["halves", "of_devices", "usd_per_second"]
 
 
 def of_devices(cluster: Cluster, devices: int) -> Cluster:
@@ -26,6 +26,19 @@ def of_devices(cluster: Cluster, devices: int) -> Cluster:
             return dataclasses.replace(cluster, hosts=tuple(chosen))
     more = _hosts(cluster.hosts[-1], cluster.hosts[-1].num_devices + left)
     return dataclasses.replace(cluster, hosts=(*cluster.hosts[:-1], *more))
+
+
+def halves(cluster: Cluster) -> tuple[int, ...]:
+    """All devices, half of them, and so on, as far as these are whole hosts or a part of one."""
+    found = [cluster.num_devices]
+    while found[-1] % 2 == 0:
+        half = found[-1] // 2
+        try:
+            of_devices(cluster, half)
+        except ConfigError:
+            break
+        found.append(half)
+    return tuple(found)
 
 
 def usd_per_second(cluster: Cluster) -> float | None:

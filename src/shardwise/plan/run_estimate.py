@@ -147,9 +147,10 @@ class Predictor:
         self._owner = {stage: place for place, own in enumerate(self._stages) for stage in own}
 
     @classmethod
-    def of(cls, estimate: RunEstimate) -> Predictor:
+    def of(cls, estimate: RunEstimate, like: Cluster | None = None) -> Predictor:
         """Of what a run was estimated from."""
-        return cls(estimate.works, estimate.laid_out, estimate.job, estimate.num_micro_batches, estimate.cluster)
+        layout = estimate.laid_out
+        return cls(estimate.works, layout, estimate.job, estimate.num_micro_batches, like or estimate.cluster)
 
     def __call__(self, cluster: Cluster) -> Predicted:
         seconds = stage_seconds(self._table, cluster)

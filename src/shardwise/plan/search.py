@@ -28,6 +28,7 @@ from shardwise.plan.explore import Explorer
 from shardwise.plan.job import Job
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.ranked import Objective, Ranked, Rejected, Rule, value_of
+from shardwise.plan.resize import halves
 from shardwise.plan.space import Axes, Limits, space_of
 from shardwise.quantities import format_bytes, format_seconds
 
@@ -151,14 +152,18 @@ def search_layouts(
     top: int = 5,
     most: int = _MOST,
 ) -> Search:
-    """The `top` best layouts of the whole cluster by the objective (all of a front), each one simulated.
+    """The `top` best layouts of the cluster by the objective (all of a front), each one simulated.
 
-    axes: what is tried; None: all that may be worth it. most: layouts that are priced, where the space is larger.
+    axes: what is tried; None: all that may be worth it, on all devices, where cost counts on half of them, a quarter …
+        too. most: layouts that are priced, where the space is larger.
     Raises `LayoutError` where nothing fits, with what would need least; `ConfigError` where cost is asked for and a
     device has no price.
     """
     objective = Objective(objective)
-    axes = axes or Axes.of(limits, cluster, global_batch=job.global_batch)
+    if axes is None:
+        axes = Axes.of(limits, cluster, global_batch=job.global_batch)
+        if objective in (Objective.COST, Objective.PARETO_COST):
+            axes = dataclasses.replace(axes, devices=halves(cluster))
     per_host = min(hosts.devices for hosts in cluster.hosts)
     space = space_of(limits, axes, global_batch=job.global_batch, per_host=per_host)
     if not len(space):

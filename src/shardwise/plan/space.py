@@ -92,7 +92,7 @@ class Axes:
             cp=_tried(limits, "cp", sizes, max(1, contexts) if limits.context else 1),
             ep=_tried(limits, "ep", sizes, max(1, limits.experts)),
             pp=tuple(n for n in sizes if n <= deepest),
-            samples=tuple(n for n in (1, 2, 4, 8) if n <= global_batch),
+            samples=tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(global_batch, _samples(count))),
             ways=_ways(deepest, limits.stages),
             recompute=limits.recompute,
             sequence_parallel=(SequenceParallel.OFF, SequenceParallel.ON)[: 1 + limits.sequence_parallel],
@@ -211,6 +211,11 @@ def divisors(number: int) -> tuple[int, ...]:
     """Ascending."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return tuple(sorted({*small, *(number // n for n in small)}))
+
+
+def _samples(devices: int) -> int:
+    """Of a micro-batch, at most: few devices have small models, whose micro-batches may be large."""
+    return 64 if devices <= 64 else 8
 
 
 def _tried(limits: Limits, axis: str, sizes: Sequence[int], most: int) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
     between stages    pp.send               activations, and the gradients of what was received
     behind them       dp.all_reduce …       gradients, one flag a parameter that says whether there is one
 
-Bytes of whole tensors, of which a rank has or gets a part in a gather or scatter. Left out: padding of divided state,
-headers of a first step, what compression saves, and that routers do not deal tokens out evenly.
+Bytes of whole tensors, of which a rank has or gets a part in a gather or scatter. Left out: padding and flags of
+divided state, headers of a first step, what compression saves, and that routers do not deal tokens out evenly.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def traffic_of_step(
     job: Job,
     *,
     num_micro_batches: int,
+    mapped: bool = False,
 ) -> tuple[Mapping[str, int], ...]:
-    """[place]: kind -> bytes of a step. stages[place]: those that its ranks own."""
+    """[place]: kind -> bytes of a step. stages[place]: those that its ranks own. mapped: whether ranks that divide the
+    state of training map the same memory, where nothing is gathered."""
     owner = {stage: place for place, own in enumerate(stages) for stage in own}
     found: list[Mapping[str, int]] = []
     for place, own in enumerate(stages):
@@ -59,7 +61,7 @@ def traffic_of_step(
         for stage in own:
             sent.update(_of_stage(works, stage, owner, num_micro_batches))
         held = [each for each in parameters if any(owner[stage] == place for stage in each.stages)]
-        sent.update(_divided(held, owner, layout, job, num_micro_batches) if layout.fsdp > 1 else {})
+        sent.update(_divided(held, layout, job, num_micro_batches, mapped) if layout.fsdp > 1 else {})
         sent.update(_summed(held, owner, layout, job))
         found.append({kind: sent[kind] for kind in sorted(sent)})
     return tuple(found)
@@ -88,7 +90,7 @@ def _summed(
     for each in parameters:
         places = len({owner[stage] for stage in each.stages})
         copies = layout.num_replicas * layout.cp // ((layout.ep if each.expert else 1) * layout.fsdp)
-        if places * copies * (layout.tp if each.partial else 1) * (1 if layout.fsdp > 1 else layout.fsdp) == 1:
+        if places * copies * (layout.tp if each.partial else 1) == 1:
             continue
         axis = "tp.gradients" if each.partial else "pp.all_reduce" if places > 1 else "dp.all_reduce"
         flags = 1 if layout.fsdp == 1 else 0
@@ -97,16 +99,13 @@ def _summed(
 
 
 def _divided(
-    parameters: Sequence[SummedParameter],
-    owner: Mapping[int, int],
-    layout: Layout,
-    job: Job,
-    num_micro_batches: int,
+    parameters: Sequence[SummedParameter], layout: Layout, job: Job, num_micro_batches: int, mapped: bool
 ) -> dict[str, int]:
     """See `divide_states.sent_bytes`."""
     elements = sum(each.elements for each in parameters)
     each_time = layout.zero >= 2 and not layout.unshards_by_step
     gathers = 2 * num_micro_batches if layout.zero == 3 and not layout.unshards_by_step else 1
+    gathers = 0 if mapped else gathers
     return {
         "fsdp.reduce_scatter": elements * job.reduce_bytes * (num_micro_batches if each_time else 1),
         "fsdp.all_gather": elements * job.per_parameter.parameter * gathers,

@@ -92,6 +92,6 @@ def _percent(row: Row) -> str:
 
 
 def _summary(rows: Sequence[Row]) -> Iterator[str]:
-    told = [(title, median_error(rows, section)) for section, title in _TITLES.items()]
-    known = [f"{title} {error:.1%}" for title, error in told if error is not None]
+    told = [(section, median_error(rows, section)) for section in _TITLES]
+    known = [f"{section} {error:.1%}" for section, error in told if error is not None]
     yield f"median errors: {', '.join(known)}" if known else "median errors: nothing to compare yet"

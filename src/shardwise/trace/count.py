@@ -242,6 +242,6 @@ class Counter:
 
 
 def _stored(tree: Sequence[Any]) -> Stored:
-    """Dense tensors, and the numbers of their storages."""
-    strided = torch.strided
-    return [(tensor, tensor.untyped_storage()._cdata) for tensor in tensors_of(tree) if tensor.layout is strided]
+    """Dense tensors, and the numbers of their storages. Those on meta are asked for shapes, and have no elements."""
+    found = [tensor for tensor in tensors_of(tree) if tensor.layout is torch.strided]
+    return [(tensor, tensor.untyped_storage()._cdata) for tensor in found if tensor.device.type != "meta"]

@@ -37,7 +37,15 @@ from shardwise.train.balance import profile_for
 from shardwise.train.model import Values
 from shardwise.train.run_file import Run
 
-__all__ = ["ProfilesOfRun", "cluster_of", "estimate_of", "job_of", "profiles_for", "store_estimate"]
+__all__ = [
+    "ProfilesOfRun",
+    "cluster_of",
+    "estimate_of",
+    "job_of",
+    "profiles_for",
+    "store_estimate",
+    "summed_parameters",
+]
 
 
 class ProfilesOfRun(TracedProfiles):
@@ -129,10 +137,11 @@ def estimate_of(run: Run, model: nn.Module, layout: Layout, profiles: ProfilesOf
         traffic=traffic_of_step(
             works,
             predicted.stages,
-            _parameters(rank, cut, tensor, experts),
+            summed_parameters(rank, cut, tensor, experts),
             layout,
             job,
             num_micro_batches=count,
+            mapped=_maps(run, cluster),
         ),
         predicted=predicted,
         notes=tuple(f"{what} counted by shares ({why})" for what, why in profiles.reasons.items()),
@@ -151,8 +160,8 @@ def cluster_of(run: Run, ranks: int) -> tuple[Cluster, str]:
         name = find_device(torch.cuda.get_device_name()).device.name
         here = min(ranks, torch.cuda.device_count())
         text = f"{name}x{here}" if ranks <= here else f"{name}x{here}x{-(-ranks // here)}"
-        return of_devices(named_cluster(text), ranks), f"{name} as its maker promises it, unmeasured"
-    return Cluster.local(ranks), "typical cores, unmeasured; `shardwise probe --out FILE.toml` measures, cluster = FILE"
+        return of_devices(named_cluster(text), ranks), f"{name} as its maker promises it, not measured"
+    return Cluster.local(ranks), "typical cores, not measured (shardwise probe --out FILE, cluster = FILE)"
 
 
 def job_of(run: Run, profile: ModelProfile) -> Job:
@@ -162,6 +171,8 @@ def job_of(run: Run, profile: ModelProfile) -> Job:
     wide = round(sum(parameter.nbytes for parameter in held) / elements) if elements else 4
     narrow = run.techniques.precision.is_narrow
     states = 4 if narrow else wide
+    # 16-bit products cannot write into the buckets of float32 sums: what is summed up stands beside them
+    beside = narrow and run.layout.num_replicas > 1 and run.layout.fsdp == 1 and run.num_micro_batches > 1
     return Job(
         global_batch=run.training.global_batch,
         per_parameter=PerParameter(
@@ -169,10 +180,17 @@ def job_of(run: Run, profile: ModelProfile) -> Job:
             gradient=states,
             master=states if narrow else 0,
             optimizer=states * OPTIMIZER_STATES[run.training.optimizer],
+            wire=states if beside else 0,
         ),
-        reduce_bytes=states,
+        reduce_bytes=states if run.techniques.precision.reduce == "float32" else 2,
         gradients_stay=run.layout.num_replicas * run.layout.cp > 1,  # in buckets that are used again
     )
+
+
+def _maps(run: Run, cluster: Cluster) -> bool:
+    """Whether all ranks are processes of one host, which exchange by its memory."""
+    one_host = sum(hosts.count for hosts in cluster.hosts) == 1
+    return run.device == "cpu" and one_host and run.techniques.communication.algorithm == "auto"
 
 
 def _with_schedule(run: Run, layout: Layout) -> Layout:
@@ -193,7 +211,7 @@ def _traced(run: Run, model: nn.Module) -> Iterator[None]:
         numerics.close()
 
 
-def _parameters(
+def summed_parameters(
     profile: ModelProfile, cut: Cut, tensor: TensorPlan | None, experts: frozenset[str]
 ) -> tuple[SummedParameter, ...]:
     """What is trained, with the stages that read it."""

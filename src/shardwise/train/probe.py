@@ -9,7 +9,6 @@ measure; refuses to know what is fitted to it.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import statistics
@@ -19,49 +18,20 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
 
-from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all
 from shardwise.describe.kernels import ExchangeKind
 from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes, ProgramTime
 from shardwise.errors import ConfigError
-from shardwise.execute.probe_program import Programmed, program_seconds, resident_bytes
-from shardwise.launch import RankContext, RankPool, RankStarter, init_process_group
-from shardwise.trace.probe_blocks import block_kernels, block_seconds, block_shapes
-from shardwise.trace.probe_kernels import cases, seconds_of_all
+from shardwise.execute.probe_program import Programmed
+from shardwise.launch import RankPool, RankStarter
+from shardwise.trace.probe_blocks import block_kernels, block_shapes
+from shardwise.trace.probe_kernels import cases
+from shardwise.train.probe_rank import Round, Thoroughness, measured, programmed
 
-__all__ = ["Thoroughness", "default_ranks", "probe"]
+__all__ = ["default_ranks", "probe"]
 
 _DEADLINE_S = 300.0
-_PROGRAM_ROUNDS = 5
-_PRELOAD = ("shardwise.train.probe",)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Thoroughness:
-    """Rounds of everything, fewer where they would end after `budget_s`; seconds in which one kernel, one exchange is
-    repeated in a round; bytes of exchanges."""
-
-    rounds: int = 5
-    kernel_s: float = 0.012
-    exchange_s: float = 0.006
-    sizes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
-    quick: bool = False
-    budget_s: float = 60.0
-
-    @classmethod
-    def quickly(cls) -> Thoroughness:
-        """A few seconds, for a first look."""
-        return cls(rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True, budget_s=20.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Round:
-    """What one rank has measured once."""
-
-    kernels: tuple[tuple[float, float], ...]  # alone, and with all ranks at once
-    blocks: tuple[float, ...]  # forward and backward of each
-    exchanges: tuple[Exchanged, ...]
+_PRELOAD = ("shardwise.train.probe_rank",)
 
 
 def probe(
@@ -104,12 +74,12 @@ def _with(
     """What the ranks of a pool do at once. Two rounds at least: one has no spread."""
     count = pool.world_size
     tell(f"{count} ranks: a program")
-    programs = pool.run(_programmed, device, how, timeout_s=_DEADLINE_S)
-    rounds: list[list[_Round]] = []
+    programs = pool.run(programmed, device, how, timeout_s=_DEADLINE_S)
+    rounds: list[list[Round]] = []
     for number in range(how.rounds):
         begun_s = time.perf_counter()
         tell(f"{count} ranks: kernels and exchanges, round {number + 1} of {how.rounds}")
-        rounds.append(pool.run(_measured, device, how, number == 0, timeout_s=_DEADLINE_S))
+        rounds.append(pool.run(measured, device, how, number == 0, timeout_s=_DEADLINE_S))
         ended_s = time.perf_counter()
         if number and ended_s + (ended_s - begun_s) > until_s:
             break
@@ -123,6 +93,7 @@ def _with(
         alone=alone,
         blocks=_block_times(how, rounds),
         exchanges=_exchange_times(rounds),
+        hidden=tuple(ranks[0].hidden for ranks in rounds) if count > 1 else (),
         program=_program_time([made for made, _ in programs], [held for _, held in programs], start_s),
     )
 
@@ -144,57 +115,11 @@ def _check(ranks: Sequence[int], device: str) -> None:
         )
 
 
-# -- on a rank ----------------------------------------------------------------------------------------
-
-
-def _device_of(context: RankContext, kind: str) -> torch.device:
-    """This rank's, ready to exchange with the others'."""
-    torch.set_num_threads(1)
-    if kind == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", context.local_rank)
-    torch.cuda.set_device(device)
-    init_process_group(context, backend="nccl")
-    return device
-
-
-def _measured(context: RankContext, kind: str, how: Thoroughness, first: bool) -> _Round:
-    device = _device_of(context, kind)
-    shared = max(1.0, context.world_size / len(os.sched_getaffinity(0))) if kind == "cpu" else 1.0
-    kernels = seconds_of_all(
-        device,
-        window_s=how.kernel_s,
-        quick=how.quick,
-        first=context.rank == 0,
-        together=dist.barrier if context.world_size > 1 else None,
-        shared=shared,
-    )
-    blocks: list[float] = []
-    for shape in block_shapes(quick=how.quick):
-        blocks += block_seconds(
-            shape, device, window_s=4 * how.kernel_s * shared, begin=dist.barrier if context.world_size > 1 else None
-        )
-    exchanged: list[Exchanged] = []
-    if context.world_size > 1:
-        exchanged = exchange_seconds_of_all(
-            how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=first and not how.quick
-        )
-    return _Round(kernels=tuple(kernels), blocks=tuple(blocks), exchanges=tuple(exchanged))
-
-
-def _programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Programmed, int]:
-    device = _device_of(context, kind)
-    held = resident_bytes(device)
-    steps = 3 if how.quick else 10
-    together = dist.barrier if context.world_size > 1 else None
-    return program_seconds(rounds=min(how.rounds, _PROGRAM_ROUNDS), steps=steps, device=device, together=together), held
-
-
 # -- of all ranks -------------------------------------------------------------------------------------
 
 
 def _kernel_times(
-    device: str, how: Thoroughness, rounds: Sequence[Sequence[_Round]]
+    device: str, how: Thoroughness, rounds: Sequence[Sequence[Round]]
 ) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
     """With all ranks at once, the mean of them; and of the first rank alone."""
     together, alone = [], []
@@ -206,7 +131,7 @@ def _kernel_times(
     return tuple(together), tuple(alone)
 
 
-def _block_times(how: Thoroughness, rounds: Sequence[Sequence[_Round]]) -> tuple[BlockTime, ...]:
+def _block_times(how: Thoroughness, rounds: Sequence[Sequence[Round]]) -> tuple[BlockTime, ...]:
     """The mean of the ranks."""
     found: list[BlockTime] = []
     for shape in block_shapes(quick=how.quick):
@@ -217,7 +142,7 @@ def _block_times(how: Thoroughness, rounds: Sequence[Sequence[_Round]]) -> tuple
     return tuple(found)
 
 
-def _exchange_times(rounds: Sequence[Sequence[_Round]]) -> tuple[ExchangeTime, ...]:
+def _exchange_times(rounds: Sequence[Sequence[Round]]) -> tuple[ExchangeTime, ...]:
     """Of the slowest rank. What programs do not use is measured in the first round alone."""
     slowest: dict[tuple[ExchangeKind, int, int, str], list[float]] = {}
     for ranks in rounds:

@@ -63,6 +63,8 @@ class Run(Table):
     @field_validator("layout", mode="before")
     @classmethod
     def _parsed(cls, value: object) -> object:
+        if value == "auto":
+            raise ValueError('"auto" is for `shardwise plan`, which says the layout to write here; run it first')
         if isinstance(value, str):
             return Layout.parse(value)
         if not isinstance(value, Mapping | Layout):

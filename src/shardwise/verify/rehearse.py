@@ -23,13 +23,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.comm.alone import AloneTransport, alone
 from shardwise.errors import LayoutError
-from shardwise.execute.assemble import Part, assemble
+from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.build import Part
+from shardwise.execute.moments import clock_of
 from shardwise.execute.program import Program, StepResult
 from shardwise.execute.traced_profiles import TracedProfiles
-from shardwise.layout import SEARCHED, Layout, Techniques
+from shardwise.layout import SEARCHED, Layout, Offload, Techniques
 from shardwise.plan.lines import MemoryLines
-from shardwise.schedule import Action
+from shardwise.schedule import GENERATORS, Action
 from shardwise.trace.objective import LossFunction
 from shardwise.verify.rehearse_held import Holdings, lines_of
 from shardwise.verify.rehearse_memory import LiveBytes, RehearsalMode, fake_parameter
@@ -56,9 +58,10 @@ class Rehearsed:
 
     peak_bytes: the most that is alive at once on its device; `peak_at`: the action that runs then; lines: whose bytes
         these are, `transient` with logits. actions: in their order, the optimizer last.
-    sent_bytes: by axis and kind (`comm.traffic`). seconds: of an action, by its kind, the median of a step; empty
-        without a device. step_s: of the whole step, without waiting for anyone; None without a device.
-    reserved_bytes: what the device's allocator has taken for it at most; None without a device.
+    sent_bytes: by axis and kind (`comm.traffic`). seconds: of an action, by its kind; empty without a device.
+    step_s: of the whole step, without waiting for anyone; None without a device.
+    allocated_bytes, reserved_bytes: what the device's allocator says, with workspaces of kernels, and what it has taken
+        for it; None without a device.
     """
 
     rank: int
@@ -73,6 +76,7 @@ class Rehearsed:
     sent_bytes: Mapping[str, int]
     seconds: Mapping[str, float]
     step_s: float | None = None
+    allocated_bytes: int | None = None
     reserved_bytes: int | None = None
 
 
@@ -124,10 +128,11 @@ def rehearse(
             context=profiles.context_plan(layout) if layout.cp > 1 else None,
             num_micro_batches=len(batches),
             techniques=techniques,
+            believed=True,
         )
         stack.callback(program.close)
         program.meet(batches, step=0)
-        return _Stage(program, optimizer(program), batches, fake, where).rehearsed(layout)
+        return _Steps(program, optimizer(program), batches, fake, where).rehearsed(layout)
 
 
 def _check(layout: Layout, rank: int, device: torch.device | str | None) -> None:
@@ -135,8 +140,17 @@ def _check(layout: Layout, rank: int, device: torch.device | str | None) -> None
         raise LayoutError(
             f"layout {layout} has ranks 0..{layout.world_size - 1}, but rank {rank} is to be rehearsed; choose one"
         )
+    if layout.schedule in GENERATORS and not GENERATORS[layout.schedule].flushes:
+        raise LayoutError(
+            f"one step is rehearsed, but {layout.schedule} is never between two of them; use a schedule that flushes"
+        )
     if layout.schedule == SEARCHED:
         raise LayoutError("a schedule is searched for by the ranks of a job, and here is one alone; name one")
+    if device is None and layout.offload is not Offload.NONE:
+        raise LayoutError(
+            f"without a device there is one memory and not two, but offload={layout.offload} moves things between them; "
+            "rehearse it where there is a device, or with offload=none"
+        )
     if device is None and layout.ep > 1:
         raise LayoutError(
             f"who is sent how many rows is a value, and without a device nothing is computed, but ep={layout.ep}; "
@@ -174,7 +188,17 @@ def _fill(model: nn.Module, fake: FakeTensorMode | None, device: torch.device) -
     return fill
 
 
-class _Stage:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Timed:
+    """See `Rehearsed`."""
+
+    step_s: float | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+class _Steps:
     """The steps of one rehearsal."""
 
     def __init__(
@@ -195,22 +219,23 @@ class _Stage:
     def rehearsed(self, layout: Layout) -> Rehearsed:
         program, live = self._program, LiveBytes(self._device)
         holdings = Holdings(program, self._optimizer)
-        step_s, seconds, reserved = self._timed()
+        timed = self._timed()
         live.adopt(holdings.freed(), resized=True)
         live.adopt(holdings.all())
         live.adopt(leaf for mb in self._batches for leaf in mb.inputs.values() if isinstance(leaf, torch.Tensor))
         with RehearsalMode(live, self._fake), holdings.saving():
-            for _ in range(2):  # the optimizer's state is made in the first, memory kept from step to step in both
-                self._step(live)
-                holdings.end_step()
-                self._zero()
+            self._step(live)  # which makes the optimizer's state, and memory that is kept from step to step
+            holdings.end_step()
+            self._zero()
             behind: list[Behind] = []
             live.begin()
             result = self._step(live, behind)
             holdings.end_step()
             self._zero()
             peak, found = live.peak, list[MemoryLines]()
-            live.begin(stop_at=peak.at, look=lambda sizes, stays: found.append(lines_of(holdings.kinds(), sizes, stays)))
+            live.begin(
+                stop_at=peak.at, look=lambda sizes, stays: found.append(lines_of(holdings.kinds(), sizes, stays))
+            )
             self._step(live)
             self._zero()
         return Rehearsed(
@@ -224,9 +249,10 @@ class _Stage:
             lines=found[0] if found else MemoryLines(),
             actions=tuple(behind),
             sent_bytes=dict(result.sent_bytes),
-            seconds=seconds,
-            step_s=step_s,
-            reserved_bytes=reserved,
+            seconds=timed.seconds,
+            step_s=timed.step_s,
+            allocated_bytes=timed.allocated_bytes,
+            reserved_bytes=timed.reserved_bytes,
         )
 
     def _step(self, live: LiveBytes | None = None, behind: list[Behind] | None = None) -> StepResult:
@@ -258,24 +284,29 @@ class _Stage:
         for parameter in self._program.parameters.values():
             parameter.grad = None
 
-    def _timed(self) -> tuple[float | None, dict[str, float], int | None]:
-        """Seconds of a step and of its actions, and what the allocator takes; nothing where there is no device."""
+    def _timed(self) -> _Timed:
+        """What there is to be had on a device alone, before anything is counted."""
         if self._device.type != "cuda":
-            return None, {}, None
-        taken: list[float] = []
+            return _Timed()
+        clock, taken = clock_of(self._device), list[float]()
         by_kind: dict[str, list[float]] = collections.defaultdict(list)
         for step in range(1 + _TIMED_STEPS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats(self._device)
+            start = clock.now()
             result = self._step()
-            end.record()  # type: ignore[no-untyped-call]
+            end = clock.now()
             self._zero()
-            torch.cuda.synchronize(self._device)
             if step:
-                taken.append(start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
-                for moment in result.moments:
-                    by_kind[str(moment.action.kind)].append(moment.compute_s)
-        return _median(taken), {k: _median(v) for k, v in by_kind.items()}, torch.cuda.max_memory_reserved(self._device)
+                taken.append(clock.between(start, end))
+                for kind in {moment.action.kind for moment in result.moments}:
+                    seconds = [moment.compute_s for moment in result.moments if moment.action.kind is kind]
+                    by_kind[str(kind)].append(sum(seconds) / len(seconds))
+        return _Timed(
+            step_s=_median(taken),
+            seconds={kind: _median(seconds) for kind, seconds in by_kind.items()},
+            allocated_bytes=torch.cuda.max_memory_allocated(self._device),
+            reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+        )
 
 
 def _median(numbers: Sequence[float]) -> float:

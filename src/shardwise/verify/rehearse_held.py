@@ -91,9 +91,8 @@ class Holdings:
 
     def _own(self) -> list[torch.Tensor]:
         parts = [self._program.part(name) for name in self._program.parameters]
-        return [part.parameter for part in parts if part is not None] + [
-            state.parameter for state in self._program.states.values()
-        ]
+        states = self._program.states.values()
+        return [*(part.parameter for part in parts if part is not None), *(state.parameter for state in states)]
 
     def _gradients(self) -> list[torch.Tensor]:
         """At rest: of what replicas divide, of the own parts."""
@@ -111,9 +110,7 @@ class Holdings:
     def _remembered(self) -> list[torch.Tensor]:
         if self._optimizer is None:
             return []
-        return [
-            value for state in self._optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
+        return [value for state in self._optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
 
 def lines_of(kinds: Mapping[str, set[int]], sizes: Mapping[int, int], stays: Collection[int]) -> MemoryLines:

@@ -171,8 +171,9 @@ def _unanswered(func: Any, args: Sequence[Any]) -> Any:
 
 
 def _value_of(tensor: torch.Tensor) -> float:
-    """Sums over ranks (losses, norms) are in float64: any number will do. What a model looks at it must compute."""
-    if tensor.dtype is torch.float64:
+    """What is read of losses, norms and flags of gradients changes nothing that is counted: all are 1. A count or a
+    decision of the model must be computed."""
+    if tensor.dtype.is_floating_point:
         return 1.0
     raise ModelError(
         f"without a device nothing is computed, but the model looks at a value of {tensor.dtype} that a unit makes (a "

@@ -8,9 +8,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from models import make
 
 from parallel.tensor.blocks import Block, Model, call_of, hand_plan
 from shardwise.describe.tensor import SequenceParallel, SequencePlan, Slice, TensorPlan, UnitPlan
+from shardwise.parallel.context.plan_context import plan_context
+from shardwise.parallel.context.ways import RING
+from shardwise.parallel.tensor import prove_vocabulary
 from shardwise.parallel.tensor.instance import random_copy
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.prove import Difference, prove
@@ -177,3 +181,29 @@ def test_without_being_asked_for_nothing_works_on_tokens() -> None:
     x = torch.randn(2, 6, 16, requires_grad=True)
     assert not plan_tensor(Model(Block()), (x,), tp=2).deals_tokens
     assert plan_tensor(Model(Block()), (x,), tp=2, sequence=SequenceParallel.ON).units["blocks.0"].sequence == BY_TOKENS
+
+
+def test_a_large_table_and_head_are_proven_in_few_of_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = make("llama")
+    asked = {"tp": 2, "sequence": SequenceParallel.ON}
+    whole = plan_tensor(example.model, example.batch, **asked)
+    monkeypatch.setattr(prove_vocabulary, "_MOST_WHOLE", 0)
+    narrow = plan_tensor(example.model, example.batch, **asked)
+    for unit in ("model.embed_tokens", "lm_head"):
+        own, other = (dataclasses.replace(plan.units[unit], proof=None) for plan in (whole, narrow))
+        assert own == other
+        assert narrow.units[unit].proof.on == "all rows, 8 columns at most"
+    assert own.sequence is not None
+
+
+def test_tokens_of_a_large_head_are_dealt_out_to_contexts_as_those_of_a_small_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    example = make("llama")
+    asked = {"cp": 2, "attention": RING, "zigzag": True}
+    whole = plan_context(example.model, example.batch, **asked)
+    monkeypatch.setattr(prove_vocabulary, "_MOST_WHOLE", 0)
+    narrow = plan_context(example.model, example.batch, **asked)
+    assert {name: dataclasses.replace(own, error=0.0) for name, own in narrow.units.items()} == {
+        name: dataclasses.replace(own, error=0.0) for name, own in whole.units.items()
+    }

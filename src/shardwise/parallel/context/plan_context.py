@@ -22,8 +22,10 @@ from shardwise.parallel.context.prove import Seen, Way, observed, proven
 from shardwise.parallel.context.shorten import shortened
 from shardwise.parallel.tensor.calls import Kind, kinds_of
 from shardwise.parallel.tensor.instance import Call, random_copy
+from shardwise.parallel.tensor.narrow import narrowed
 from shardwise.parallel.tensor.propose import argument_names
 from shardwise.parallel.tensor.prove import Difference
+from shardwise.parallel.tensor.prove_vocabulary import is_large_layer, narrow_layer
 from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.trace.objective import Batch, LossFunction
 
@@ -45,7 +47,9 @@ def plan_context(
     found: dict[str, UnitContext] = {}
     whole: dict[str, str] = {}
     alike: dict[str, UnitContext] = {}  # a layer that was dropped is as its neighbours
-    for kind in sorted(kinds_of(model, batch, loss=loss, units=units), key=lambda kind: not kind.calls):
+    kinds = kinds_of(model, batch, loss=loss, units=units)
+    small = narrowed(model, batch, kinds, tp=cp, loss=loss, units=units).kinds  # a plan of tokens has no other sizes
+    for kind in sorted(map(_fitting, small, kinds), key=lambda kind: not kind.calls):
         own, reason = _of_kind(kind, way)
         own = alike.get(_structure(kind.module)) if not kind.calls else own
         if own is None:
@@ -54,6 +58,13 @@ def plan_context(
             found.update(dict.fromkeys(kind.units, own))
             alike.setdefault(_structure(kind.module), own)
     return ContextPlan(cp=cp, zigzag=zigzag, units=found, whole=whole)
+
+
+def _fitting(small: Kind, kind: Kind) -> Kind:
+    """The kind in a narrow instance, where its own is too large for a proof; lone tables and heads in few columns."""
+    if is_large_layer(kind):
+        return narrow_layer(kind)
+    return small if small.calls else kind
 
 
 def _structure(module: nn.Module) -> str:

@@ -32,13 +32,13 @@ class Residency:
         needed = [bucket for bucket in needed if bucket.frees]
         if not needed:
             return
+        following = self._following(needed, backward)
         for bucket in (*self._current, *([self._expected] if self._expected is not None else [])):
-            if bucket not in needed:
+            if bucket not in needed and bucket is not following:  # small units share one: it is on its way already
                 self._free(bucket)
         self._current, self._expected = list(needed), None
         for bucket in needed:
             bucket.gather()
-        following = self._following(needed, backward)
         if following is not None:
             following.gather()
             self._expected = following

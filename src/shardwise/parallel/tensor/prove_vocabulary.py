@@ -21,9 +21,20 @@ from shardwise.parallel.tensor.lookup import range_of
 from shardwise.parallel.tensor.prove import Difference, prove
 from shardwise.parallel.tensor.slices import spread
 
-__all__ = ["divide_layers", "is_head", "is_table", "local_names", "prove_layers"]
+__all__ = [
+    "NARROWLY",
+    "divide_layers",
+    "is_head",
+    "is_large_layer",
+    "is_table",
+    "local_names",
+    "narrow_layer",
+    "prove_layers",
+]
 
 _WIDTH = 8  # of a lone table or head in its proof: what is proven of so many columns holds for all
+NARROWLY = f"all rows, {_WIDTH} columns at most"
+_MOST_WHOLE = 2**25  # elements of a lone table or head that is proven with all of its columns
 _LARGEST_BYTES = 4 * 2**30  # that the proof of a unit with a table or a head inside may take
 
 
@@ -63,7 +74,7 @@ def prove_layers(kind: Kind, names: Collection[str], base: UnitPlan, tp: int) ->
         for seed, call in enumerate(calls):
             plan, _ = prove(unit, call, plan, tp=tp, training=training, seed=seed)
     if lone and plan.proof is not None:
-        proof = dataclasses.replace(plan.proof, on=f"all rows, {_WIDTH} columns at most")
+        proof = dataclasses.replace(plan.proof, on=NARROWLY)
         plan = dataclasses.replace(plan, proof=proof)
     return plan
 
@@ -96,6 +107,27 @@ def _row(index: int, part: Slice, rank: int) -> int | None:
     """Where a row of the whole stands in the rank's part; None where another rank has it."""
     start, stop = range_of(part, rank)
     return index - start if start <= index < stop else None
+
+
+def is_large_layer(kind: Kind) -> bool:
+    """A table or a head by itself that is better not proven with all of its columns."""
+    alone = is_table(kind.module) or is_head(kind.module)
+    return alone and kind.module.get_parameter("weight").numel() > _MOST_WHOLE
+
+
+def narrow_layer(kind: Kind) -> Kind:
+    """A lone table or head, and its calls, with few of its columns; tokens and vocabulary are all there."""
+    columns = kind.module.get_parameter("weight").shape[1]
+
+    def narrow(leaf: object) -> object:
+        wide = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.shape[-1:] == (columns,)
+        return leaf[..., :_WIDTH].clone() if isinstance(leaf, torch.Tensor) and wide else leaf
+
+    calls = [
+        dataclasses.replace(call, args=tree_map(narrow, call.args), kwargs=tree_map(narrow, dict(call.kwargs)))
+        for call in kind.calls
+    ]
+    return dataclasses.replace(kind, module=_narrow(kind.module), calls=calls)
 
 
 def _narrow(layer: nn.Module) -> nn.Module:

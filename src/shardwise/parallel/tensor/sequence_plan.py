@@ -21,6 +21,7 @@ from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call, Doubled, random_copy, tensors_of, twin
 from shardwise.parallel.tensor.propose import argument_names
 from shardwise.parallel.tensor.prove import Difference, prove
+from shardwise.parallel.tensor.prove_vocabulary import NARROWLY, is_large_layer, narrow_layer
 from shardwise.parallel.tensor.threads import on_threads
 from shardwise.parallel.tensor.whole_numbers import with_whole_numbers
 from shardwise.trace.randomness import RandomMode, Scope
@@ -40,7 +41,12 @@ def dealt_out(plan: TensorPlan, kinds: Sequence[Kind], how: SequenceParallel) ->
         names = tuple(name for name in _activations(kind) if name not in base.inputs)
         if not kind.calls or not (names or base.lookups):
             continue
-        own, reason = _of_kind(kind, base, names, plan.tp, how is SequenceParallel.REGATHER)
+        narrow = is_large_layer(kind)
+        own, reason = _of_kind(
+            narrow_layer(kind) if narrow else kind, base, names, plan.tp, how is SequenceParallel.REGATHER
+        )
+        if narrow and own is not None and own.proof is not None:
+            own = dataclasses.replace(own, proof=dataclasses.replace(own.proof, on=NARROWLY))
         if own is None:
             reasons.update(dict.fromkeys(kind.units, reason))
         else:

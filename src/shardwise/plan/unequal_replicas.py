@@ -1,0 +1,78 @@
+"""Replicas on devices of several kinds: how many micro-batches each one would take, and what a step takes then.
+
+    even     every replica m micro-batches      the step waits for the slowest device
+    shares   by speed, m of them on average     all replicas are done at about the same time
+
+For layouts without a pipeline, whose replicas stand whole on one kind of device. What runs today gives every replica
+the same number; this says what that costs. Refuses to know how batches are divided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from shardwise.describe.cluster import Hosts
+from shardwise.errors import LayoutError
+from shardwise.layout import Layout
+from shardwise.plan.lines import TimeLines
+from shardwise.plan.pricer import Pricer
+from shardwise.plan.resize import of_devices
+from shardwise.plan.uneven import micro_batch_shares
+
+__all__ = ["Shares", "shares_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """kinds: (device, its replicas, micro-batches of each of them, at most); step_s, even_s: seconds of a step with
+    these shares, and with equal ones."""
+
+    kinds: tuple[tuple[str, int, int], ...]
+    step_s: float
+    even_s: float
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count} micro-batches on {device}" for device, _, count in self.kinds)
+        return f"{told}: {self.step_s / self.even_s:.2f} of the seconds of equal shares"
+
+
+def shares_of(pricer: Pricer, layout: Layout) -> Shares:
+    """Shares by speed. Raises `LayoutError` unless the layout has several replicas, no pipeline, and each of them
+    stands on devices of one kind."""
+    cluster = of_devices(pricer.cluster, layout.world_size)
+    each = layout.cp * layout.tp
+    if layout.pp > 1 or layout.num_replicas == 1 or any(hosts.num_devices % each for hosts in cluster.hosts):
+        raise LayoutError(
+            f"shares are of replicas that stand whole on one kind of device, without a pipeline, but {layout} has "
+            f"{layout.num_replicas} replicas of {layout.pp} × {each} ranks; use pp=1, and tp × cp that divides the "
+            "devices of every kind"
+        )
+    count = layout.num_micro_batches(pricer.job.global_batch)
+    even = pricer(layout)
+    busy = [_busy_s(pricer, layout, hosts) / count for hosts in cluster.hosts]
+    of_replica = [index for index, hosts in enumerate(cluster.hosts) for _ in range(hosts.num_devices // each)]
+    shares = micro_batch_shares([busy[index] for index in of_replica], count * layout.num_replicas)
+    slowest = max(own * busy[index] for index, own in zip(of_replica, shares, strict=True))
+    waited = max(_computing(lines) for lines in even.price.time)
+    kinds = tuple(
+        (
+            hosts.device.name,
+            of_replica.count(index),
+            max(own for at, own in zip(of_replica, shares, strict=True) if at == index),
+        )
+        for index, hosts in enumerate(cluster.hosts)
+    )
+    step_s = even.price.step_s
+    return Shares(kinds=kinds, step_s=step_s - waited + slowest, even_s=step_s)
+
+
+def _busy_s(pricer: Pricer, layout: Layout, hosts: Hosts) -> float:
+    """Of one replica on hosts of one kind, for as many micro-batches as equal shares are."""
+    count = -(-layout.world_size // hosts.devices)
+    alone = dataclasses.replace(pricer.cluster, hosts=(dataclasses.replace(hosts, count=count),))
+    priced = Pricer(pricer.works, alone, pricer.job, pricer.limits)(layout)
+    return max(_computing(lines) for lines in priced.price.time)
+
+
+def _computing(lines: TimeLines) -> float:
+    return lines.compute + lines.recompute + lines.tp + lines.cp + lines.ep + lines.host
