@@ -1,6 +1,6 @@
 """Many cases of one source priced at once: their stages in one table, their pipelines in arrays of equal shape.
 
-The arithmetic is the library's (`plan.stage_seconds`, `plan.price.steps_of`); here rows are only gathered, so that a
+The arithmetic is the library's (`plan.stage_seconds`, `plan.steps.steps_of`); here rows are only gathered, so that a
 fit that prices a thousand rows a thousand times takes minutes.
 """
 
@@ -17,8 +17,9 @@ from shardwise.describe.cluster import Cluster, Hosts, Overheads
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
 from shardwise.plan.compute import FloatArray
-from shardwise.plan.price import placed_stages, steps_of
+from shardwise.plan.price import placed_stages
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
+from shardwise.plan.steps import steps_of
 
 __all__ = ["Batch", "cluster_of"]
 

@@ -88,3 +88,13 @@ def test_an_objective_that_there_is_not_is_refused_with_those_that_there_are(run
 def test_a_run_whose_layout_is_still_to_be_found_is_not_trained(run_file, capsys) -> None:
     assert run_command(["train", run_file()]) == 1
     assert "shardwise plan" in capsys.readouterr().err
+
+
+def test_a_bare_config_is_searched_with_a_batch_that_is_named(tmp_path, capsys) -> None:
+    config = tmp_path / "config.json"
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config.write_text(json.dumps({"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 64, **shape}))
+    line = ["plan", "--model-config", str(config), "--cluster", "h100x2", "--global-batch", "8", "--json"]
+    assert run_command([*line, "--sequence-length", "16"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Layout.parse(told["ranking"][0]["layout"]).world_size == 2

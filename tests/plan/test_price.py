@@ -119,6 +119,15 @@ def test_divided_optimizers_update_less_and_gather_parameters() -> None:
     assert divided.memory[0].optimizer == pytest.approx(whole.memory[0].optimizer / 4)
 
 
+def test_parameters_gathered_for_every_micro_batch_show_where_computing_is_shorter() -> None:
+    """1e12 bytes around a ring of four at 1e11 bytes a second: 7.5 s, where a forward takes 1 s and a backward 2 s."""
+    some: dict[str, Any] = {"parameters": 25 * 10**10, "trained": 0}
+    found = priced(Layout(fsdp=4, zero=3), 2, **some)
+    assert found.time[0].replicas == pytest.approx(2 * (6.5 + 13.0), rel=0.01)  # gradients of 4 bytes besides
+    assert found.time[0].host == pytest.approx(0.0, abs=1e-9)
+    assert found.time[0].total == pytest.approx(found.step_s)
+
+
 def test_what_does_not_fit_is_said() -> None:
     assert priced(Layout(), saved_bytes=9e8).fits
     assert not priced(Layout(), saved_bytes=1.1e9).fits

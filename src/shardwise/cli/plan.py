@@ -45,6 +45,7 @@ from shardwise.train.run_file import load_run
 __all__ = ["command"]
 
 _KIB = 1024
+_PROOF_TOKENS = 64  # of a sample, with which divisions of a bare config are proven
 
 
 def command(
@@ -223,7 +224,8 @@ def _on_cluster_config(
 ) -> None:
     model = empty_model(read_config(path))
     batch = synthetic_batch(model, batch_size=batch_size, sequence_length=sequence_length)
-    traced = traced_model(model, batch, samples=batch_size, cluster=machine)
+    small = synthetic_batch(model, batch_size=2, sequence_length=min(sequence_length, _PROOF_TOKENS))
+    traced = traced_model(model, batch, samples=batch_size, cluster=machine, proof_batch=small)
     priced = job_of(global_batch, precision=Precision(compute="bfloat16"), optimizer="adamw")
     _on_cluster(traced, machine, priced, layout, asked, sweep)
 

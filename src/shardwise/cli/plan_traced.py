@@ -46,9 +46,13 @@ def traced_model(
     cluster: Cluster,
     loss: LossFunction | None = None,
     tp_plan: GivenPlan | None = None,
+    proof_batch: Mapping[str, Any] | None = None,
 ) -> Traced:
-    """The model with a batch of `samples`, for layouts of up to the cluster's devices. Raises ModelError."""
-    profiles = TracedProfiles(model, batch, loss=loss, tp_plan=tp_plan)
+    """The model with a batch of `samples`, for layouts of up to the cluster's devices. Raises ModelError.
+
+    proof_batch: that divisions are proven with, on real numbers: a small one, where the batch is large.
+    """
+    profiles = TracedProfiles(model, batch, loss=loss, tp_plan=tp_plan, proof_batch=proof_batch)
     whole = profiles.whole(min(samples, _SAMPLE))
     names = part_names(whole)
     count = sum(bool(node.parameters) for node in whole.flow.calls)

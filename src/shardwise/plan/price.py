@@ -3,12 +3,8 @@
     StageWork ──StageTable──► StageSeconds ──pipeline──► step ◄── replicas, optimizer, host
               ──memory_lines──► bytes of every place of the pipeline
 
-The same for a traced model and for a row of a table. `steps_of` prices many rows of one shape at once. A step:
-
-    pipeline of all micro-batches  +  sums of gradients that show  +  optimizer  +  parameters gathered  +  host
-
-where a micro-batch on a stage takes what the device or the host takes, whichever is longer (the host starts kernels
-ahead of the device, and a device that is faster waits for it). Refuses to know modules and how a layout is applied.
+The same for a traced model and for a row of a table; how a step is summed up is in `plan.steps`. Refuses to know
+modules and how a layout is applied.
 """
 
 from __future__ import annotations
@@ -28,18 +24,17 @@ from shardwise.plan.in_flight import kept_micro_batches
 from shardwise.plan.job import Job
 from shardwise.plan.lines import MemoryLines, TimeLines
 from shardwise.plan.memory import memory_lines
-from shardwise.plan.pipeline_time import PipelineTimes, costs_of_row, generated, pipeline_seconds
+from shardwise.plan.pipeline_time import costs_of_row, generated, pipeline_seconds
 from shardwise.plan.placing import ORDER, send_level, spans_of
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
-from shardwise.schedule import GENERATORS, Timeline, placement, simulate
+from shardwise.plan.steps import Steps, ranks_of, steps_of, times_of
+from shardwise.schedule import GENERATORS, Timeline, simulate
 
 MOST_SIMULATED = 4096  # forwards of a step, which is simulated whole if it has no more
 
-__all__ = ["Price", "Steps", "placed_stages", "price", "steps_of"]
-
-WAITS = 4.0  # norm of device and host: where both take one second, a phase takes 2 ** (1 / 4) = 1.19
+__all__ = ["Price", "placed_stages", "price"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,17 +54,6 @@ class Price:
     def peak_bytes(self) -> float:
         """Of the fullest place."""
         return max(lines.total for lines in self.memory)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Steps:
-    """Seconds of many rows: a step and its parts, shape (rows,); of stages, shape (rows, stages)."""
-
-    step_s: FloatArray
-    pipeline: FloatArray
-    replicas: FloatArray
-    optimizer: FloatArray
-    times: PipelineTimes
 
 
 def price(
@@ -98,7 +82,7 @@ def price(
         seconds = stage_seconds(StageTable.of(placed_stages(stages, layout, cluster, job, order=order)), cluster)
     rows = _as_row(seconds)
     counts = np.array([float(num_micro_batches)])
-    ranks = _ranks(layout)
+    ranks = ranks_of(layout)
     timeline = schedule = None
     steps = steps_of(rows, counts, layout, cluster.overheads, overlap=job.overlap_replicas)
     if exact or layout.schedule not in GENERATORS:
@@ -155,7 +139,7 @@ def placed_stages(
 ) -> list[PlacedStage]:
     """Every stage where its groups stand."""
     spans = spans_of(layout, cluster, order=order)
-    owner = {stage: place for place, own in enumerate(_ranks(layout)) for stage in own}
+    owner = {stage: place for place, own in enumerate(ranks_of(layout)) for stage in own}
     return [
         PlacedStage(
             work=work,
@@ -168,66 +152,6 @@ def placed_stages(
         )
         for work in stages
     ]
-
-
-def steps_of(
-    seconds: StageSeconds,
-    num_micro_batches: FloatArray,
-    layout: Layout,
-    overheads: Overheads,
-    *,
-    overlap: bool,
-) -> Steps:
-    """Steps of many rows with the stages, schedule and chunks of `layout`. Arrays of `seconds`: (rows, stages)."""
-    times, crowded = times_of(seconds, overheads), times_of(seconds, overheads, crowded=True)
-    chunks = layout.num_stages // layout.pp
-    pipeline = pipeline_seconds(times, num_micro_batches, schedule=_formula(layout), chunks=chunks)
-    # Messages crowd what computes once forwards and backwards pass each other, not the first and the last.
-    paces = [times.by_rank(one.forward + one.backward, _ranks(layout)).max(axis=1) for one in (crowded, times)]
-    pipeline = pipeline + (num_micro_batches - 1) * (paces[0] - paces[1])
-    hidden = np.minimum(seconds.reduce, times.backward) * (overheads.overlap if overlap else 0.0)
-    # The last backward of a stage ends before the pipeline does, by the backwards of the stages before it.
-    early = np.cumsum(times.backward + times.back, axis=1) - (times.backward + times.back)
-    shown = np.maximum((seconds.reduce - hidden - early).max(axis=1), 0.0) + seconds.shared.max(axis=1)
-    per_rank = [times.by_rank(part, _ranks(layout)).max(axis=1) for part in (seconds.optimizer, seconds.gather)]
-    optimizer, gather = per_rank
-    return Steps(
-        step_s=pipeline + shown + optimizer + gather + overheads.step_s,
-        pipeline=pipeline,
-        replicas=shown + gather,
-        optimizer=optimizer,
-        times=times,
-    )
-
-
-def _formula(layout: Layout) -> str:
-    """The generator whose closed form is taken; a schedule that is only given is simulated in its place."""
-    if layout.schedule in GENERATORS:
-        return layout.schedule
-    return "gpipe" if layout.num_stages == layout.pp else "looped-bfs"
-
-
-def times_of(seconds: StageSeconds, overheads: Overheads, *, crowded: bool = False) -> PipelineTimes:
-    """Of every stage a forward and a backward of one micro-batch; crowded: while messages of others cross hosts."""
-    shows = 1.0 - overheads.overlap
-    slower = 1.0 + overheads.beside
-    waits_forward = sum((pair[0] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
-    waits_backward = sum((pair[1] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
-    backward = seconds.recompute + seconds.input + seconds.weight
-    forward_s = _beside(
-        seconds.forward + waits_forward, seconds.hidden_forward + seconds.unshard_forward, shows, slower
-    )
-    backward_s = _beside(backward + waits_backward, seconds.hidden_backward + seconds.unshard_backward, shows, slower)
-    host_forward, host_backward = seconds.host_forward, seconds.host_backward
-    if crowded:
-        host_forward, host_backward = host_forward + seconds.crowded_forward, host_backward + seconds.crowded_backward
-    return PipelineTimes(
-        forward=_longer(forward_s, host_forward) + overheads.action_s,
-        backward=_longer(backward_s, host_backward) + overheads.action_s,
-        weight=seconds.weight,
-        send=seconds.send,
-        back=seconds.back,
-    )
 
 
 def in_flight_of(stages: Sequence[StageWork], layout: Layout, num_micro_batches: int) -> tuple[float, ...]:
@@ -251,17 +175,6 @@ def in_flight_of(stages: Sequence[StageWork], layout: Layout, num_micro_batches:
     )
 
 
-def _beside(computing: FloatArray, messages: FloatArray, shows: float, slower: float) -> FloatArray:
-    """Messages beside computing: what is longer, with the share that does not hide, and what they take of its pace."""
-    both = np.minimum(computing, messages)
-    return np.asarray(np.maximum(computing, messages) + both * (shows + slower - 1.0))
-
-
-def _longer(device: FloatArray, host: FloatArray) -> FloatArray:
-    """The longer of the two, and somewhat more where they are alike: each waits for the other now and then."""
-    return np.asarray((device**WAITS + host**WAITS) ** (1.0 / WAITS))
-
-
 def _as_row(seconds: StageSeconds) -> StageSeconds:
     """The arrays of one layout's stages as a single row."""
     values = {
@@ -271,13 +184,6 @@ def _as_row(seconds: StageSeconds) -> StageSeconds:
     }
     exchanges = {axis: (pair[0][None, :], pair[1][None, :]) for axis, pair in seconds.exchanges.items()}
     return StageSeconds(**values, exchanges=exchanges)
-
-
-def _ranks(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    if layout.schedule in GENERATORS:
-        return placement(layout.schedule, num_ranks=layout.pp, chunks=layout.num_stages // layout.pp)
-    source = source_of(layout)
-    return source.ranks if source is not None else tuple((stage,) for stage in range(layout.num_stages))
 
 
 def _level(layout: Layout, cluster: Cluster, place: int, target: int, order: tuple[str, ...]) -> int:
@@ -323,6 +229,8 @@ def _time_lines(
 ) -> tuple[TimeLines, ...]:
     """Of every place of the pipeline; what is neither its own work nor a message on its way is the bubble."""
     found: list[TimeLines] = []
+    nothing = np.zeros_like(rows.forward)
+    whole = times_of(dataclasses.replace(rows, unshard_forward=nothing, unshard_backward=nothing), overheads)
     for own in ranks:
         chosen = list(own)
 
@@ -333,7 +241,8 @@ def _time_lines(
         compute = of(rows.forward) + of(rows.input) + of(rows.weight)
         recompute = of(rows.recompute)
         busy = of(steps.times.forward) + of(steps.times.backward)
-        host = max(0.0, busy - compute - recompute - sum(axes.values()))
+        gathered = max(0.0, busy - of(whole.forward) - of(whole.backward))  # of divided parameters, what shows
+        host = max(0.0, busy - gathered - compute - recompute - sum(axes.values()))
         waits = max(0.0, float(steps.pipeline[0]) - busy)
         sent = min(waits, float((rows.send + rows.back)[0].sum()))
         found.append(
@@ -342,7 +251,7 @@ def _time_lines(
                 recompute=recompute,
                 pipeline=sent,
                 bubble=waits - sent,
-                replicas=float(steps.replicas[0]),
+                replicas=float(steps.replicas[0]) + gathered,
                 optimizer=float(steps.optimizer[0]),
                 host=host + overheads.step_s,
                 **axes,

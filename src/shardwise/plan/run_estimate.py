@@ -23,10 +23,11 @@ from shardwise.plan.job import Job
 from shardwise.plan.lines import MemoryLines, TimeLines
 from shardwise.plan.placing import send_level
 from shardwise.plan.plain import from_plain, to_plain
-from shardwise.plan.price import placed_stages, price, times_of
+from shardwise.plan.price import placed_stages, price
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
+from shardwise.plan.steps import times_of
 from shardwise.quantities import format_bytes, format_seconds
 from shardwise.schedule import Kind
 

@@ -148,8 +148,8 @@ def _check(layout: Layout, rank: int, device: torch.device | str | None) -> None
         raise LayoutError("a schedule is searched for by the ranks of a job, and here is one alone; name one")
     if device is None and layout.offload is not Offload.NONE:
         raise LayoutError(
-            f"without a device there is one memory and not two, but offload={layout.offload} moves things between them; "
-            "rehearse it where there is a device, or with offload=none"
+            f"without a device there is one memory and not two, but offload={layout.offload} moves things between "
+            "them; rehearse it where there is a device, or with offload=none"
         )
     if device is None and layout.ep > 1:
         raise LayoutError(

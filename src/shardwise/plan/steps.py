@@ -1,0 +1,115 @@
+"""Steps of many rows at once: pipelines, what shows of sums of gradients, the optimizer; arrays (rows, stages).
+
+    pipeline of all micro-batches  +  sums of gradients that show  +  optimizer  +  parameters gathered  +  host
+
+where a micro-batch on a stage takes what the device or the host takes, whichever is longer: the host starts kernels
+ahead of the device, and a device that is faster waits for it. Refuses to know kernels and bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from shardwise.describe.cluster import Overheads
+from shardwise.layout import Layout
+from shardwise.plan.compute import FloatArray
+from shardwise.plan.pipeline_time import PipelineTimes, pipeline_seconds
+from shardwise.plan.sources import source_of
+from shardwise.plan.stage_seconds import StageSeconds
+from shardwise.schedule import GENERATORS, placement
+
+__all__ = ["Steps", "ranks_of", "steps_of", "times_of"]
+
+WAITS = 4.0  # norm of device and host: where both take one second, a phase takes 2 ** (1 / 4) = 1.19
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Seconds of many rows: a step and its parts, shape (rows,); of stages, shape (rows, stages)."""
+
+    step_s: FloatArray
+    pipeline: FloatArray
+    replicas: FloatArray
+    optimizer: FloatArray
+    times: PipelineTimes
+
+
+def steps_of(
+    seconds: StageSeconds,
+    num_micro_batches: FloatArray,
+    layout: Layout,
+    overheads: Overheads,
+    *,
+    overlap: bool,
+) -> Steps:
+    """Steps of many rows with the stages, schedule and chunks of `layout`. Arrays of `seconds`: (rows, stages)."""
+    times, crowded = times_of(seconds, overheads), times_of(seconds, overheads, crowded=True)
+    chunks = layout.num_stages // layout.pp
+    pipeline = pipeline_seconds(times, num_micro_batches, schedule=_formula(layout), chunks=chunks)
+    # Messages crowd what computes once forwards and backwards pass each other, not the first and the last.
+    paces = [times.by_rank(one.forward + one.backward, ranks_of(layout)).max(axis=1) for one in (crowded, times)]
+    pipeline = pipeline + (num_micro_batches - 1) * (paces[0] - paces[1])
+    hidden = np.minimum(seconds.reduce, times.backward) * (overheads.overlap if overlap else 0.0)
+    # The last backward of a stage ends before the pipeline does, by the backwards of the stages before it.
+    early = np.cumsum(times.backward + times.back, axis=1) - (times.backward + times.back)
+    shown = np.maximum((seconds.reduce - hidden - early).max(axis=1), 0.0) + seconds.shared.max(axis=1)
+    per_rank = [times.by_rank(part, ranks_of(layout)).max(axis=1) for part in (seconds.optimizer, seconds.gather)]
+    optimizer, gather = per_rank
+    return Steps(
+        step_s=pipeline + shown + optimizer + gather + overheads.step_s,
+        pipeline=pipeline,
+        replicas=shown + gather,
+        optimizer=optimizer,
+        times=times,
+    )
+
+
+def _formula(layout: Layout) -> str:
+    """The generator whose closed form is taken; a schedule that is only given is simulated in its place."""
+    if layout.schedule in GENERATORS:
+        return layout.schedule
+    return "gpipe" if layout.num_stages == layout.pp else "looped-bfs"
+
+
+def times_of(seconds: StageSeconds, overheads: Overheads, *, crowded: bool = False) -> PipelineTimes:
+    """Of every stage a forward and a backward of one micro-batch; crowded: while messages of others cross hosts."""
+    shows = 1.0 - overheads.overlap
+    slower = 1.0 + overheads.beside
+    waits_forward = sum((pair[0] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
+    waits_backward = sum((pair[1] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
+    backward = seconds.recompute + seconds.input + seconds.weight
+    forward_s = _beside(
+        seconds.forward + waits_forward, seconds.hidden_forward + seconds.unshard_forward, shows, slower
+    )
+    backward_s = _beside(backward + waits_backward, seconds.hidden_backward + seconds.unshard_backward, shows, slower)
+    host_forward, host_backward = seconds.host_forward, seconds.host_backward
+    if crowded:
+        host_forward, host_backward = host_forward + seconds.crowded_forward, host_backward + seconds.crowded_backward
+    return PipelineTimes(
+        forward=_longer(forward_s, host_forward) + overheads.action_s,
+        backward=_longer(backward_s, host_backward) + overheads.action_s,
+        weight=seconds.weight,
+        send=seconds.send,
+        back=seconds.back,
+    )
+
+
+def _beside(computing: FloatArray, messages: FloatArray, shows: float, slower: float) -> FloatArray:
+    """Messages beside computing: what is longer, with the share that does not hide, and what they take of its pace."""
+    both = np.minimum(computing, messages)
+    return np.asarray(np.maximum(computing, messages) + both * (shows + slower - 1.0))
+
+
+def _longer(device: FloatArray, host: FloatArray) -> FloatArray:
+    """The longer of the two, and somewhat more where they are alike: each waits for the other now and then."""
+    return np.asarray((device**WAITS + host**WAITS) ** (1.0 / WAITS))
+
+
+def ranks_of(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """[r]: the stages of place r of the pipeline."""
+    if layout.schedule in GENERATORS:
+        return placement(layout.schedule, num_ranks=layout.pp, chunks=layout.num_stages // layout.pp)
+    source = source_of(layout)
+    return source.ranks if source is not None else tuple((stage,) for stage in range(layout.num_stages))
