@@ -34,6 +34,11 @@ def test_figures_are_the_worst_of_settings_and_ranks() -> None:
         "a": {"dp2": {"shardwise dp2": [1.0, 1.0, 9.0], "ddp": [2.0, 2.0, 9.0]}},
         "b": {"dp2": {"shardwise dp2": [3.0], "ddp": [4.0]}},
     }
-    memory = {"shardwise zero3": [(10, 0), (30, 0)], "fsdp2 zero3": [(20, 0), (20, 0)]}
+    memory = {"shardwise zero3": [(10, 0, 9), (30, 0, 9)], "fsdp2 zero3": [(20, 0, 12), (20, 0, 18)]}
     figures = run._figures(timings, memory, [("shardwise zero3", "fsdp2 zero3")])
-    assert figures == {"dp2_vs_ddp": 0.75, "peak_memory_zero3": 1.5, "peak_memory_vs_fsdp2": 1.5}
+    assert figures == {
+        "dp2_vs_ddp": 0.75,
+        "peak_memory_zero3": 1.5,
+        "proportional_memory_zero3": 0.75,
+        "peak_memory_vs_fsdp2": 1.5,
+    }

@@ -61,10 +61,10 @@ def test_nanotron_fills_stages_by_cost() -> None:
     arch = Architecture(
         layers=16, hidden=2048, ffn=8192, mats=3, heads=32, kv_heads=32, head_dim=64, vocab=131072, tied=True
     )
-    four = shares_of(arch, 4, stack_of(NANOTRON))  # the head costs four layers: five a stage
+    four = shares_of(arch, 4, stack_of(_row()))  # the head costs four layers: five a stage
     assert [share.layers for share in four] == [5, 5, 5, 1]
     assert [share.head for share in four] == [False, False, False, True]
-    assert [share.blocks for share in shares_of(arch, 32, stack_of(NANOTRON))].count(0) > 0
+    assert [share.blocks for share in shares_of(arch, 32, stack_of(_row()))].count(0) > 0
 
 
 def test_ends_count_as_a_layer() -> None:

@@ -50,15 +50,17 @@ def test_uneven_stages_and_messages_take_nearly_what_the_simulator_says(name: st
         assert found == pytest.approx(exact, rel=0.12), (ranks, count, message)
 
 
-def test_rows_are_priced_together_as_alone() -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2"])
+def test_rows_are_priced_together_as_alone(schedule: str) -> None:
+    """Also where a formula holds for one row, which has enough micro-batches, and not for the other."""
     one, other = times(4, uneven=0.3, seed=1), times(4, uneven=0.3, seed=2)
     both = PipelineTimes(
         **{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in vars(one)},
     )
     counts = np.array([4.0, 9.0])
-    together = pipeline_seconds(both, counts, schedule="1f1b", chunks=1)
+    together = pipeline_seconds(both, counts, schedule=schedule, chunks=1)
     alone = [
-        pipeline_seconds(row, counts[place : place + 1], schedule="1f1b", chunks=1)[0]
+        pipeline_seconds(row, counts[place : place + 1], schedule=schedule, chunks=1)[0]
         for place, row in enumerate((one, other))
     ]
     assert together == pytest.approx(alone)

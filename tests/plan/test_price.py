@@ -111,6 +111,18 @@ def test_sums_of_gradients_hide_behind_the_last_backward_or_show() -> None:
     assert shown.time[0].replicas == pytest.approx(1.5)
 
 
+def test_without_overlap_a_rank_sums_the_gradients_of_all_its_stages_behind_its_last_backward() -> None:
+    """5e10 bytes a stage around a ring of four: 0.75 s each; of two chunks on one rank 1.5 s."""
+    some: dict[str, Any] = {"parameters": 125 * 10**8, "trained": 125 * 10**8}
+    per = dataclasses.replace(JOB.per_parameter, gradient=0, optimizer=0, parameter=0)
+    job = dataclasses.replace(JOB, per_parameter=per, overlap_replicas=False)
+    layout = Layout(dp=4, pp=2, schedule="interleaved", chunks=2)
+    links = (dataclasses.replace(LINKS[0], ranks=8), LINKS[1])
+    cluster = Cluster(hosts=(Hosts(device=CARD, devices=8),), links=links)
+    found, free = (priced(layout, 2, job=job, cluster=cluster, **own) for own in (some, {}))
+    assert found.step_s - free.step_s == pytest.approx(1.5)
+
+
 def test_divided_optimizers_update_less_and_gather_parameters() -> None:
     some: dict[str, Any] = {"parameters": 10**9, "trained": 10**9}
     whole, divided = (priced(layout, 1, **some) for layout in (Layout(dp=4), Layout(fsdp=4, zero=1)))

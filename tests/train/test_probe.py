@@ -39,6 +39,7 @@ def test_two_ranks_measure_a_machine_that_can_be() -> None:
     assert fitted.cluster.links[0].latency_s > 0
 
 
+@pytest.mark.slow
 def test_rounds_end_when_the_time_is_over() -> None:
     started = time.perf_counter()
     (times,) = probe([1], how=dataclasses.replace(TINY, rounds=1000, budget_s=0.0))

@@ -105,8 +105,8 @@ def real_step(context: RankContext, layout: Layout) -> Real:
     [
         ("pp=2", 1e-4),
         ("dp=2", 1e-2),  # buckets of a real run are in memory that ranks share, rounded up
-        ("pp=2,schedule=zb-h1", 1e-4),
-        ("pp=2,recompute=full", 1e-4),
+        pytest.param("pp=2,schedule=zb-h1", 1e-4, marks=pytest.mark.slow),
+        pytest.param("pp=2,recompute=full", 1e-4, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_held_and_sent_are_those_of_a_real_run(text: str, apart: float) -> None:
@@ -118,6 +118,7 @@ def test_bytes_held_and_sent_are_those_of_a_real_run(text: str, apart: float) ->
         assert found.peak_bytes == pytest.approx(real[rank].peak_bytes, rel=apart)
 
 
+@pytest.mark.slow
 def test_divided_state_is_reduced_as_in_a_real_run_whose_ranks_read_each_others_parameters_in_place() -> None:
     layout = Layout.parse("fsdp=2")
     real = run_ranks(real_step, (layout,), world_size=2, timeout_s=60, num_threads=1)
@@ -126,7 +127,14 @@ def test_divided_state_is_reduced_as_in_a_real_run_whose_ranks_read_each_others_
     assert real[1].sent_bytes["fsdp.all_gather"] == 0 < found["fsdp.all_gather"]  # on several hosts it is sent
 
 
-@pytest.mark.parametrize("text", ["tp=2", "cp=2,context=ulysses", "dp=2,pp=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp=2",
+        pytest.param("cp=2,context=ulysses", marks=pytest.mark.slow),
+        pytest.param("dp=2,pp=2", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_sent_are_those_of_a_real_run(text: str) -> None:
     layout = Layout.parse(text)
     real = run_ranks(real_step, (layout,), world_size=layout.world_size, timeout_s=60, num_threads=1)

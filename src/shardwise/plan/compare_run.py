@@ -51,7 +51,7 @@ def compare(
 ) -> tuple[Row, ...]:
     """All rows. traffic[place]: what a rank there was predicted to send in a step."""
     return (
-        *_step(predicted, measured),
+        *_step(predicted, measured, summed=layout.num_replicas * layout.cp > 1),
         *_memory(predicted, measured, layout),
         *_actions(predicted, measured),
         *_waiting(predicted, measured),
@@ -66,16 +66,17 @@ def median_error(rows: Sequence[Row], section: str | None = None) -> float | Non
     return statistics.median(errors) if errors else None
 
 
-def _step(predicted: Predicted, measured: RunMeasured) -> Iterator[Row]:
-    """What is waited for behind the last action where nothing is summed belongs to everything else."""
+def _step(predicted: Predicted, measured: RunMeasured, *, summed: bool) -> Iterator[Row]:
+    """summed: whether ranks sum gradients, hidden or not: rows do not depend on what is predicted. Where nothing is
+    summed, what is waited for behind the last action belongs to everything else."""
     first = predicted.time[0]
-    parts = [measured.pipeline_s, measured.optimizer_s, *([measured.sums_s] if first.replicas else [])]
+    parts = [measured.pipeline_s, measured.optimizer_s, *([measured.sums_s] if summed else [])]
     known = [seconds for seconds in parts if seconds is not None]
     rest = max(0.0, measured.step_s - sum(known)) if measured.step_s is not None and len(known) == len(parts) else None
     for what, guess, seconds in (
         (_WHOLE, predicted.step_s, measured.step_s),
         ("pipeline", predicted.pipeline_s, measured.pipeline_s),
-        *([("sums of gradients", first.replicas, measured.sums_s)] if first.replicas else []),
+        *([("sums of gradients", first.replicas, measured.sums_s)] if summed else []),
         ("optimizer", first.optimizer, measured.optimizer_s),
         ("everything else", predicted.step_overhead_s, rest),
         ("  of it data", None, measured.data_s),
