@@ -126,7 +126,7 @@ def block_bytes(shard: Shard, stack: Stack, *, recompute: str, keeps: Keeps | No
     if recompute == "full":
         return boundary
     if recompute == "selective":
-        if keeps.by_operation:
+        if keeps.by_operation or stack.every_second:
             return min(whole, boundary + _every_second_product(shard) + parts["core"])
         return whole - parts["scores"]
     return whole

@@ -16,7 +16,9 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.planner.activations import logits_bytes, saved_bytes, transient_bytes
+from benchmarks.planner.devices import device_of, dtype_of
 from benchmarks.planner.kernels import (
+    arrived_exchanges,
     embedding_exchanges,
     embedding_kernels,
     head_exchanges,
@@ -35,7 +37,9 @@ from shardwise.layout import Layout
 from shardwise.plan.job import Job, PerParameter
 from shardwise.plan.stage_work import StageWork
 
-__all__ = ["Case", "architecture_of", "case_of", "recompute_of"]
+_VOCAB = 50257
+
+__all__ = ["Case", "architecture_of", "case_of", "layout_of", "mended", "micro_batch_of", "recompute_of", "replicas_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,15 +57,13 @@ class Case:
 
 def case_of(row: Row, others: Sequence[Row] = ()) -> Case | None:
     """The case of a row, or None where it states too little. others: rows of the same source, for what is open."""
+    row = mended(row)
     arch = architecture_of(row, others)
-    stack = stack_of(row.file, row.notes)
-    if arch is None or not row.global_batch_seqs or not row.seq_len or not row.n_gpus:
+    stack = stack_of(row)
+    if arch is None or device_of(row.gpu) is None or not row.global_batch_seqs or not row.seq_len or not row.n_gpus:
         return None
-    if row.tp * row.pp * row.cp > row.n_gpus:  # misread: no such pipeline fits on the GPUs
-        row = dataclasses.replace(row, pp=1, vpp=1)
-    dp = row.dp or max(1, row.n_gpus // (row.tp * row.pp * row.cp))
-    micro_batch = row.micro_batch or max(1, min(1, row.global_batch_seqs // dp))
-    count = max(1, round(row.global_batch_seqs / (dp * micro_batch)))
+    dp = replicas_of(row)
+    count = max(1, round(row.global_batch_seqs / (dp * micro_batch_of(row, dp, stack))))
     try:
         layout = layout_of(row, arch, dp, count)
     except ShardwiseError:
@@ -84,20 +86,48 @@ def case_of(row: Row, others: Sequence[Row] = ()) -> Case | None:
         overlap_replicas=stack.overlap and (stack.overlap_divided or layout.fsdp == 1),
         reduce_bytes=stack.wire_bytes,
     )
-    stages = stages_of(shard, stack, layout, recompute_of(row, stack), embeddings_are_layers="embedding" in row.notes)
+    stages = stages_of(
+        shard,
+        stack,
+        layout,
+        recompute_of(row, stack),
+        dtype=dtype_of(row.precision, row.gpu),
+        embeddings_are_layers="embedding" in row.notes,
+    )
     return Case(row=row, architecture=arch, stack=stack, stages=stages, layout=layout, job=job, num_micro_batches=count)
 
 
+def mended(row: Row) -> Row:
+    """The row, or without a pipeline where no such one fits on its GPUs, so that it was misread."""
+    if row.n_gpus is None or row.tp * row.pp * row.cp <= row.n_gpus:
+        return row
+    return dataclasses.replace(row, pp=1, vpp=1)
+
+
+def replicas_of(row: Row) -> int:
+    """What the row says, or what its GPUs leave."""
+    return row.dp or max(1, (row.n_gpus or 1) // (row.tp * row.pp * row.cp))
+
+
+def micro_batch_of(row: Row, dp: int, stack: Stack) -> int:
+    """What the row says; else a sample, or, where the stack cuts batches by stages, what makes as many as those."""
+    if row.micro_batch or not stack.cuts_by_stages or row.global_batch_seqs is None:
+        return row.micro_batch or 1
+    return max(1, row.global_batch_seqs // dp // max(1, row.pp))
+
+
 def layout_of(row: Row, arch: Architecture, dp: int, count: int) -> Layout:
-    """The row's axes; replicas that divide state are the layout's fsdp. Raises `LayoutError` where they do not fit."""
-    divided = row.zero_stage >= 1
+    """The row's axes; replicas that divide state are the layout's fsdp: all, or groups of as many as the row says.
+
+    Raises `LayoutError` where they do not fit."""
     ep = math.gcd(row.ep, dp)
     replicas = dp // ep
+    divided = math.gcd(row.divided_among or replicas, replicas) if row.zero_stage >= 1 else 1
     counted = (arch.layers, arch.layers + 2)  # or embedding and head as layers
     chunks = row.vpp if row.pp > 1 and any(layers % (row.pp * row.vpp) == 0 for layers in counted) else 1
     return Layout(
-        dp=1 if divided else replicas,
-        fsdp=replicas if divided else 1,
+        dp=replicas // divided,
+        fsdp=divided,
         zero=max(1, row.zero_stage),
         ep=ep,
         pp=row.pp,
@@ -147,7 +177,16 @@ def architecture_of(row: Row, others: Sequence[Row] = ()) -> Architecture | None
             vocab=row.vocab,
             tied=bool(row.tied),
         )
-    return _inferred(row, others)
+    return _inferred(row, others) or _completed(row)
+
+
+def _completed(row: Row) -> Architecture | None:
+    """Of a row that states its layers and their size alone: heads of 128 (or 64), GPT-2's vocabulary."""
+    if not row.layers or not row.hidden or row.family != "dense":
+        return None
+    head = row.head_dim or (row.hidden // row.heads if row.heads else 128 if row.hidden % 128 == 0 else 64)
+    heads = row.heads or max(1, row.hidden // head)
+    return architecture_of(dataclasses.replace(row, heads=heads, head_dim=head, vocab=row.vocab or _VOCAB))
 
 
 def _inferred(row: Row, others: Sequence[Row]) -> Architecture | None:
@@ -169,17 +208,17 @@ def _inferred(row: Row, others: Sequence[Row]) -> Architecture | None:
 
 
 def stages_of(
-    shard: Shard, stack: Stack, layout: Layout, recompute: str, *, embeddings_are_layers: bool
+    shard: Shard, stack: Stack, layout: Layout, recompute: str, *, dtype: str, embeddings_are_layers: bool
 ) -> tuple[StageWork, ...]:
     """The work of every stage; equal ones are one object."""
     shares = shares_of(shard.arch, layout.num_stages, stack, ends=embeddings_are_layers)
     split = [(share.layers, share.head) for share in shares]
     last = layout.num_stages - 1
     head_at = next(index for index in range(last, -1, -1) if split[index][1] or index == 0)
-    crossing = 2.0 * shard.tokens * shard.arch.hidden / (shard.tp if shard.sp else 1)
+    crossing = 2.0 * shard.tokens * shard.arch.hidden / (shard.tp if shard.sp or stack.scattered_sends else 1)
     return tuple(
         dataclasses.replace(
-            _stage(shard, stack, recompute, layers, stage == 0, stage == head_at, last > 0),
+            _stage(shard, stack, recompute, dtype, layers, stage == 0, stage == head_at, last > 0),
             stage=stage,
             sends={stage + 1: crossing} if stage < last else {},
             gradients={stage + 1: crossing} if stage < last else {},
@@ -194,9 +233,11 @@ def _layer(shard: Shard, stack: Stack, dtype: str) -> tuple[tuple[Kernel, ...], 
 
 
 @functools.lru_cache(maxsize=65536)
-def _stage(shard: Shard, stack: Stack, recompute: str, layers: int, first: bool, head: bool, staged: bool) -> StageWork:
+def _stage(
+    shard: Shard, stack: Stack, recompute: str, dtype: str, layers: int, first: bool, head: bool, staged: bool
+) -> StageWork:
     """Without its place and what it sends."""
-    arch, dtype = shard.arch, "bfloat16"
+    arch = shard.arch
     kernels, exchanges = _layer(shard, stack, dtype)
     if recompute == "full":
         exchanges = layer_exchanges(shard, recomputed=True)
@@ -215,6 +256,8 @@ def _stage(shard: Shard, stack: Stack, recompute: str, layers: int, first: bool,
         works += head_kernels(shard, stack, dtype)
         moved += head_exchanges(shard)
         tables += 0 if first and arch.tied else vocab
+    if staged and stack.scattered_sends and shard.tp > 1 and not shard.sp:
+        moved += arrived_exchanges(shard, first=first, last=head)
     parameters = layers * dense + experts + tables
     ends = arch.tied and staged and first != head
     return StageWork(

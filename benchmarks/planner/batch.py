@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.planner.architectures import Case
-from shardwise.describe.catalogue import find_device
+from benchmarks.planner.devices import entry_of
 from shardwise.describe.cluster import Cluster, Hosts, Overheads
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
@@ -24,29 +24,25 @@ from shardwise.plan.steps import steps_of
 __all__ = ["Batch", "cluster_of"]
 
 EXCHANGE_S = 3e-5  # of the host for one collective of torch.distributed: what both A100 tables want if it is fitted
+_HOST = 8  # devices of a box: what the catalogue sells as more is a rack, which NVLink joins whatever boxes it has
 
 
-def cluster_of(gpu: str, gpus_per_node: int, hosts: int = 2) -> Cluster:
-    """The catalogue's device and links of that name."""
-    entry = find_device(_named(gpu))
-    joined = max(gpus_per_node, entry.devices_of_host)  # a rack of NVLink is one host, however many boxes it has
+def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2) -> Cluster:
+    """The catalogue's device and links of that name; hosts as large as the row says, or as the device is sold in.
+
+    Raises `ConfigError` where the catalogue has no such device."""
+    entry = entry_of(gpu)
+    if entry is None:
+        raise ConfigError(f"{gpu!r} is no device of the catalogue; add it to devices.toml")
+    joined = gpus_per_node or entry.devices_of_host
+    if entry.devices_of_host > _HOST:
+        joined = max(joined, entry.devices_of_host)
     inside = dataclasses.replace(entry.inside, ranks=joined)
     links = (inside, dataclasses.replace(entry.between, ranks=None))
     overheads = Overheads(exchange_s=EXCHANGE_S)
     return Cluster(
         hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, overheads=overheads, name=gpu
     )
-
-
-def _named(gpu: str) -> str:
-    """The name of the catalogue for a name of the table: less and less of it, until one device is meant."""
-    words = gpu.replace("(", " ").replace("-", " ").split()
-    for count in range(len(words), 0, -1):
-        try:
-            return find_device(" ".join(words[:count])).device.name
-        except ConfigError:
-            continue
-    raise ConfigError(f"{gpu!r} is no device of the catalogue; add it to devices.toml")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def read(cluster: Cluster, coefficients: Sequence[Coefficient]) -> FloatArray:
 
 def apply(cluster: Cluster, coefficients: Sequence[Coefficient], logs: FloatArray) -> Cluster:
     """The cluster with these values."""
-    values: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for each, log in zip(coefficients, logs, strict=True):
         value = float(min(max(np.exp(log), each.least), each.most))
         values.setdefault(each.where, {})[each.name] = value

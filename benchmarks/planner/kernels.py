@@ -15,6 +15,7 @@ from benchmarks.planner.stacks import Stack
 from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
 
 __all__ = [
+    "arrived_exchanges",
     "embedding_exchanges",
     "embedding_kernels",
     "head_exchanges",
@@ -32,7 +33,7 @@ def layer_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
     wide = shard.heads * arch.head_dim
     kv = shard.kv_heads * arch.head_dim
     found = [
-        *_passes(2, _norm(between, arch.hidden), _norm(between, arch.hidden, back=True)),
+        *_passes(2, 2 * _norm(between, arch.hidden), 2 * _norm(between, arch.hidden, back=True)),
         *_linear(tokens, wide + 2 * kv, arch.hidden, dtype, stack, count=1),
         *_linear(tokens, arch.hidden, wide, dtype, stack, count=1),
         *_attention(shard, stack, dtype),
@@ -40,7 +41,7 @@ def layer_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
     ]
     if arch.rotary:
         turned = 4 * tokens * (wide + kv)  # read and written
-        found += _passes(1 if stack.compiled else 2, turned / 2, turned / 2)
+        found += _passes(1 if stack.compiled else 2, turned, turned)
     if arch.experts:
         found += _experts(shard, stack, dtype)
         if arch.shared:
@@ -129,6 +130,13 @@ def head_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
     )
 
 
+def arrived_exchanges(shard: Shard, *, first: bool, last: bool) -> tuple[Exchange, ...]:
+    """What came in parts from the stage before, and its gradient from the one behind, gathered among the shards."""
+    nbytes = 2 * shard.tokens * shard.arch.hidden
+    phases = (*(() if first else (F,)), *(() if last else (B,)))
+    return tuple(_exchange(ExchangeKind.ALL_GATHER, "tp", phase, nbytes, 1) for phase in phases)
+
+
 def head_exchanges(shard: Shard) -> tuple[Exchange, ...]:
     """Three sums over the vocabulary of one number a token, and what a layer's product needs."""
     if shard.tp == 1:
@@ -151,7 +159,7 @@ def _mlp(tokens: int, ffn: int, shard: Shard, stack: Stack, dtype: str) -> list[
     wide = ffn * (arch.mats - 1)
     inner = tokens * ffn
     if arch.mats == 3 and not stack.compiled:
-        acts = _passes(2, 5 * inner, 7 * inner)
+        acts = _passes(2, 10 * inner, 16 * inner)  # activation 2 + 2 and 2 + 2 + 2, product 4 + 2 and 6 + 4
     else:
         acts = _passes(1, 2 * arch.mats * inner, 2 * (2 * arch.mats - 1) * inner)
     return [

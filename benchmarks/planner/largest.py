@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from benchmarks.planner.architectures import stages_of
 from benchmarks.planner.shapes import Architecture, Shard
-from benchmarks.planner.stacks import stack_of
+from benchmarks.planner.stacks import TODAY
 from shardwise.describe.catalogue import named_cluster
 from shardwise.describe.cluster import Cluster
 from shardwise.layout import Layout
@@ -85,7 +85,7 @@ DEEPSEEK = Large(
 
 def works_of(model: Large) -> ChainWorks:
     """What every unit does: the embedding, each layer, the head."""
-    stack = stack_of("")
+    stack, dtype = TODAY, "bfloat16"
 
     def parts(arch: Architecture, layout: Layout, samples: int) -> tuple[StageWork, ...]:
         """Embedding, one layer, head."""
@@ -99,7 +99,7 @@ def works_of(model: Large) -> ChainWorks:
             ep=layout.ep,
             sp=bool(layout.sequence_parallel),
         )
-        return stages_of(shard, stack, Layout(pp=3), layout.recompute, embeddings_are_layers=True)
+        return stages_of(shard, stack, Layout(pp=3), layout.recompute, dtype=dtype, embeddings_are_layers=True)
 
     def units(layout: Layout, samples: int) -> tuple[StageWork, ...]:
         made = [(parts(arch, layout, samples), count) for arch, count in model.blocks]

@@ -23,7 +23,14 @@ from benchmarks.planner.activations import (
     transient_bytes,
     weight_bytes,
 )
-from benchmarks.planner.architectures import architecture_of, layout_of, recompute_of
+from benchmarks.planner.architectures import (
+    architecture_of,
+    layout_of,
+    mended,
+    micro_batch_of,
+    recompute_of,
+    replicas_of,
+)
 from benchmarks.planner.partition import Share, shares_of
 from benchmarks.planner.rows import Row
 from benchmarks.planner.shapes import Shard
@@ -56,11 +63,12 @@ class Held:
 
 def held_of(row: Row, others: Sequence[Row] = ()) -> Held | None:
     """None where the row states too little."""
-    arch, stack = architecture_of(row, others), stack_of(row.file)
+    row = mended(row)
+    arch, stack = architecture_of(row, others), stack_of(row)
     if arch is None or not row.global_batch_seqs or not row.seq_len or not row.n_gpus:
         return None
-    dp = row.dp or max(1, row.n_gpus // (row.tp * row.pp * row.cp))
-    count = max(1, round(row.global_batch_seqs / (dp * _micro_batch(row, dp))))
+    dp = replicas_of(row)
+    count = max(1, round(row.global_batch_seqs / (dp * micro_batch_of(row, dp, stack))))
     try:
         layout = layout_of(row, arch, dp, count)
     except ShardwiseError:
@@ -94,12 +102,6 @@ def held_of(row: Row, others: Sequence[Row] = ()) -> Held | None:
         again=np.array([count > max(alive[stage] for stage in place) for place in places]),
         runs=_rule(row, stack, shares, count),
     )
-
-
-def _micro_batch(row: Row, dp: int) -> int:
-    """What the row says; else what fills its pipeline: as many micro-batches as stages (torchtitan's default)."""
-    assert row.global_batch_seqs is not None
-    return row.micro_batch or max(1, row.global_batch_seqs // dp // max(1, row.pp))
 
 
 def _per_parameter(row: Row, keeps: Keeps) -> PerParameter:

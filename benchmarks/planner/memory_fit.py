@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from benchmarks.planner.batch import cluster_of
+from benchmarks.planner.devices import device_of
 from benchmarks.planner.memory_cases import LINES, Held
 from benchmarks.planner.rows import Row
-from shardwise.errors import ConfigError
 
 __all__ = [
     "COEFFICIENTS",
     "GIB",
     "MemoryFit",
+    "capacity_of",
     "fit_memory",
     "fits",
     "groups_of",
@@ -95,7 +95,7 @@ def measured_place(held: Held, fit: MemoryFit) -> float:
 
 def fits(held: Held, fit: MemoryFit) -> bool:
     """Whether the row runs: by its stack's rules, and in the device's memory with the switch set that saves most."""
-    return not held.runs and _least(held, fit) <= fit.usable * _capacity(held.row)
+    return not held.runs and _least(held, fit) <= fit.usable * capacity_of(held.row)
 
 
 def fit_memory(rows: Sequence[Held]) -> Callable[[Row], MemoryFit]:
@@ -161,7 +161,7 @@ def _fit(rows: Sequence[Held], around: MemoryFit) -> MemoryFit:
 def _usable(rows: Sequence[Held], fit: MemoryFit) -> float:
     """The share of a device at which the fewest rows are decided wrong; one near it is half decided."""
     told = [
-        (_least(each, fit) / _capacity(each.row), each.row.status == "ok")
+        (_least(each, fit) / capacity_of(each.row), each.row.status == "ok")
         for each in rows
         if states_verdict(each.row) and not each.runs
     ]
@@ -179,14 +179,14 @@ def _least(held: Held, fit: MemoryFit) -> float:
     return float(predicted(held, dataclasses.replace(fit, values={**fit.values, **shards})).max())
 
 
-def _capacity(row: Row) -> float:
+def capacity_of(row: Row) -> float:
     """Bytes of the row's device: the catalogue's, unless its name says that it has more or less."""
     named = re.search(r"(\d+)\s*GB", row.gpu)
     stated = float(named.group(1)) * GIB * _REPORTED if named else np.inf
-    try:
-        known = float(cluster_of(row.gpu, row.gpus_per_node or 8).hosts[0].device.memory_bytes)
-    except ConfigError:
+    device = device_of(row.gpu)
+    if device is None:
         return stated
+    known = float(device.memory_bytes)
     return known if not named or abs(known / stated - 1.0) < 0.1 else stated
 
 

@@ -38,14 +38,17 @@ def memory_figures(rows: Sequence[Row], fit_rows: Sequence[Row], *, folds: int =
     """The figures of `rows` by fits of `fit_rows`: by folds where both are the same, so that no row is seen.
 
     by_source: file -> memory_median, memory_rows (tier A) and memory_median_all, memory_rows_all (all tiers), errors as
-    fractions; oom_accuracy over oom_rows rows that say whether they ran in memory; oom_wrong_runs, oom_wrong_ooms.
+    fractions; oom_accuracy over oom_rows rows that say whether they ran in memory; oom_wrong_runs, oom_wrong_ooms;
+    unpriced_memory: rows that say something and state too little to be predicted. A row of both tables, whatever their
+    files are called, is predicted by folds.
     """
     held = _held(rows)
-    if list(rows) == list(fit_rows):
-        chosen = _cross_fits(held, folds)
-    else:
-        fit_of = fit_memory(_held(fit_rows))
-        chosen = [fit_of(each.row) for each in held]
+    known = _held(fit_rows)
+    crossed = {}
+    if set(rows) & set(fit_rows):
+        crossed = dict(zip((each.row for each in known), _cross_fits(known, folds), strict=True))
+    fit_of = None if len(crossed) and all(each.row in crossed for each in held) else fit_memory(known)
+    chosen = [crossed[each.row] if fit_of is None else crossed.get(each.row) or fit_of(each.row) for each in held]
     errors = [
         (each.row, abs(measured_place(each, fit) / GIB / (each.row.memory_gib or 1.0) - 1.0))
         for each, fit in zip(held, chosen, strict=True)
@@ -74,6 +77,7 @@ def memory_figures(rows: Sequence[Row], fit_rows: Sequence[Row], *, folds: int =
         "oom_rows": len(verdicts),
         "oom_wrong_runs": sum(ran and not said for ran, said in verdicts),
         "oom_wrong_ooms": sum(said and not ran for ran, said in verdicts),
+        "unpriced_memory": sum(states_verdict(row) for row in rows) - len(held),
     }
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     fit_rows, rows = read_rows(arguments.fit), read_rows(arguments.score)
     print(memory_table(fit_rows))
-    print(json.dumps(memory_figures(rows, rows if arguments.fit == arguments.score else fit_rows)))
+    print(json.dumps(memory_figures(rows, fit_rows)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ micro-batch: of 16 rows of the H100 sweep that are predicted to fill more than 9
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from benchmarks.planner.batch import cluster_of
-from benchmarks.planner.memory_cases import held_of
-from benchmarks.planner.memory_fit import fit_memory, predicted, states_verdict
+from benchmarks.planner.folds import folds_of
+from benchmarks.planner.memory_cases import Held, held_of
+from benchmarks.planner.memory_fit import MemoryFit, capacity_of, fit_memory, predicted, states_verdict
 from benchmarks.planner.rows import Row
 from shardwise.plan.compute import FloatArray
 
@@ -22,23 +22,26 @@ __all__ = ["FULLEST", "filled"]
 FULLEST = 0.95
 
 
-def filled(rows: Sequence[Row], known: Sequence[Row], folds: np.ndarray | None = None) -> FloatArray:
-    """[row]: the share of a device's memory that it takes, by a fit of `known`; 0 where its source says nothing of
-    memory, so that nothing was fitted, or too little else.
+def filled(rows: Sequence[Row], known: Sequence[Row]) -> FloatArray:
+    """[row]: the share of a device's memory that it takes, by a fit of known rows among which it is not; 0 where its
+    source says nothing of memory, so that nothing was fitted, or too little else.
 
-    folds: [row], where `known` are the same rows: each is predicted by the fit of the other folds.
+    Rows that are among the known ones are predicted by the fit of the folds that they are not in.
     """
-    held = [held_of(row, rows) for row in rows]
+    own: list[tuple[Held, int]] = []
+    for row, fold in zip(known, folds_of(known).tolist(), strict=True):
+        held = held_of(row, known) if states_verdict(row) else None
+        if held is not None:
+            own.append((held, fold))
+    fold_of = dict(zip(known, folds_of(known).tolist(), strict=True))
+    needed: dict[int, Callable[[Row], MemoryFit]] = {}
     found = np.zeros(len(rows))
-    if folds is None:
-        speaking = [held_of(row, known) for row in known if states_verdict(row)]
-        fits = {0: fit_memory([each for each in speaking if each is not None])}
-        folds = np.zeros(len(rows), dtype=np.int64)
-    else:
-        own = [(each, fold) for each, fold in zip(held, folds, strict=True) if each and states_verdict(each.row)]
-        fits = {fold: fit_memory([each for each, its in own if its != fold]) for fold in sorted(set(folds.tolist()))}
-    for place, (each, fold) in enumerate(zip(held, folds, strict=True)):
-        if each is not None and states_verdict(each.row):
-            capacity = cluster_of(each.row.gpu, each.row.gpus_per_node or 8).hosts[0].device.memory_bytes
-            found[place] = predicted(each, fits[int(fold)](each.row)).max() / capacity
+    for place, row in enumerate(rows):
+        held = held_of(row, rows) if states_verdict(row) else None
+        if held is None:
+            continue
+        without = fold_of.get(row, -1)
+        if without not in needed:
+            needed[without] = fit_memory([each for each, fold in own if fold != without])
+        found[place] = predicted(held, needed[without](row)).max() / capacity_of(row)
     return found

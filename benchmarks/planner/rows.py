@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -53,9 +54,18 @@ class Row:
 
     @property
     def zero_stage(self) -> int:
-        """The stage of ZeRO that the row names first; 0 where it names none."""
-        found = re.search(r"\d", self.zero)
-        return int(found.group()) if found else 0
+        """The stage of ZeRO that the row names first ("1 (distributed optimizer)", "ZeRO-3", "zero stage 0/1"), not any
+        digit ("DeepSpeed 3D"); 3 of FSDP without one, 0 where it names none."""
+        found = re.search(r"(?:^\s*|zero[\s-]*|stage[\s-]*)([0-3])(?!\w)", self.zero, re.IGNORECASE)
+        if found:
+            return int(found.group(1))
+        return 3 if "fsdp" in self.zero.lower() else 0
+
+    @property
+    def divided_among(self) -> int | None:
+        """Replicas among which state is divided, where not all do so ("3 (FSDP group 128)")."""
+        found = re.search(r"group (\d+)", self.zero)
+        return int(found.group(1)) if found else None
 
     @property
     def billions(self) -> float | None:
@@ -94,6 +104,7 @@ def _row(fields: dict[str, str]) -> Row:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

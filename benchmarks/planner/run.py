@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.planner.architectures import Case, case_of
 from benchmarks.planner.coefficients import COEFFICIENTS
 from benchmarks.planner.fit import Fitted, Prepared, fit, prepare
+from benchmarks.planner.folds import FOLDS, folds_of
 from benchmarks.planner.memory_score import memory_table, with_memory
 from benchmarks.planner.room import filled
 from benchmarks.planner.rows import Row, read_rows
@@ -18,9 +19,6 @@ from benchmarks.planner.score import choice_figures, source_figures
 from shardwise.plan.compute import FloatArray
 
 __all__ = ["main"]
-
-FOLDS = 5
-SEED = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,17 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--score", required=True, help="the table whose rows are scored; the same: cross-validation")
     parser.add_argument("--json-only", action="store_true", help="only the JSON line")
     given = parser.parse_args(arguments)
-    every = read_rows(given.score)
-    known = every if given.fit == given.score else read_rows(given.fit)
+    every, known = read_rows(given.score), read_rows(given.fit)
     rows = scored_rows(every)
-    if given.fit == given.score:
-        predicted, fitted = cross_validated(rows)
-        shares = filled(rows, rows, _folds(rows))
-    else:
-        fitted = fitted_on(scored_rows(known))
-        predicted = predicted_by(fitted, rows)
-        shares = filled(rows, known)
+    predicted, fitted = unseen(rows, scored_rows(known))
+    shares = filled(rows, known)
     figures = {"by_source": source_figures(rows, predicted), **choice_figures(rows, predicted, shares)}
+    figures["unpriced"] = int((~np.isfinite(predicted)).sum())
     figures = with_memory(figures, every, known)
     if not given.json_only:
         print(coefficient_table(fitted))
@@ -50,7 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def scored_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Tier A that ran."""
-    return tuple(row for row in rows if row.tier == "A" and row.status == "ok" and row.step_time_s)
+    return tuple(row for row in rows if row.tier == "A" and row.status == "ok" and (row.step_time_s or 0.0) > 0)
+
+
+def unseen(rows: Sequence[Row], known: Sequence[Row]) -> tuple[FloatArray, Fitted]:
+    """[row]: its step by a fit of known rows among which it is not, and the fit of all that are known. What both tables
+    have, whatever their files are called, is predicted by cross-validation of the known ones."""
+    own: dict[Row, float] = {}
+    if set(rows) & set(known):
+        found, fitted = cross_validated(known)
+        own = dict(zip(known, found.tolist(), strict=True))
+    else:
+        fitted = fitted_on(known)
+    predicted = np.array([own.get(row, np.nan) for row in rows])
+    others = np.array([place for place, row in enumerate(rows) if row not in own], dtype=np.int64)
+    if len(others):
+        predicted[others] = predicted_by(fitted, rows)[others]
+    return predicted, fitted
 
 
 def cross_validated(rows: Sequence[Row]) -> tuple[FloatArray, Fitted]:
@@ -58,7 +67,7 @@ def cross_validated(rows: Sequence[Row]) -> tuple[FloatArray, Fitted]:
     cases, places = cases_of(rows)
     prepared = prepare(cases)
     indices = _indices(prepared, cases)
-    folds = _folds([cases[i].row for i in range(len(cases))])
+    folds = folds_of([rows[place] for place in places])
     found = np.full(len(rows), np.nan)
     for fold in range(FOLDS):
         chosen = [folds[own] != fold for own in indices]
@@ -113,32 +122,3 @@ def _indices(prepared: Sequence[Prepared], cases: Sequence[Case]) -> list[np.nda
     """[source]: where its cases stand among all."""
     place = {id(case): index for index, case in enumerate(cases)}
     return [np.array([place[id(case)] for case in one.batch.cases], dtype=np.int64) for one in prepared]
-
-
-def _folds(rows: Sequence[Row]) -> np.ndarray:
-    """[row]: its fold; drawn by configuration."""
-    names = [
-        str(
-            (
-                r.file,
-                r.model,
-                r.gpu,
-                r.n_gpus,
-                r.tp,
-                r.pp,
-                r.vpp,
-                r.dp,
-                r.cp,
-                r.ep,
-                r.micro_batch,
-                r.seq_len,
-                r.global_batch_seqs,
-                r.recompute,
-            )
-        )
-        for r in rows
-    ]
-    distinct = sorted(set(names))
-    drawn = np.random.default_rng(SEED).permutation(len(distinct)) % FOLDS
-    fold = dict(zip(distinct, drawn.tolist(), strict=True))
-    return np.array([fold[name] for name in names])

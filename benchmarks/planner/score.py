@@ -44,7 +44,7 @@ def choice_figures(rows: Sequence[Row], predicted: FloatArray, shares: FloatArra
     return {
         "top1_within_5pct": float(np.mean(lost <= 0.05)),
         "top1_within_10pct": float(np.mean(lost <= 0.10)),
-        "spearman_median": float(np.nanmedian(ranks)),
+        "spearman_median": float(np.nanmedian(ranks)) if ranks else 0.0,
         "groups": len(kept),
     }
 

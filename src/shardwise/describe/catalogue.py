@@ -15,7 +15,7 @@ import difflib
 import functools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from shardwise.describe.cluster import Cluster, Device, Hosts, Link, Overheads
@@ -50,13 +50,14 @@ def entries() -> tuple[Entry, ...]:
 
 
 def find_device(name: str) -> Entry:
-    """By its name, one of its other names, or the beginning of one that no other device has. Raises `ConfigError`."""
+    """By its name, one of its other names, or its first words, if no other device begins so. Raises `ConfigError`."""
     found = _found(name)
     if found is not None:
         return found
     known = sorted(each.device.name for each in entries())
-    near = difflib.get_close_matches(_plain(name), [_plain(each) for each in known], n=1, cutoff=0.5)
-    meant = "".join(f"; did you mean {each}?" for each in known if near and _plain(each) == near[0])
+    names = {_plain(own): each.device.name for each in entries() for own in (each.device.name, *each.names)}
+    near = difflib.get_close_matches(_plain(name), names, n=1, cutoff=0.5)
+    meant = "".join(f"; did you mean {names[each]}?" for each in near)
     raise ConfigError(
         f"{name!r} is no device of the catalogue{meant or '; write a cluster file for it'}. The catalogue has "
         f"{', '.join(known)}"
@@ -140,9 +141,15 @@ def _found(name: str) -> Entry | None:
     if not wanted:
         return None
     exact = [each for each in entries() if wanted in map(_plain, (each.device.name, *each.names))]
-    begun = [each for each in entries() if any(_plain(n).startswith(wanted) for n in (each.device.name, *each.names))]
+    begun = [each for each in entries() if wanted in _beginnings((each.device.name, *each.names))]
     found = exact or begun
     return found[0] if len(found) == 1 else None
+
+
+def _beginnings(names: Iterable[str]) -> set[str]:
+    """Of whole words: an H20 is no H200."""
+    words = [re.split(r"[\s-]+", name) for name in names]
+    return {_plain("".join(each[:count])) for each in words for count in range(1, len(each))}
 
 
 def _plain(name: str) -> str:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import numpy.typing as npt
 
 from shardwise.plan.alike_pipelines import fill_of
 from shardwise.plan.compute import FloatArray
@@ -33,6 +34,10 @@ class PipelineTimes:
     weight: FloatArray
     send: FloatArray
     back: FloatArray
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> PipelineTimes:
+        """Some of them."""
+        return PipelineTimes(**{field.name: getattr(self, field.name)[chosen] for field in dataclasses.fields(self)})
 
     def by_rank(self, values: FloatArray, ranks: tuple[tuple[int, ...], ...]) -> FloatArray:
         """(rows, ranks): sums over the stages that each rank owns."""
@@ -55,9 +60,16 @@ def pipeline_seconds(times: PipelineTimes, micro_batches: FloatArray, *, schedul
     }
     if schedule in formulas and (chunks == 1 or schedule in ("interleaved", "looped-bfs")):
         return formulas[schedule](times, micro_batches, num_ranks)
-    if schedule in ("zb-h1", "zb-h2") and chunks == 1 and micro_batches.min() >= 2 * num_ranks:
-        return _zero_bubble(times, micro_batches, num_ranks, put_off=2 if schedule == "zb-h1" else 3)
-    return _continued(times, micro_batches, schedule, num_ranks, chunks)
+    filled = np.zeros(len(micro_batches), dtype=bool)
+    if schedule in ("zb-h1", "zb-h2") and chunks == 1:
+        filled = micro_batches >= 2 * num_ranks
+    found = np.zeros(len(micro_batches))
+    if filled.any():
+        put_off = 2 if schedule == "zb-h1" else 3
+        found[filled] = _zero_bubble(times.rows(filled), micro_batches[filled], num_ranks, put_off=put_off)
+    if not filled.all():
+        found[~filled] = _continued(times.rows(~filled), micro_batches[~filled], schedule, num_ranks, chunks)
+    return found
 
 
 def _trip(times: PipelineTimes) -> FloatArray:

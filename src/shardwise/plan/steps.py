@@ -51,10 +51,14 @@ def steps_of(
     # Messages crowd what computes once forwards and backwards pass each other, not the first and the last.
     paces = [times.by_rank(one.forward + one.backward, ranks_of(layout)).max(axis=1) for one in (crowded, times)]
     pipeline = pipeline + (num_micro_batches - 1) * (paces[0] - paces[1])
-    hidden = np.minimum(seconds.reduce, times.backward) * (overheads.overlap if overlap else 0.0)
     # The last backward of a stage ends before the pipeline does, by the backwards of the stages before it.
     early = np.cumsum(times.backward + times.back, axis=1) - (times.backward + times.back)
-    shown = np.maximum((seconds.reduce - hidden - early).max(axis=1), 0.0) + seconds.shared.max(axis=1)
+    if overlap:
+        left = seconds.reduce - np.minimum(seconds.reduce, times.backward) * overheads.overlap
+    else:  # a rank sums all of its stages behind its last backward, which is that of its first stage
+        left = times.by_rank(seconds.reduce, ranks_of(layout))
+        early = early[:, [own[0] for own in ranks_of(layout)]]
+    shown = np.maximum((left - early).max(axis=1), 0.0) + seconds.shared.max(axis=1)
     per_rank = [times.by_rank(part, ranks_of(layout)).max(axis=1) for part in (seconds.optimizer, seconds.gather)]
     optimizer, gather = per_rank
     return Steps(
