@@ -39,7 +39,17 @@ from shardwise.plan.stage_work import StageWork
 
 _VOCAB = 50257
 
-__all__ = ["Case", "architecture_of", "case_of", "layout_of", "mended", "micro_batch_of", "recompute_of", "replicas_of"]
+__all__ = [
+    "Case",
+    "architecture_of",
+    "case_of",
+    "layout_of",
+    "mended",
+    "micro_batch_of",
+    "recompute_of",
+    "replicas_of",
+    "shard_of",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,16 +79,7 @@ def case_of(row: Row, others: Sequence[Row] = ()) -> Case | None:
     except ShardwiseError:
         return None
     samples = max(1, round(row.global_batch_seqs / (dp * count)))
-    shard = Shard(
-        arch=arch,
-        samples=samples,
-        sequence=math.ceil(row.seq_len / row.cp),
-        whole=row.seq_len,
-        tp=row.tp,
-        cp=row.cp,
-        ep=row.ep,
-        sp=row.sp,
-    )
+    shard = shard_of(row, arch, samples)
     per = PerParameter(parameter=2, gradient=stack.summed_bytes, master=4, optimizer=8)
     job = Job(
         global_batch=dp * count * samples,
@@ -114,6 +115,21 @@ def micro_batch_of(row: Row, dp: int, stack: Stack) -> int:
     if row.micro_batch or not stack.cuts_by_stages or row.global_batch_seqs is None:
         return row.micro_batch or 1
     return max(1, row.global_batch_seqs // dp // max(1, row.pp))
+
+
+def shard_of(row: Row, arch: Architecture, samples: int) -> Shard:
+    """What one rank of the row's tensor and context axes computes for `samples`; the row has a sequence length."""
+    assert row.seq_len is not None
+    return Shard(
+        arch=arch,
+        samples=samples,
+        sequence=math.ceil(row.seq_len / row.cp),
+        whole=row.seq_len,
+        tp=row.tp,
+        cp=row.cp,
+        ep=row.ep,
+        sp=row.sp,
+    )
 
 
 def layout_of(row: Row, arch: Architecture, dp: int, count: int) -> Layout:

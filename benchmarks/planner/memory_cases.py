@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +29,7 @@ from benchmarks.planner.architectures import (
     micro_batch_of,
     recompute_of,
     replicas_of,
+    shard_of,
 )
 from benchmarks.planner.partition import Share, shares_of
 from benchmarks.planner.rows import Row
@@ -76,16 +76,7 @@ def held_of(row: Row, others: Sequence[Row] = ()) -> Held | None:
     shares = shares_of(arch, layout.num_stages, stack, ends="embedding" in row.notes)
     keeps = keeps_of(stack)
     samples = max(1, round(row.global_batch_seqs / (dp * count)))
-    shard = Shard(
-        arch=arch,
-        samples=samples,
-        sequence=math.ceil(row.seq_len / row.cp),
-        whole=row.seq_len,
-        tp=row.tp,
-        cp=row.cp,
-        ep=row.ep,
-        sp=row.sp,
-    )
+    shard = shard_of(row, arch, samples)
     job = Job(
         global_batch=dp * count * samples, per_parameter=_per_parameter(row, keeps), gradients_stay=keeps.gradients_stay
     )
