@@ -18,6 +18,7 @@ import pytest
 
 LAYERS = (
     "errors",
+    "files",
     "quantities events",
     "describe schedule tasks",
     "layout",
@@ -26,10 +27,11 @@ LAYERS = (
     "parallel",
     "execute",
     "train report",
-    "verify elastic",
+    "verify elastic generate",
     "cli testing",
+    "__main__",
 )
-PLANNING_SIDE = frozenset("errors quantities events describe layout schedule plan report".split())
+PLANNING_SIDE = frozenset("errors files quantities events describe layout schedule plan report".split())
 MAY_READ_ENVIRONMENT = frozenset({"launch.environment"})
 # the public names, the table of verbs, and what loads a user's `module:factory`
 MAY_IMPORT_BY_NAME = frozenset({"", "cli", "testing", "launch", "trace", "tasks", "train"})

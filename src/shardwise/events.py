@@ -18,10 +18,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from shardwise.errors import ConfigError
+from shardwise.files import check_regular
 
 __all__ = ["Event", "JsonlSink", "MemorySink", "NullSink", "Sink", "event_files", "read_events"]
 
 _FIELDS = frozenset({"kind", "rank", "step", "seconds", "data"})
+_REPAIR = "give the events that a run wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,10 @@ class Event:
         """The event of one line; ConfigError says what is wrong with it."""
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"not a line of JSON ({error}): {line[:80]!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"an event is a line of JSON, but {line[:80]!r} is not: {error}; {_REPAIR}") from error
         if not isinstance(record, dict) or set(record) != _FIELDS or not isinstance(record["data"], dict):
-            raise ConfigError(f"an event has exactly the fields {sorted(_FIELDS)}, not {line[:80]!r}")
+            raise ConfigError(f"an event has exactly the fields {sorted(_FIELDS)}, not {line[:80]!r}; {_REPAIR}")
         try:
             step = None if record["step"] is None else int(record["step"])
             return cls(
@@ -76,9 +78,10 @@ class Event:
                 seconds=float(record["seconds"]),
                 data=record["data"],
             )
-        except (TypeError, ValueError) as error:
-            rule = f"an event's rank and step are integers, seconds a number, not {line[:80]!r}"
-            raise ConfigError(rule) from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"an event's rank and step are integers, seconds a number, not {line[:80]!r}; {_REPAIR}"
+            ) from error
 
 
 class Sink(Protocol):
@@ -169,6 +172,7 @@ def read_events(path: str | Path) -> Iterator[Event]:
     that is not an event is a ConfigError that names file and line.
     """
     for file in event_files(path):
+        check_regular(file, what="a file of events", repair=_REPAIR)
         with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith("\n"):

@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch) -> str:
     "override, error, told",
     [
         ("model={}", ConfigError, "neither config nor path nor factory; add one"),
-        ("model.config=none.json", ConfigError, "model.config: .*none.json is none: No such file.*; correct the path"),
+        ("model.config=none.json", ConfigError, "model.config: .*none.json: No such file.*; correct the path"),
         ("model.config={}", ConfigError, "model.config: a config names its model_type"),
         ('model.config.model_type="lama"', ConfigError, "says 'lama'; did you mean llama or"),
         ("model.config.hiden_size=32", ConfigError, "hiden_size = 32 is none; write hidden_size"),

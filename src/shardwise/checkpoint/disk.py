@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
+from shardwise.files import irregular
 
-__all__ = ["disk_errors", "replace_file", "sync_folder", "temporary_name", "write_synced"]
+__all__ = ["check_file", "disk_errors", "replace_file", "sync_folder", "temporary_name", "write_synced"]
 
 
 @contextmanager
@@ -29,6 +30,14 @@ def disk_errors(action: str, path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"could not {action} {path}: {reason}; check the path, its permissions and the free space"
         ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise CheckpointError where there is no regular file: reading a named pipe would never end."""
+    with disk_errors("read", path):
+        kind = irregular(path)
+    if kind is not None:
+        raise CheckpointError(f"{path} must be a regular file, but is {kind}; copy it again from where it came")
 
 
 def temporary_name(name: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from shardwise.checkpoint.disk import disk_errors
+from shardwise.checkpoint.disk import check_file, disk_errors
 from shardwise.checkpoint.strict_json import DAMAGED, Record, parse_object
 from shardwise.errors import CheckpointError
 
@@ -112,6 +112,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError that names file and field when the file is missing, truncated or malformed.
     """
+    check_file(path)
     with disk_errors("read", path), path.open("rb") as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardwise.checkpoint.disk import disk_errors
+from shardwise.checkpoint.disk import check_file, disk_errors
 from shardwise.checkpoint.header import StoredTensor, read_header
 from shardwise.checkpoint.manifest import Manifest, Piece, TensorEntry
 from shardwise.checkpoint.slices import TensorSlice
@@ -52,6 +52,7 @@ def open_checkpoint(root_or_step: Path | str) -> Source:
     """Open a checkpoint: the folder of a step, or a folder of steps, of which the latest is taken."""
     path = Path(root_or_step)
     folder = path if (path / MANIFEST).is_file() else latest(path)
+    check_file(folder / MANIFEST)
     with disk_errors("read", folder / MANIFEST):
         data = (folder / MANIFEST).read_bytes()
     return Source(folder=folder, manifest=Manifest.from_bytes(data, path=folder / MANIFEST))
@@ -92,6 +93,7 @@ def _model_file(folder: Path) -> Path:
 
 def _indexed_tensors(path: Path) -> dict[str, tuple[str, StoredTensor]]:
     """Name -> (file, tensor) by an index file."""
+    check_file(path)
     with disk_errors("read", path):
         weight_map = parse_object(path.read_bytes(), path=path).record("weight_map")
     files = {name: weight_map.text(name) for name in weight_map.fields}

@@ -17,6 +17,7 @@ from shardwise.cli.draw_passes import with_passes
 from shardwise.cli.draw_run import panels_of, recording_of, timelines_of, words_of
 from shardwise.cli.draw_searched import SEARCHED, searched_for
 from shardwise.errors import ConfigError
+from shardwise.files import read_text
 from shardwise.schedule import (
     GENERATORS,
     Costs,
@@ -191,11 +192,7 @@ def _schedule(source: str, *, num_ranks: int, num_micro_batches: int, chunks: in
         return pipedream_2bw.unrolled(num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_steps=_STEPS)
     if source in GENERATORS or path.suffix not in (".json", ".csv"):
         return generate(source, num_ranks=num_ranks, num_micro_batches=num_micro_batches, chunks=chunks)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"a schedule file can be read, but {path} cannot: {why}; correct the path") from error
+    text = read_text(path, what="a schedule file", repair="correct the path")
     return Schedule.from_json(text) if path.suffix == ".json" else read_csv(text, name=path.stem)
 
 

@@ -30,7 +30,7 @@ def recording_of(folder: Path, step: int | None) -> Recording:
             f"a step is drawn that was recorded, but step {chosen} was not; those of {folder} are "
             f"{', '.join(map(str, sorted(found)))}"
         )
-    return Recording.from_json(found[chosen].read_text(encoding="utf-8"))
+    return Recording.read(found[chosen])
 
 
 def panels_of(recording: Recording) -> list[Panel]:

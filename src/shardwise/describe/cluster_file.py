@@ -22,6 +22,7 @@ from typing import Any
 
 from shardwise.describe.cluster import Cluster
 from shardwise.errors import ConfigError
+from shardwise.files import read_text
 from shardwise.quantities import (
     exact_bytes,
     exact_flops,
@@ -40,11 +41,10 @@ _SEVERAL = "clusters"
 
 def read_clusters(path: str | Path) -> tuple[Cluster, ...]:
     """All clusters of a file, in its order. Raises `ConfigError` where it is not there, no TOML, or no cluster."""
+    text = read_text(path, what="a cluster file", repair="name a cluster file, or a cluster")
     try:
-        return clusters_from(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a cluster file, or a cluster") from error
-    except tomllib.TOMLDecodeError as error:
+        return clusters_from(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}; mend that line") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

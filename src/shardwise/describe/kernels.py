@@ -69,7 +69,9 @@ class Kernel:
             raise ModelError(f"batch_dims are dims of the shape {self.shape}, but got {self.batch_dims}; see Kernel")
         counts = (self.flops, self.nbytes, self.count, *self.shape, self.batch_bytes or 0)
         if any(number < 0 for number in counts) or (self.batch_bytes or 0) > self.nbytes:
-            raise ModelError(f"what a kernel costs is 0 or more, and its batch_bytes a part of its nbytes: {self}")
+            raise ModelError(
+                f"what a kernel costs is 0 or more, and its batch_bytes a part of its nbytes, but got {self}; see Kernel"
+            )
 
     def scaled(self, factor: float) -> Kernel:
         """The same with `factor` times the samples. Flops, and what belongs to the batch of shape and bytes, grow."""
@@ -98,7 +100,8 @@ class ExchangeKind(StrEnum):
 class Exchange:
     """One kind of exchange inside a unit, `count` times, over an axis of the layout: "tp", "cp" or "ep".
 
-    hidden: whether what computes meanwhile does not wait for it (the next turn of a ring).
+    hidden: whether what computes meanwhile does not wait for it (the next turn of a ring). again: whether it belongs to
+    a forward that is computed again before the backward.
     """
 
     kind: ExchangeKind
@@ -107,6 +110,7 @@ class Exchange:
     nbytes: int
     count: int = 1
     hidden: bool = False
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.axis not in ("tp", "cp", "ep"):

@@ -244,7 +244,7 @@ class ModelProfile:
                 tied={name: tuple(others) for name, others in data["tied"].items()},
                 buffer_bytes=int(data["buffer_bytes"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ModelError(
                 "a profile in JSON has the fields of ModelProfile, but reading it failed with "
                 f"{type(error).__name__}: {error}; compare with the output of ModelProfile.to_json"

@@ -210,7 +210,7 @@ class Layout:
         """The layout that `to_json` wrote. Raises `LayoutError`."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LayoutError(f"a layout in JSON is an object of its fields, but {error}; fix it") from error
         if not isinstance(fields, dict):
             raise LayoutError(f"a layout in JSON is an object of its fields, but got {text!r}; fix it")

@@ -31,7 +31,7 @@ def check_axes(*, dp: int, pp: int, tp: int = 1, ep: int = 1, fsdp: int = 1, cp:
     """Every axis has at least one rank."""
     for name, size in (("dp", dp), ("pp", pp), ("tp", tp), ("ep", ep), ("fsdp", fsdp), ("cp", cp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise LayoutError(f"an axis has 1 rank or more, but {name}={size!r}; use {name}=1 to leave it out")
+            raise LayoutError(f"an axis has 1 rank or more, but {name}={size!r:.60}; use {name}=1 to leave it out")
 
 
 def check_zero(zero: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from shardwise.describe.cluster import Cluster
 from shardwise.errors import ConfigError, ShardwiseError
+from shardwise.files import read_text
 from shardwise.layout import Layout
 from shardwise.plan.collectives import send_seconds
 from shardwise.plan.job import Job
@@ -110,14 +111,12 @@ def estimate_file(folder: str | Path) -> Path:
 def read_estimate(folder: str | Path) -> RunEstimate:
     """The estimate of a run's folder. Raises `ConfigError` where there is none, or it is another version's."""
     path = estimate_file(folder)
+    text = read_text(
+        path, what="the estimate of a run that `shardwise train` started", repair="give the folder of a run"
+    )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"a run that was started by `shardwise train` has an estimate, but {path}: {error.strerror}; give the "
-            "folder of a run"
-        ) from error
-    except ValueError as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is JSON, but {error}; train again") from error
     try:
         found = from_plain(RunEstimate, values)

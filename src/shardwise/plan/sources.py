@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shardwise.errors import LayoutError, ScheduleError
+from shardwise.files import read_text
 from shardwise.layout import SEARCHED, Layout
 from shardwise.schedule import GENERATORS, Action, Kind, Schedule, generate, pipedream_2bw, placement
 from shardwise.schedule.passes import with_offload
@@ -185,12 +186,9 @@ def _check_flushed(layout: Layout) -> None:
 
 def _read(layout: Layout) -> Schedule:
     path = Path(layout.schedule)
+    text = read_text(path, what="a schedule file", repair="correct the path", error=LayoutError)
     try:
-        text = path.read_text(encoding="utf-8")
         schedule = read_csv(text, name=path.stem) if path.suffix == ".csv" else Schedule.from_json(text)
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise LayoutError(f"a schedule file can be read, but {path} cannot: {why}; correct the path") from error
     except ScheduleError as error:
         raise LayoutError(f"{path}: {error}") from error
     if schedule.num_ranks != layout.pp or schedule.num_stages != layout.num_stages:

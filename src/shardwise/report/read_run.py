@@ -33,7 +33,7 @@ def read_run(folder: str | Path) -> RunMeasured:
     events = list(read_events(Path(folder) / "events"))
     since, steps = _since_start(events), {event.step for event in events if event.kind == "step"}
     recordings = [
-        Recording.from_json(path.read_text(encoding="utf-8"))
+        Recording.read(path)
         for number, path in recordings_in(Path(folder) / "timelines").items()
         if number - 1 in steps
     ]
@@ -74,10 +74,10 @@ def measured_of(events: Iterable[Event], recordings: Sequence[Recording] = ()) -
 
 
 def _since_start(events: Sequence[Event]) -> list[Event]:
-    """Of every rank what follows its last start."""
+    """Of every rank what follows its last start, on the layout that it has now."""
     found: dict[int, list[Event]] = {}
     for event in events:
-        if event.kind == "start":
+        if event.kind in ("start", "relayout"):
             found[event.rank] = []
         found.setdefault(event.rank, []).append(event)
     return [event for own in found.values() for event in own]

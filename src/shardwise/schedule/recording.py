@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import ScheduleError
+from shardwise.files import read_text
 from shardwise.schedule.costs import Costs
 from shardwise.schedule.graph import Edges
 from shardwise.schedule.measured_costs import measured_costs
@@ -125,11 +126,20 @@ class Recording:
                 sums_s=float(values["sums_s"]),
                 clock_error_s=float(values["clock_error_s"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ScheduleError(
                 "a recording in JSON has step, layout, schedule, edges, measured, planned, sums_s and clock_error_s, "
                 f"but reading failed with {type(error).__name__}: {error}; compare with the output of Recording.to_json"
             ) from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recording:
+        """The recording in a file. Raises ScheduleError that names it."""
+        text = read_text(path, what="a recorded step", repair="train on with [timeline]", error=ScheduleError)
+        try:
+            return cls.from_json(text)
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from error
 
     def write(self, folder: str | Path) -> Path:
         """Keep it as a file of the folder, by the number of its step. Returns the file."""

@@ -83,7 +83,7 @@ class Schedule:
                 ranks=tuple(tuple(int(s) for s in stages) for stages in values["ranks"]),
                 actions=tuple(_parse_actions(row) for row in values["actions"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ScheduleError(
                 f"a schedule in JSON has name, num_stages, num_micro_batches, ranks (lists of stages) and "
                 f"actions (one text a rank), but reading it failed with {type(error).__name__}: {error}; "

@@ -89,7 +89,7 @@ class Timeline:
                 for rank, action, start_s, end_s in values["spans"]
             )
             return cls(num_ranks=int(values["num_ranks"]), spans=spans)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ScheduleError(
                 "a timeline in JSON has num_ranks and spans of [rank, action, start_s, end_s], but reading "
                 f"it failed with {type(error).__name__}: {error}; compare with the output of Timeline.to_json"

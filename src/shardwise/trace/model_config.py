@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from shardwise.describe.profile import ModelProfile
 from shardwise.errors import ConfigError, ModelError
+from shardwise.files import read_text
 from shardwise.trace.deferred import defer, place
 from shardwise.trace.profile import trace
 
@@ -61,12 +62,12 @@ def read_config(config: Any) -> Any:
     where, written = "the config", isinstance(config, Mapping)
     if isinstance(config, str | Path):
         where = str(config)
+        text = read_text(config, what="a model config", repair="correct the path")
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"a model config is a JSON file, but {where} is none: {reason}; correct the path"
+                f"a model config is a JSON file, but {where} is none: {error}; correct the path"
             ) from error
     if not isinstance(config, Mapping) or "model_type" not in config:
         raise ConfigError(f"a config names its model_type, such as llama, but {where} does not; add it")

@@ -1,0 +1,1 @@
+"""Files that shardwise reads, damaged and forged on purpose: `python -m benchmarks.fuzz`."""

@@ -1,0 +1,5 @@
+"""The command."""
+
+from benchmarks.fuzz.run import main
+
+main()
