@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers as hf
-from models import Example
+from models import Example, make
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -86,6 +87,13 @@ def run(
     program.close()
     runs = [module.runs for module in model.modules() if isinstance(module, Block)]
     return Ran(result.loss, gradients, dict(model.named_buffers()), runs)
+
+
+@functools.cache
+def plain(name: str) -> Ran:
+    """Of the model of that name, which keeps everything where it is."""
+    example = make(name)
+    return run(example.model, "none", batch=example.batch, loss=example.loss)
 
 
 def assert_same(ran: Ran, plain: Ran) -> None:

@@ -21,6 +21,7 @@ from benchmarks.data.setting import ADAMW, CLIP, RANKS, Setting
 from benchmarks.pipeline.model import Decoder
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import split
+from shardwise.execute.scaled_step import step_scaled
 from shardwise.execute.weights import weigher
 from shardwise.layout import Layout
 from shardwise.parallel.states import State
@@ -61,9 +62,7 @@ class Ours:
         self._steps += 1
         loss = self.program.step(mine, step=self._steps).loss
         norm = self.program.gradient_norm()
-        if norm > CLIP:
-            self.program.scale_gradients(CLIP / norm)
-        self._optimizer.step()
+        step_scaled(self.program, self._optimizer, CLIP / norm if norm > CLIP else 1.0)
         self.program.updated()
         for state in self.program.states.values():
             state.parameter.grad = None

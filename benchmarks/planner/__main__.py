@@ -1,8 +1,10 @@
-"""`python -m benchmarks.planner --fit FILE --score FILE [--json-only]`."""
+"""`python -m benchmarks.planner --fit FILE --score FILE [--json-only]`, or `--local`: on this machine."""
 
 from __future__ import annotations
 
-from benchmarks.planner.run import main
+import importlib
+import sys
 
 if __name__ == "__main__":
-    main()
+    name = "local" if "--local" in sys.argv[1:] else "run"
+    importlib.import_module(f"benchmarks.planner.{name}").main()

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.planner.architectures import Case
+from benchmarks.planner.cases import Case
 from benchmarks.planner.devices import entry_of
+from benchmarks.planner.fabrics import Fabric
 from shardwise.describe.cluster import Cluster, Hosts, Overheads
 from shardwise.errors import ConfigError
 from shardwise.layout import Layout
@@ -23,12 +24,14 @@ from shardwise.plan.steps import steps_of
 
 __all__ = ["Batch", "cluster_of"]
 
+STEP_S = 3e-3  # of the host for one step: data, losses, the optimizer's start
 EXCHANGE_S = 3e-5  # of the host for one collective of torch.distributed: what both A100 tables want if it is fitted
 _HOST = 8  # devices of a box: what the catalogue sells as more is a rack, which NVLink joins whatever boxes it has
 
 
-def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2) -> Cluster:
+def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2, *, fabric: Fabric | None = None) -> Cluster:
     """The catalogue's device and links of that name; hosts as large as the row says, or as the device is sold in.
+    fabric: between hosts, where it is not what the catalogue has.
 
     Raises `ConfigError` where the catalogue has no such device."""
     entry = entry_of(gpu)
@@ -38,8 +41,9 @@ def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2) -> Cl
     if entry.devices_of_host > _HOST:
         joined = max(joined, entry.devices_of_host)
     inside = dataclasses.replace(entry.inside, ranks=joined)
-    links = (inside, dataclasses.replace(entry.between, ranks=None))
-    overheads = Overheads(exchange_s=EXCHANGE_S)
+    between = dataclasses.replace(entry.between, ranks=None)
+    links = (inside, between if fabric is None else fabric.link(between))
+    overheads = Overheads(exchange_s=EXCHANGE_S, step_s=STEP_S)
     return Cluster(
         hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, overheads=overheads, name=gpu
     )
@@ -54,6 +58,7 @@ class _Alike:
     rows: np.ndarray
     index: np.ndarray
     counts: FloatArray
+    step_kernels: FloatArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,7 @@ class Batch:
                 rows=np.array([row for row, _, _ in entries]),
                 index=np.array([indices for _, indices, _ in entries]),
                 counts=np.array([float(case.num_micro_batches) for _, _, case in entries]),
+                step_kernels=np.array([float(case.job.step_kernels) for _, _, case in entries]),
             )
             for entries in found.values()
         )
@@ -108,7 +114,12 @@ class Batch:
         found = np.zeros(len(self.cases))
         for group in self.alike:
             steps = steps_of(
-                _gathered(seconds, group.index), group.counts, group.layout, cluster.overheads, overlap=group.overlap
+                _gathered(seconds, group.index),
+                group.counts,
+                group.layout,
+                cluster.overheads,
+                overlap=group.overlap,
+                step_kernels=group.step_kernels,
             )
             found[group.rows] = steps.step_s
         return found

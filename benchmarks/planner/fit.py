@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.planner.architectures import Case
 from benchmarks.planner.batch import Batch, cluster_of
+from benchmarks.planner.cases import Case
 from benchmarks.planner.coefficients import COEFFICIENTS, apply, read
+from benchmarks.planner.fabrics import fabric_of
 from shardwise.describe.cluster import Cluster
 from shardwise.plan.compute import FloatArray
 
@@ -65,7 +66,7 @@ def prepare(cases: Sequence[Case]) -> tuple[Prepared, ...]:
         found.setdefault((case.row.file, case.row.gpu, case.row.gpus_per_node or 0), []).append(case)
     made = []
     for (file, gpu, of_host), own in found.items():
-        cluster = cluster_of(gpu, of_host or None)
+        cluster = cluster_of(gpu, of_host or None, fabric=fabric_of(file))
         made.append(
             Prepared(
                 key=(file, gpu),

@@ -1,4 +1,4 @@
-"""Kernels and exchanges of a decoder's layer, embedding and head on one shard, as the stacks of the sources run them.
+"""Kernels of a decoder's layer, embedding and head on one shard, as the stacks of the sources run them.
 
     layer      norm, q k v, (rotary), attention, output, norm, up (and gate), activation, down; dropout if there is any
     backward   of each product one for the input and one for the weight; of each pass over memory one of its size
@@ -12,15 +12,12 @@ import math
 
 from benchmarks.planner.shapes import Shard
 from benchmarks.planner.stacks import Stack
-from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
+from shardwise.describe.kernels import Kernel, KernelKind, Phase
 
 __all__ = [
-    "arrived_exchanges",
-    "embedding_exchanges",
+    "attention_kernels",
     "embedding_kernels",
-    "head_exchanges",
     "head_kernels",
-    "layer_exchanges",
     "layer_kernels",
 ]
 
@@ -36,7 +33,7 @@ def layer_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
         *_passes(2, 2 * _norm(between, arch.hidden), 2 * _norm(between, arch.hidden, back=True)),
         *_linear(tokens, wide + 2 * kv, arch.hidden, dtype, stack, count=1),
         *_linear(tokens, arch.hidden, wide, dtype, stack, count=1),
-        *_attention(shard, stack, dtype),
+        *attention_kernels(shard, stack, dtype),
         *_added(between * arch.hidden, stack),
     ]
     if arch.rotary:
@@ -48,45 +45,6 @@ def layer_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
             found += _mlp(tokens, math.ceil(arch.shared / shard.tp), shard, stack, dtype)
     else:
         found += _mlp(tokens, shard.ffn, shard, stack, dtype)
-    return tuple(found)
-
-
-def layer_exchanges(shard: Shard, *, recomputed: bool) -> tuple[Exchange, ...]:
-    """Of one layer. tp: two sums forward and two backward (Shoeybi et al. 2019), as a gather and a scatter each where
-    tokens are divided, with one more gather of what a weight's gradient needs (Korthikanti et al. 2022), which runs
-    beside the product for the input as the scatter does beside that for the weight; cp: keys and values go round and
-    their gradients back; ep: tokens go out and come back."""
-    arch = shard.arch
-    found: list[Exchange] = []
-    nbytes = 2 * shard.tokens * arch.hidden
-    times = 2 if recomputed else 1
-    if shard.tp > 1 and shard.sp:
-        found += [
-            _exchange(ExchangeKind.ALL_GATHER, "tp", F, nbytes, 2),
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", F, nbytes, 2),
-            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 2 * times),
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 2 * (times - 1)),
-            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 2, hidden=True),
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 2, hidden=True),
-        ]
-    elif shard.tp > 1:
-        found += [
-            _exchange(ExchangeKind.ALL_REDUCE, "tp", F, nbytes, 2),
-            _exchange(ExchangeKind.ALL_REDUCE, "tp", B, nbytes, 2 * times),
-        ]
-    if shard.cp > 1:
-        turns = shard.cp - 1
-        around = 2 * 2 * shard.tokens * shard.kv_heads * arch.head_dim
-        found += [
-            _exchange(ExchangeKind.SEND, "cp", F, around, turns, hidden=True),
-            _exchange(ExchangeKind.SEND, "cp", B, 2 * around, turns * times, hidden=True),
-        ]
-    if arch.experts and shard.ep > 1:
-        out = 2 * shard.between * arch.hidden * arch.top_k
-        found += [
-            _exchange(ExchangeKind.ALL_TO_ALL, "ep", F, out, 2),
-            _exchange(ExchangeKind.ALL_TO_ALL, "ep", B, out, 2 * times),
-        ]
     return tuple(found)
 
 
@@ -102,19 +60,6 @@ def embedding_kernels(shard: Shard, stack: Stack) -> tuple[Kernel, ...]:
     )
 
 
-def embedding_exchanges(shard: Shard) -> tuple[Exchange, ...]:
-    """Each shard has some rows: their sum, which is scattered where tokens are divided."""
-    if shard.tp == 1:
-        return ()
-    nbytes = 2 * shard.tokens * shard.arch.hidden
-    if shard.sp:
-        return (
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", F, nbytes, 1),
-            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 1),
-        )
-    return (_exchange(ExchangeKind.ALL_REDUCE, "tp", F, nbytes, 1),)
-
-
 def head_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
     """Norm, logits, and the loss over the vocabulary in float32, as Megatron's cross_entropy.py runs it: a float32 copy
     (6 bytes an element), maximum (4), subtracted (8), exponentials (8), their sum (4), quotient (8); backward a product
@@ -128,29 +73,6 @@ def head_kernels(shard: Shard, stack: Stack, dtype: str) -> tuple[Kernel, ...]:
         *_passes(2 if stack.compiled else 6, forward * logits, 0),
         *_passes(1 if stack.compiled else 2, 0, backward * logits),
     )
-
-
-def arrived_exchanges(shard: Shard, *, first: bool, last: bool) -> tuple[Exchange, ...]:
-    """What came in parts from the stage before, and its gradient from the one behind, gathered among the shards."""
-    nbytes = 2 * shard.tokens * shard.arch.hidden
-    phases = (*(() if first else (F,)), *(() if last else (B,)))
-    return tuple(_exchange(ExchangeKind.ALL_GATHER, "tp", phase, nbytes, 1) for phase in phases)
-
-
-def head_exchanges(shard: Shard) -> tuple[Exchange, ...]:
-    """Three sums over the vocabulary of one number a token, and what a layer's product needs."""
-    if shard.tp == 1:
-        return ()
-    nbytes = 2 * shard.tokens * shard.arch.hidden
-    sums = _exchange(ExchangeKind.ALL_REDUCE, "tp", F, 4 * shard.tokens, 3)
-    if shard.sp:
-        return (
-            sums,
-            _exchange(ExchangeKind.ALL_GATHER, "tp", F, nbytes, 1),
-            _exchange(ExchangeKind.ALL_GATHER, "tp", B, nbytes, 1),
-            _exchange(ExchangeKind.REDUCE_SCATTER, "tp", B, nbytes, 1),
-        )
-    return (sums, _exchange(ExchangeKind.ALL_REDUCE, "tp", B, nbytes, 1))
 
 
 def _mlp(tokens: int, ffn: int, shard: Shard, stack: Stack, dtype: str) -> list[Kernel]:
@@ -187,7 +109,8 @@ def _experts(shard: Shard, stack: Stack, dtype: str) -> list[Kernel]:
     ]
 
 
-def _attention(shard: Shard, stack: Stack, dtype: str) -> list[Kernel]:
+def attention_kernels(shard: Shard, stack: Stack, dtype: str) -> list[Kernel]:
+    """Between the products of a layer: scores, softmax, dropout and contexts, or one kernel that fuses them."""
     arch = shard.arch
     batch, width = shard.samples * shard.heads, arch.head_dim
     queries, keys = shard.sequence, shard.whole
@@ -205,8 +128,9 @@ def _attention(shard: Shard, stack: Stack, dtype: str) -> list[Kernel]:
     products = [
         *_product(F, dtype, batch, queries, keys, width),
         *_product(F, dtype, batch, queries, width, keys),
-        *_product(B, dtype, batch, queries, keys, width, count=2),
-        *_product(B, dtype, batch, keys, width, queries, count=2),
+        *_product(B, dtype, batch, queries, keys, width),  # of probabilities
+        *_product(B, dtype, batch, queries, width, keys),  # of queries
+        *_product(B, dtype, batch, keys, width, queries, count=2),  # of keys and of values
     ]
     softmax = _softmax(scores, batch)
     dropped = _passes(1, 5 * scores, 5 * scores) if stack.dropout else []
@@ -278,9 +202,3 @@ def _memory(phase: Phase, nbytes: float, *, count: int = 1, fixed: float = 0) ->
     whole = round(nbytes)
     own = None if not fixed else max(0, whole - round(fixed))
     return Kernel(kind=KernelKind.MEMORY, phase=phase, dtype="float32", nbytes=whole, batch_bytes=own, count=count)
-
-
-def _exchange(
-    kind: ExchangeKind, axis: str, phase: Phase, nbytes: int, count: int, *, hidden: bool = False
-) -> Exchange:
-    return Exchange(kind=kind, axis=axis, phase=phase, nbytes=nbytes, count=count, hidden=hidden)

@@ -16,9 +16,9 @@ import math
 import time
 from collections.abc import Sequence
 
-from benchmarks.planner.architectures import stages_of
 from benchmarks.planner.shapes import Architecture, Shard
 from benchmarks.planner.stacks import TODAY
+from benchmarks.planner.stages import stages_of
 from shardwise.describe.catalogue import named_cluster
 from shardwise.describe.cluster import Cluster
 from shardwise.layout import Layout

@@ -22,15 +22,8 @@ from benchmarks.planner.activations import (
     transient_bytes,
     weight_bytes,
 )
-from benchmarks.planner.architectures import (
-    architecture_of,
-    layout_of,
-    mended,
-    micro_batch_of,
-    recompute_of,
-    replicas_of,
-    shard_of,
-)
+from benchmarks.planner.architectures import architecture_of
+from benchmarks.planner.layouts import layout_of, mended, micro_batch_of, recompute_of, replicas_of, shard_of
 from benchmarks.planner.partition import Share, shares_of
 from benchmarks.planner.rows import Row
 from benchmarks.planner.shapes import Shard
@@ -73,7 +66,7 @@ def held_of(row: Row, others: Sequence[Row] = ()) -> Held | None:
         layout = layout_of(row, arch, dp, count)
     except ShardwiseError:
         return None
-    shares = shares_of(arch, layout.num_stages, stack, ends="embedding" in row.notes)
+    shares = shares_of(arch, layout.num_stages, stack, ends=row.ends_are_layers)
     keeps = keeps_of(stack)
     samples = max(1, round(row.global_batch_seqs / (dp * count)))
     shard = shard_of(row, arch, samples)

@@ -1,14 +1,14 @@
 """Coefficients of memory from measured rows, and what they predict.
 
-Predicted, for every source and GPU, with six coefficients:
+Predicted, for every source and GPU, with four coefficients:
 
-    framework + states + (activations + slack) (kept + gathered inputs) + what one unit or the loss needs
+    framework + states + (activations + fragments) (kept + gathered inputs) + what one unit or the loss needs
 
-framework: GiB that the runtime holds; activations: what the formulas of `activations` are off by; slack: what fragments
-add where forwards take memory that backwards have freed; gathered: the share of gathered inputs that is kept as such: a
-switch of the software (nanotron's tp_recompute_allgather) that a table does not name, so one share without a pipeline,
-one with a pipeline and shards inside a host, one beyond. A row fits where the fullest place of its pipeline takes no
-more than `usable` of the device, gathered inputs not kept.
+framework: GiB that the runtime holds; activations: what the formulas of `activations` are off by; fragments: a
+twentieth, where forwards take memory that backwards have freed; gathered: the share of gathered inputs that is kept as
+such: a switch of the software (nanotron's tp_recompute_allgather) that a table does not name, so one share without a
+pipeline and one with it, 0 where shards of a pipeline are on several hosts. A row fits where the fullest place of its
+pipeline takes no more than `usable` of the device, gathered inputs not kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Array = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Coefficient:
+class MemoryCoefficient:
     """Where a fit starts, how far a source may be from the pool, and the bounds of what is physical."""
 
     name: str
@@ -55,13 +55,12 @@ class Coefficient:
 
 
 COEFFICIENTS = (
-    Coefficient(name="framework", start=1.0, spread=2.0, least=0.0, most=16.0),  # GiB
-    Coefficient(name="activations", start=1.0, spread=0.1, least=0.6, most=1.6),
-    Coefficient(name="slack", start=0.05, spread=0.05, least=0.0, most=0.5),
-    Coefficient(name="gathered", start=0.3, spread=0.5, least=0.0, most=1.0),
-    Coefficient(name="gathered_inside", start=0.3, spread=0.5, least=0.0, most=1.0),
-    Coefficient(name="gathered_beyond", start=0.3, spread=0.5, least=0.0, most=1.0),
+    MemoryCoefficient(name="framework", start=1.0, spread=2.0, least=0.0, most=16.0),  # GiB
+    MemoryCoefficient(name="activations", start=1.0, spread=0.1, least=0.6, most=1.6),
+    MemoryCoefficient(name="gathered", start=0.3, spread=0.5, least=0.0, most=1.0),
+    MemoryCoefficient(name="gathered_staged", start=0.3, spread=0.5, least=0.0, most=1.0),
 )
+_FRAGMENTS = 0.05  # of activations, where forwards take memory that backwards have freed
 _USABLE = 0.95
 _REPORTED = 0.99  # of a device's nominal GiB, what its driver has
 _ENOUGH = 5  # rows of a source that say something to others
@@ -175,7 +174,7 @@ def _usable(rows: Sequence[Held], fit: MemoryFit) -> float:
 
 def _least(held: Held, fit: MemoryFit) -> float:
     """Bytes of the fullest place where no gathered input is kept."""
-    shards = dict.fromkeys(("gathered", "gathered_inside", "gathered_beyond"), 0.0)
+    shards = dict.fromkeys(("gathered", "gathered_staged"), 0.0)
     return float(predicted(held, dataclasses.replace(fit, values={**fit.values, **shards})).max())
 
 
@@ -201,11 +200,11 @@ def _build(row: Row) -> int:
 
 def _totals(lines: Array, again: NDArray[np.bool_], theta: Array, build: int | NDArray[np.int64]) -> Array:
     """(..., lines) -> (...): bytes."""
-    framework, activations, slack = theta[:3]
+    framework, activations = theta[:2]
     states, kept, more, working = (lines[..., LINES.index(name)] for name in LINES)
-    return np.asarray(
-        framework * GIB + states + (activations + slack * again) * (kept + theta[3:][build] * more) + working
-    )
+    share = np.append(theta[2:], 0.0)[build]
+    factor = activations + _FRAGMENTS * again
+    return np.asarray(framework * GIB + states + factor * (kept + share * more) + working)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ def zero_table(rows: Sequence[Row]) -> list[Compared]:
 
 def zero_bubble(path: Path) -> list[Compared]:
     """Peaks of the fullest rank by schedule, with the formulas as they stand."""
-    fit = MemoryFit(values={"framework": 0.0, "activations": 1.0, "slack": 0.0, **dict.fromkeys(_GATHERED, 0.0)})
+    fit = MemoryFit(values={"framework": 0.0, "activations": 1.0, **dict.fromkeys(_GATHERED, 0.0)})
     kept: dict[str, list[float]] = {}
     for row in read_rows(path):
         if row.file != "zero_bubble_pp.csv" or not row.memory_gib or (held := held_of(row)) is None:
@@ -140,7 +140,7 @@ def zero_bubble(path: Path) -> list[Compared]:
     return [Compared(quantity=f"Zero Bubble: peak of {k}", errors=tuple(v)) for k, v in sorted(kept.items())]
 
 
-_GATHERED = ("gathered", "gathered_inside", "gathered_beyond")
+_GATHERED = ("gathered", "gathered_staged")
 _SAME = ("family", "profile", "tp", "dp", "recompute_full", "vocab_tp", "sp", "global_batch_seqs", "seq_len")
 
 

@@ -1,8 +1,6 @@
 """How full a device would be: predicted bytes of the fullest rank over its memory, for the choice among layouts.
 
-A caching allocator that has hardly any room gives memory back to the driver and asks for it again, in every
-micro-batch: of 16 rows of the H100 sweep that are predicted to fill more than 95 % of their devices 14 took more than
-1.6 times as long as predicted. A planner that may choose takes none of these, as long as there are others.
+What is too full to be chosen is the library's rule (`shardwise.plan.room`).
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ from benchmarks.planner.memory_fit import MemoryFit, capacity_of, fit_memory, pr
 from benchmarks.planner.rows import Row
 from shardwise.plan.compute import FloatArray
 
-__all__ = ["FULLEST", "filled"]
-
-FULLEST = 0.95
+__all__ = ["filled"]
 
 
 def filled(rows: Sequence[Row], known: Sequence[Row]) -> FloatArray:

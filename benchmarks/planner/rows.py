@@ -68,6 +68,36 @@ class Row:
         return int(found.group(1)) if found else None
 
     @property
+    def ends_are_layers(self) -> bool:
+        """Whether the notes say that embedding and head count as layers where stages are cut."""
+        return "embedding" in self.notes
+
+    @property
+    def noted_hidden(self) -> int | None:
+        """The hidden size that the notes state."""
+        return self._noted(r"hidden (\d+)")
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether it was compiled, where the notes say so ("compile=1")."""
+        return None if "compile=" not in self.notes else self._noted(r"compile=(\d)") == 1
+
+    @property
+    def hides_shards(self) -> bool | None:
+        """Whether shards' collectives ran beside their products, where the notes say so ("asyncTP=0")."""
+        said = self._noted(r"asyncTP=(\d)")
+        return None if said is None else said == 1
+
+    @property
+    def in_jax(self) -> bool:
+        """Whether the notes name JAX."""
+        return "JAX" in self.notes
+
+    def _noted(self, pattern: str) -> int | None:
+        found = re.search(pattern, self.notes)
+        return int(found.group(1)) if found else None
+
+    @property
     def billions(self) -> float | None:
         """Parameters by the model's name ("GPT-18.4B", "Llama 3.1 70b"), in billions."""
         found = re.findall(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", self.model)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.planner.architectures import Case, case_of
+from benchmarks.planner.cases import Case, case_of
 from benchmarks.planner.coefficients import COEFFICIENTS
 from benchmarks.planner.fit import Fitted, Prepared, fit, prepare
 from benchmarks.planner.folds import FOLDS, folds_of

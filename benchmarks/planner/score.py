@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.planner.room import FULLEST
 from benchmarks.planner.rows import Row
 from shardwise.plan.compute import FloatArray
+from shardwise.plan.room import choosable
 
 __all__ = ["choice_figures", "source_figures"]
 
@@ -30,7 +30,8 @@ def choice_figures(rows: Sequence[Row], predicted: FloatArray, shares: FloatArra
     """Among rows of one source, model, GPU count, batch and sequence (three layouts or more): how often the one that is
     ranked first was measured within 5 % and 10 % of the fastest, and the median rank correlation.
 
-    Ranked first is the fastest by prediction among those with room (`shares` of memory up to `FULLEST`), if there is.
+    Ranked first is the fastest by prediction among those that may be chosen: that leave room (`plan.room`; `shares`: of
+    memory that they take), if there are any.
     """
     groups: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
     for row, seconds, share in zip(rows, predicted, shares, strict=True):
@@ -51,8 +52,7 @@ def choice_figures(rows: Sequence[Row], predicted: FloatArray, shares: FloatArra
 
 def _first(found: FloatArray) -> FloatArray:
     """The row (predicted, measured, share) that is ranked first."""
-    roomy = found[found[:, 2] <= FULLEST]
-    among = roomy if len(roomy) else found
+    among = found[choosable(1.0 - found[:, 2])]
     return np.asarray(among[np.argmin(among[:, 0])])
 
 

@@ -32,6 +32,10 @@ class Architecture:
         """Whether positions are rotated into queries and keys: decoders with a gated MLP all do."""
         return self.mats == 3
 
+    def tensors(self, layers: int) -> int:
+        """Of so many layers, an embedding and a head: products and norms, with biases where the MLP is not gated."""
+        return (6 if self.rotary else 12) * layers + 3
+
     @property
     def attention_parameters(self) -> int:
         """Of one layer."""

@@ -7,7 +7,6 @@ named, what its rows' columns say (`_said`). Nothing here is fitted, and nothing
 from __future__ import annotations
 
 import dataclasses
-import re
 from types import MappingProxyType
 
 from benchmarks.planner.devices import has_flash_attention
@@ -25,10 +24,12 @@ class Stack:
     split: "even" layers a stage, "ends" one less on the first and the last, "costs" by nanotron's rule.
     summed_bytes: of one element of the gradients in which micro-batches are added up; wire_bytes: of one that is sent.
     overlap: whether replicas sum gradients beside the last backward; overlap_divided: also where they divide states.
+    hides_shards: whether gathers and scatters of a backward's divided tokens run beside its products.
     scattered_sends: whether of what passes between stages each shard sends its part, gathered inside the host then.
     cuts_by_stages: whether a replica's batch is cut into as many micro-batches as stages where nobody says how many.
     every_second: whether "selective" keeps every second product and attention, not all but what attention keeps.
     inferred: recomputation where the table does not say.
+    step_kernels: that the host starts for each tensor in the optimizer's step; 0: a few for all of them together.
     """
 
     name: str
@@ -40,11 +41,13 @@ class Stack:
     wire_bytes: int = 4
     overlap: bool = True
     overlap_divided: bool = True
+    hides_shards: bool = True
     scattered_sends: bool = False
     cuts_by_stages: bool = False
     every_second: bool = False
     padded_vocab: int = 128
     inferred: str = "none"
+    step_kernels: int = 0
 
 
 _MEGATRON_2021 = Stack(
@@ -73,7 +76,11 @@ _STACKS = MappingProxyType(
         # nanotron: flash-attention 2, Triton RMSNorm, float32 gradient accumulator whose hooks sum
         # beside the backward, while ZeRO-1 scatters gradients behind it (zero_reduce_scatter in the optimizer's step)
         "hf_ultrascale_playbook_benchmarks.csv": Stack(
-            name="nanotron", split="costs", padded_vocab=1, overlap_divided=False
+            name="nanotron",
+            split="costs",
+            padded_vocab=1,
+            overlap_divided=False,
+            step_kernels=4,  # a norm and a scale of each gradient to clip it, its copy, and the parameter's 16-bit copy
         ),
         "torchtitan.csv": _TORCHTITAN,
         "nvidia_dgxc_benchmarking.csv": TODAY,
@@ -89,11 +96,12 @@ def stack_of(row: Row) -> Stack:
     """The stack of a source by the name of its file, or by what the row's columns say of it; notes say where a row ran
     on another, or was not compiled."""
     stack = _STACKS.get(row.file) or _said(row)
-    if "JAX" in row.notes:
+    if row.in_jax:
         stack = _JAX
-    said = re.search(r"compile=(\d?)", row.notes)
-    if said and stack is not _JAX:
-        stack = dataclasses.replace(stack, compiled=said.group(1) == "1")
+    if row.compiled is not None and stack is not _JAX:
+        stack = dataclasses.replace(stack, compiled=row.compiled)
+    if row.hides_shards is not None:
+        stack = dataclasses.replace(stack, hides_shards=row.hides_shards)
     if "per-op sac" in row.recompute.lower() and not stack.every_second:
         stack = dataclasses.replace(stack, every_second=True)
     if stack.fused_attention and not has_flash_attention(row.gpu):

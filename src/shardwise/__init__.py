@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwise.describe.cluster import Cluster as Cluster
     from shardwise.errors import ShardwiseError as ShardwiseError
+    from shardwise.generate.run import generate as generate
     from shardwise.layout import Layout as Layout
     from shardwise.parallel.expert.plan_experts import plan_experts as plan_experts
     from shardwise.parallel.tensor.collectives import TensorGroup as TensorGroup
@@ -48,6 +49,7 @@ PUBLIC_NAMES = MappingProxyType(
         "VocabParallelEmbedding": "shardwise.parallel.tensor.modules",
         "defer": "shardwise.trace.deferred",
         "export": "shardwise.train.export",
+        "generate": "shardwise.generate.run",
         "measure": "shardwise.trace.timing",
         "plan_experts": "shardwise.parallel.expert.plan_experts",
         "plan_tensor": "shardwise.parallel.tensor.plan_tensor",

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks.planner import run
-from benchmarks.planner.architectures import Case, architecture_of, case_of
+from benchmarks.planner.architectures import architecture_of
 from benchmarks.planner.batch import Batch, cluster_of
+from benchmarks.planner.cases import Case, case_of
 from benchmarks.planner.coefficients import COEFFICIENTS, apply, read
 from benchmarks.planner.fit import fit, prepare
 from benchmarks.planner.rows import Row, read_rows

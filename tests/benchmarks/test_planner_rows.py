@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from benchmarks.planner import run
-from benchmarks.planner.architectures import case_of, mended
 from benchmarks.planner.batch import Batch, cluster_of
-from benchmarks.planner.coefficients import COEFFICIENTS, read
+from benchmarks.planner.cases import case_of
+from benchmarks.planner.coefficients import COEFFICIENTS, apply, read
 from benchmarks.planner.devices import device_of, dtype_of
+from benchmarks.planner.fabrics import fabric_of
 from benchmarks.planner.fit import Fitted, fit, prepare
-from benchmarks.planner.kernels import layer_kernels
+from benchmarks.planner.kernels import attention_kernels, layer_kernels
+from benchmarks.planner.layouts import mended
 from benchmarks.planner.memory_cases import held_of
 from benchmarks.planner.rows import Row, read_rows
 from benchmarks.planner.shapes import Architecture, Shard
@@ -212,3 +214,74 @@ def test_one_sick_source_does_not_move_the_others_and_a_new_gpu_is_as_others_are
     other = cluster_of("H100", 8)
     efficiency = slower.cluster(("x.csv", "H100"), other).hosts[0].device.efficiency.matmul
     assert efficiency == pytest.approx(other.hosts[0].device.efficiency.matmul * np.exp(-0.1))
+
+
+@pytest.mark.parametrize(
+    ("told", "vpp", "ours"),
+    [
+        ("1F1B", 1, "1f1b"),
+        ("interleaved 1f1b", 2, "interleaved"),
+        ("GPipe", 1, "gpipe"),
+        ("AFAB", 1, "gpipe"),
+        ("ZB-H1", 1, "zb-h1"),
+        ("ZB-1p", 1, "zb-h1"),
+        ("ZB-2p (all-reduce sync optimizer)", 1, "zb-h2"),
+        ("ZBV", 2, "zb-v"),
+        ("ZBV", 1, "1f1b"),
+        ("breadth-first", 2, "looped-bfs"),
+        ("", 1, "1f1b"),
+    ],
+)
+def test_a_schedule_is_ours_by_what_a_table_calls_it(tmp_path: Path, told: str, vpp: int, ours: str) -> None:
+    row = row_of(tmp_path, schedule=told, pp=2, vpp=vpp, tp=1, dp=4)
+    (made,) = cases((row,))
+    assert made.layout.schedule == ours
+
+
+def test_shards_wait_for_each_other_where_notes_say_that_nothing_runs_beside(tmp_path: Path) -> None:
+    some = {"file": "torchtitan.csv", "precision": "bf16", "tp": 8, "pp": 1, "dp": 1, "sp": 1}
+    hidden = {}
+    for said in ("0", "1"):
+        (made,) = cases((row_of(tmp_path, notes=f"compile=1 asyncTP={said}", **some),))
+        hidden[said] = sum(each.count for each in made.stages[0].exchanges if each.hidden)
+    assert hidden == {"0": 0, "1": 4 * 24}
+
+
+def test_the_backward_of_unfused_attention_has_the_products_that_the_chain_rule_has() -> None:
+    """Of probabilities and queries one each; of keys and values, as deep as there are queries."""
+    arch = Architecture(layers=1, hidden=256, ffn=1024, mats=2, heads=4, kv_heads=4, head_dim=64, vocab=512, tied=True)
+    shard = Shard(arch=arch, samples=1, sequence=512, whole=512, tp=1, cp=1, ep=1, sp=False)
+    old = Stack(name="", fused_attention=False, dropout=True)
+    back = [k for k in attention_kernels(shard, old, "float16") if k.phase is Phase.INPUT and k.flops]
+    assert [(k.shape, k.count) for k in back] == [
+        ((4, 512, 512, 64), 1),
+        ((4, 512, 64, 512), 1),
+        ((4, 512, 64, 512), 2),
+    ]
+
+
+def test_selective_recomputation_runs_all_of_attention_again(tmp_path: Path) -> None:
+    """Scores, softmax and dropout of every layer, and no product of a layer."""
+    (made,) = cases((row_of(tmp_path, recompute="selective", tp=1, pp=1, dp=8),))
+    again = made.stages[0].recomputed
+    assert {kernel.kind for kernel in again} == {KernelKind.MATMUL, KernelKind.MEMORY}
+    assert all(kernel.batch_dims != (1,) for kernel in again if kernel.kind is KernelKind.MATMUL)
+    assert all(kernel.count % 24 == 0 for kernel in again)
+
+
+def test_hosts_are_joined_by_what_a_source_says_of_its_machine() -> None:
+    plain = cluster_of("A100-SXM-80GB", 8).links[1]
+    slower = cluster_of("A100-SXM-80GB", 8, fabric=fabric_of("bloom_176b_prequel_layouts.csv")).links[1]
+    assert slower.bytes_per_s == plain.bytes_per_s / 4
+    assert slower.efficiency == plain.efficiency
+    assert fabric_of("unknown.csv") is None
+
+
+def test_a_handful_is_fitted_and_a_hop_between_hosts_tells_how_crowded_they_are() -> None:
+    assert len(COEFFICIENTS) == 5
+    cluster = cluster_of("A100-SXM-80GB", 8)
+    logs = read(cluster, COEFFICIENTS)
+    logs[[str(each) for each in COEFFICIENTS].index("between.latency_s")] = np.log(1e-3)
+    made = apply(cluster, COEFFICIENTS, logs)
+    assert made.links[1].latency_s == pytest.approx(1e-3)
+    assert made.overheads.crowded_s == pytest.approx(3e-4)

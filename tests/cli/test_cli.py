@@ -145,7 +145,7 @@ def test_a_plan_says_what_running_statistics_mean_with_replicas(tmp_path, monkey
     file = tmp_path / "run.toml"
     file.write_text(RUN.partition("[model.config]")[0].format(folder=tmp_path / "run") + FACTORY)
     assert run_command(["plan", str(file), "--layout", "dp=2"]) == 0
-    assert "every replica keeps running statistics" in capsys.readouterr().out
+    assert "running statistics are equal on all" in capsys.readouterr().out
     assert run_command(["plan", str(file), "--layout", "dp=1"]) == 0
     assert "running statistics" not in capsys.readouterr().out
 

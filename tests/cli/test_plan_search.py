@@ -85,9 +85,9 @@ def test_an_objective_that_there_is_not_is_refused_with_those_that_there_are(run
     assert "pareto" in capsys.readouterr().err
 
 
-def test_a_run_whose_layout_is_still_to_be_found_is_not_trained(run_file, capsys) -> None:
-    assert run_command(["train", run_file()]) == 1
-    assert "shardwise plan" in capsys.readouterr().err
+def test_a_run_whose_layout_is_still_to_be_found_is_not_rehearsed(run_file, capsys) -> None:
+    assert run_command(["rehearse", run_file(), "--world", "2", "--rank", "0"]) == 1
+    assert "is found by `shardwise train`, verify and plan" in capsys.readouterr().err
 
 
 def test_a_bare_config_is_searched_with_a_batch_that_is_named(tmp_path, capsys) -> None:

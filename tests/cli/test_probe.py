@@ -50,12 +50,12 @@ def machine(ranks: int) -> MachineTimes:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[tuple[int, ...], str]]:
+def asked(monkeypatch) -> list[tuple[object, ...]]:
     """What the verb has asked to measure; nothing is started."""
-    wanted: list[tuple[tuple[int, ...], str]] = []
+    wanted: list[tuple[object, ...]] = []
 
-    def measured(ranks, *, device, how, tell):
-        wanted.append((tuple(ranks), device))
+    def measured(ranks, *, device, how, preload, tell):
+        wanted.append((tuple(ranks), device, *preload))
         return tuple(machine(count) for count in ranks)
 
     monkeypatch.setattr(verb, "probe", measured)
@@ -72,6 +72,11 @@ def test_it_prints_what_was_measured_and_how_well_it_fits(asked, capsys) -> None
     assert "all-reduce of 4, shared memory" in told
     assert "formula beside measurement" in told
     assert "10.0%" in told or "9.5%" in told  # the spread of two rounds
+
+
+def test_what_runs_import_is_imported_by_the_ranks_that_are_measured(asked, capsys) -> None:
+    assert run_command(["probe", "--ranks", "2", "--import", "transformers,numpy"]) == 0
+    assert asked == [((2,), "cpu", "transformers", "numpy")]
 
 
 def test_the_file_holds_a_cluster_for_each_number_of_ranks(asked, tmp_path, capsys) -> None:

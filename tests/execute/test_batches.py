@@ -24,6 +24,10 @@ def test_samples_are_dealt_in_order() -> None:
     assert [part.index for replica in parts for part in replica] == [0, 1, 2, 3]  # type: ignore[attr-defined]
 
 
+def test_micro_batches_that_are_normalised_together_are_one_stretch_of_samples() -> None:
+    assert rows(dealt({"x": torch.arange(8)}, 2, 2, together=True)) == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
+
+
 def test_a_last_micro_batch_may_be_smaller() -> None:
     assert rows(dealt({"x": torch.arange(7)}, 3)) == [[(0, 1), (2, 3), (4, 5, 6)]]
 

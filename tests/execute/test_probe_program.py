@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shardwise.execute.probe_program import program_seconds, resident_bytes
+from shardwise.execute.probe_program import held_bytes, program_seconds
 from shardwise.testing import on_ranks
 
 
@@ -20,7 +20,7 @@ def test_an_action_and_a_step_take_a_time_that_a_program_can_take() -> None:
 
 
 def test_a_process_that_has_imported_torch_is_resident() -> None:
-    assert 50 << 20 < resident_bytes(torch.device("cpu")) < 1 << 40
+    assert 50 << 20 < held_bytes(torch.device("cpu")) < 1 << 40
 
 
 @on_ranks(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ NAMES = {
 }
 
 
+@functools.cache
 def traced(name: str, precision: Precision | None = None) -> TracedProfiles:
+    """One of a process: what several tests ask for is traced once."""
     example = make(name)
     batch = select(example.batch, range(SAMPLES), size=8)
     return TracedProfiles(example.model, batch, loss=example.loss, precision=precision)
@@ -229,7 +232,7 @@ def test_a_model_that_is_not_there_yet_is_told_as_one_that_is() -> None:
 
 
 def test_layouts_that_share_a_rank_share_its_trace() -> None:
-    profiles = traced("llama")
+    profiles = traced.__wrapped__("llama")
     first = profiles.shard(Layout(tp=2, pp=2), SAMPLES)
     assert profiles.shard(Layout(tp=2, dp=4), SAMPLES) is first
     layout = Layout(tp=2, pp=2, recompute="full")
@@ -259,7 +262,7 @@ def test_sixteen_bits_are_half_of_what_is_computed_sent_and_held() -> None:
 
 
 def test_what_needs_values_is_told_by_shares_and_by_name() -> None:
-    profiles = traced("wav2vec2")
+    profiles = traced.__wrapped__("wav2vec2")  # of its own: reasons are kept
     shard = profiles.shard(Layout(tp=2), SAMPLES)
     assert list(profiles.reasons) == ["tp=2"]  # layers that are left out by chance, a loss that looks at lengths
     assert shard.num_parameters < profiles.whole(SAMPLES).num_parameters

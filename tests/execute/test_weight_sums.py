@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.execute.weight_sums import WeightSums
+from shardwise.execute.weight_sums import SMALLEST, WeightSums
+from shardwise.plan.works import ADDED_IN_PLACE
 
 WIDTH = 512  # WIDTH * WIDTH is above weight_sums.SMALLEST
 VOCABULARY = 2048
@@ -200,3 +201,7 @@ def test_a_layer_keeps_the_names_of_its_arguments(layer: nn.Module) -> None:
     assert "forward" in vars(layer)
     assert list(inspect.signature(layer.forward).parameters) == before
     sums.close()
+
+
+def test_the_plan_knows_from_which_size_on_gradients_are_summed_in_place() -> None:
+    assert ADDED_IN_PLACE == SMALLEST

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from shardwise.errors import LaunchError
 from shardwise.launch import World, context_of_world, read_world
-from shardwise.launch.environment import child_environment
+from shardwise.launch.context import store_of
+from shardwise.launch.environment import child_environment, environment_snapshot, tell_open_mpi
 
 TORCHRUN = {
     "RANK": "5",
@@ -82,6 +85,52 @@ def test_open_mpi_and_pmi_are_read() -> None:
     assert (world_of(PMI).rank, world_of(PMI).master_addr, world_of(PMI).launcher) == (3, "n0", "pmi")
 
 
+def test_open_mpi_on_several_nodes_meets_where_mpirun_runs() -> None:
+    several = OPENMPI | {
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "OMPI_MCA_orte_hnp_uri": "208.0;tcp://192.0.2.2,172.17.0.1:40787;tcp6://[fd00::2]:47293",
+        "OMPI_MCA_orte_local_daemon_uri": "208.1;tcp://192.0.2.3:40001",
+    }
+    assert world_of(several).master_addr == "192.0.2.2"
+    assert world_of(several | {"MASTER_ADDR": "n7"}).master_addr == "n7"
+    of_rank_0 = several | {"OMPI_COMM_WORLD_RANK": "0"}
+    elsewhere = world_of(of_rank_0)
+    assert elsewhere.master_addr == ""  # rank 0 is not on mpirun's node: MPI itself has to tell
+    assert context_of_world(elsewhere).rendezvous == ""
+    with pytest.raises(LaunchError, match="install mpi4py .* or export MASTER_ADDR"):
+        store_of(context_of_world(elsewhere), timeout=timedelta(seconds=1))
+    here = of_rank_0 | {"OMPI_MCA_orte_local_daemon_uri": several["OMPI_MCA_orte_hnp_uri"]}
+    assert world_of(here).master_addr == "192.0.2.2"
+
+
+def test_mpich_on_several_nodes_tells_no_address() -> None:
+    several = {k: v for k, v in PMI.items() if k != "MASTER_ADDR"}
+    assert world_of(several).master_addr == ""
+
+
+def test_mpirun_inside_a_step_of_slurm_is_mpirun() -> None:
+    assert world_of(SLURM | OPENMPI).launcher == "openmpi"
+    assert world_of(SLURM | PMI).launcher == "pmi"
+
+
+def test_srun_with_pmi2_is_slurm() -> None:
+    assert world_of(SLURM | {"PMI_RANK": "5", "PMI_SIZE": "6"}).launcher == "slurm"
+
+
+@pytest.mark.parametrize("missing", OPENMPI)
+def test_half_of_open_mpis_variables_are_refused_by_name(missing: str) -> None:
+    half = {name: value for name, value in OPENMPI.items() if name != missing}
+    with pytest.raises(LaunchError, match=rf"but {missing} is missing.*start with openmpi, or unset"):
+        read_world(half)
+
+
+def test_open_mpi_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "3")
+    tell_open_mpi({"coll_libnbc_iallreduce_algorithm": "1"})
+    assert environment_snapshot()["OMPI_MCA_coll_libnbc_iallreduce_algorithm"] == "1"
+
+
 def test_an_address_of_ipv6_is_bracketed() -> None:
     assert context_of_world(world_of(PMI | {"MASTER_ADDR": "fe80::1"})).rendezvous.startswith("tcp://[fe80::1]:")
 
@@ -103,7 +152,6 @@ def test_half_of_torchruns_variables_are_refused_by_name(missing: str) -> None:
         (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4 does not fit a world of 8"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
         (PMI | {"PMI_SIZE": ""}, "PMI_SIZE='' is not an integer"),
-        ({k: v for k, v in PMI.items() if k != "MASTER_ADDR"}, "need MASTER_ADDR"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2x3"}, "is not like"),
         (SLURM | {"SLURM_NODEID": "3"}, "node 3 of 3"),
     ],
@@ -115,11 +163,13 @@ def test_what_cannot_be_is_refused_with_the_numbers(wrong: dict[str, str], rule:
 
 def test_processes_of_ours_stay_on_loopback_and_forget_our_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     given = child_environment("/ours")
     assert given["GLOO_SOCKET_IFNAME"] == "lo"
     assert given["PYTHONPATH"] == "/ours:/theirs"
     assert "RANK" not in given
+    assert "OMPI_COMM_WORLD_RANK" not in given
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert child_environment("/ours")["GLOO_SOCKET_IFNAME"] == "eth0"

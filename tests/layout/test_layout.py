@@ -123,3 +123,11 @@ def test_divided_state_and_sequences_multiply_the_world() -> None:
 def test_what_divides_state_and_sequences_is_checked(fields, message) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout(**fields)
+
+
+def test_tokens_that_are_dealt_out_and_computed_again_stay_on_the_device() -> None:
+    for two in ("offload=both", "sequence_parallel=on,offload=both", "sequence_parallel=on,recompute=full"):
+        assert Layout.parse(f"tp=2,{two}").tp == 2
+    for recompute in ("full", "selective", "64MiB"):
+        with pytest.raises(LayoutError, match="two of the three"):
+            Layout(tp=2, sequence_parallel=True, recompute=recompute, offload="activations")

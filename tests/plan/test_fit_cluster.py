@@ -9,10 +9,19 @@ import pytest
 from shardwise.describe.catalogue import find_device
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link
 from shardwise.describe.kernels import ExchangeKind, Kernel, KernelKind, Phase
-from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes, ProgramTime
+from shardwise.describe.measured import (
+    TINY,
+    UPDATE,
+    BlockTime,
+    ExchangeTime,
+    KernelTime,
+    MachineTimes,
+    PeakBytes,
+    ProgramTime,
+)
 from shardwise.plan.collectives import exchange_seconds
 from shardwise.plan.compute import KernelTable, kernel_seconds
-from shardwise.plan.fit_cluster import FittedCluster, fit_cluster
+from shardwise.plan.fit_cluster import FittedCluster, fit_cluster, held_of
 from shardwise.plan.placing import Span
 
 CORE = Device(
@@ -219,3 +228,29 @@ def test_one_rank_has_no_link_to_measure() -> None:
     cluster = fit_cluster(times).cluster
     assert cluster.num_devices == 1
     assert cluster.links[0].name == "no other rank"
+
+
+def peak(passing: float, measured: float) -> PeakBytes:
+    return PeakBytes(states=40e6, passing=passing, measured=round(measured))
+
+
+def test_two_peaks_tell_what_is_held_before_a_model_and_what_an_allocator_holds_besides() -> None:
+    framework, slack = held_of([peak(10e6, 130e6 + 40e6 + 1.5 * 10e6), peak(60e6, 130e6 + 40e6 + 1.5 * 60e6)]) or (0, 0)
+    assert framework == pytest.approx(130e6, rel=1e-3)
+    assert slack == pytest.approx(0.5, abs=1e-3)
+
+
+def test_an_allocator_never_holds_less_than_the_tensors() -> None:
+    framework, slack = held_of([peak(10e6, 180e6), peak(60e6, 220e6)]) or (0, 0)
+    assert slack == 0
+    assert framework == pytest.approx((130e6 + 120e6) / 2)
+
+
+def test_one_peak_tells_nothing_apart() -> None:
+    assert held_of([peak(10e6, 180e6)]) is None
+    assert held_of([]) is None
+
+
+def test_ranks_that_are_more_than_cores_share_them_in_the_cluster() -> None:
+    assert fit_cluster(dataclasses.replace(measured(CORE, LINK, ranks=4), cores=2)).cluster.hosts[0].crowd == 2
+    assert fit_cluster(dataclasses.replace(measured(CORE, LINK, ranks=2), cores=2)).cluster.hosts[0].crowd == 1

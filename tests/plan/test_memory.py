@@ -178,3 +178,13 @@ def test_states_are_those_of_table_1_to_its_digits(parameters: float, zero: int)
         printed = columns[zero - 1]
         last_digit = 10.0 ** -len(printed.partition(".")[2])
         assert abs(lines.total / 1e9 - float(printed)) <= 1.01 * last_digit
+
+
+def test_small_gradients_are_made_beside_the_buckets_in_which_replicas_sum_them() -> None:
+    stage, replicas = dataclasses.replace(STAGE, small_trained=100), Layout(dp=2)
+    beside = [
+        memory_lines([one], replicas, ADAM, num_micro_batches=2, in_flight=[1]).gradients for one in (STAGE, stage)
+    ]
+    assert beside == [3_600, 3_600 + 400]
+    alone = memory_lines([stage], Layout(pp=2), ADAM, num_micro_batches=8, in_flight=[2])
+    assert alone.gradients == 3_600

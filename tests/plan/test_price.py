@@ -100,6 +100,49 @@ def test_a_host_that_is_slower_than_its_device_sets_the_pace() -> None:
     assert found.time[0].host == pytest.approx(27.0, rel=0.02)
 
 
+def test_a_forward_that_is_computed_again_is_a_phase_in_which_the_host_may_be_ahead() -> None:
+    """3 s a kernel of the host: 3 s for a forward of 1 s, 9 s for what takes the device 9, 6 s for a backward of 2."""
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=3.0))
+    found = priced(Layout(), 1, cluster=slow, recomputed=(passing(Phase.FORWARD, 9.0),))
+    assert found.step_s == pytest.approx(3.0 + 9.0 + 6.0, rel=0.01)
+
+
+def test_exchanges_of_a_forward_that_is_computed_again_are_of_its_phase() -> None:
+    again = (passing(Phase.FORWARD, 1.0),)
+    sums = Exchange(kind=ExchangeKind.ALL_GATHER, axis="tp", phase=Phase.INPUT, nbytes=16 * 10**11, again=True)
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=3.0))
+    found = priced(Layout(tp=2), 1, cluster=slow, recomputed=again, exchanges=(sums,))
+    assert found.step_s == pytest.approx(3.0 + 9.0 + 6.0, rel=0.01)
+    assert found.time[0].tp == pytest.approx(8.0)
+
+
+def test_an_update_takes_the_host_a_start_for_every_kernel() -> None:
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=0.01))
+    free, many = (
+        priced(Layout(), 1, cluster=slow, job=dataclasses.replace(JOB, step_kernels=count)) for count in (0, 200)
+    )
+    assert many.step_s - free.step_s == pytest.approx(2.0)
+    assert many.time[0].optimizer == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_the_closed_form_is_the_simulators_where_a_pipeline_crosses_hosts_beside_shards(schedule: str) -> None:
+    """Four shards inside each host, four stages on four hosts: hops of collectives hold up the host."""
+    layout = Layout(tp=4, pp=4, schedule=schedule)
+    crowded = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=0.1, crowded_s=0.5))
+    sums = tuple(
+        Exchange(kind=ExchangeKind.ALL_REDUCE, axis="tp", phase=phase, nbytes=10**9, count=2)
+        for phase in (Phase.FORWARD, Phase.INPUT)
+    )
+    works = stages(layout, exchanges=sums)
+    closed, exact, alone = (
+        price(works, layout, cluster, JOB, num_micro_batches=8, exact=simulated)
+        for cluster, simulated in ((crowded, False), (crowded, True), (CLUSTER, False))
+    )
+    assert closed.step_s == pytest.approx(exact.step_s)
+    assert closed.step_s > 1.2 * alone.step_s
+
+
 def test_sums_of_gradients_hide_behind_the_last_backward_or_show() -> None:
     """1e11 bytes around a ring of four: 1.5 s; a backward takes 2 s."""
     some: dict[str, Any] = {"parameters": 25 * 10**9, "trained": 25 * 10**9}
@@ -143,6 +186,13 @@ def test_parameters_gathered_for_every_micro_batch_show_where_computing_is_short
 def test_what_does_not_fit_is_said() -> None:
     assert priced(Layout(), saved_bytes=9e8).fits
     assert not priced(Layout(), saved_bytes=1.1e9).fits
+
+
+def test_what_leaves_hardly_any_memory_fits_and_has_no_room() -> None:
+    full, roomy = (priced(Layout(), 1, saved_bytes=nbytes) for nbytes in (9.6e8, 9.4e8))
+    assert (full.fits, full.has_room) == (True, False)
+    assert (roomy.fits, roomy.has_room) == (True, True)
+    assert roomy.room == pytest.approx(0.06)
 
 
 def test_utilisation_counts_the_model_and_not_what_is_computed_again() -> None:

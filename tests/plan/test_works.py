@@ -11,7 +11,7 @@ from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKin
 from shardwise.describe.profile import CallProfile, GlueProfile, ModelProfile, ParameterProfile, UnitProfile
 from shardwise.plan.cut import Cut, cut_stages
 from shardwise.plan.recompute import How, computed_again
-from shardwise.plan.works import stage_works
+from shardwise.plan.works import ADDED_IN_PLACE, stage_works
 
 PRODUCT = Kernel(
     kind=KernelKind.MATMUL, phase=Phase.FORWARD, dtype="float32", flops=100, nbytes=50, shape=(1, 4, 2, 2),
@@ -103,7 +103,8 @@ def test_full_recomputation_keeps_outputs_runs_forwards_again_and_needs_one_unit
     assert first.saved_bytes == 32
     assert first.transient_bytes == 60 + 40 - 16
     assert set(first.recomputed) == {dataclasses.replace(each, count=2 * each.count) for each in (PRODUCT, NORM)}
-    assert set(first.exchanges) == {dataclasses.replace(SUM, count=2), dataclasses.replace(BACK_SUM, count=4)}
+    later = dataclasses.replace(SUM, phase=Phase.INPUT, again=True, count=2)
+    assert set(first.exchanges) == {*(dataclasses.replace(each, count=2) for each in (SUM, BACK_SUM)), later}
 
 
 def test_selective_recomputation_multiplies_with_no_weight_again() -> None:
@@ -142,3 +143,33 @@ def test_nothing_is_lost_or_done_twice_however_it_is_cut(num_stages: int) -> Non
     works = stage_works(own, whole)
     flops = sum(kernel.flops * kernel.count for work in works for kernel in work.kernels)
     assert flops == sum(kernel.flops * kernel.count for part in own.parts for kernel in part.kernels)
+
+
+def with_first(own: ModelProfile, name: str, shape: tuple[int, ...]) -> ModelProfile:
+    """The parameter of the first unit under another name, of another shape."""
+    parameter = ParameterProfile(shape=shape, dtype="float32")
+    units = tuple(
+        dataclasses.replace(unit, parameters={name: parameter}) if unit.name == "first" else unit for unit in own.units
+    )
+    nodes = tuple(
+        dataclasses.replace(node, parameters=tuple(name if each == "first.w" else each for each in node.parameters))
+        for node in own.flow.nodes
+    )
+    return dataclasses.replace(own, units=units, flow=dataclasses.replace(own.flow, nodes=nodes))
+
+
+@pytest.mark.parametrize(
+    "name, elements, passes",
+    [
+        ("first.weight", ADDED_IN_PLACE, 1),
+        ("first.weight", ADDED_IN_PLACE - 1, 3),  # a call in Python would cost more
+        ("first.experts", ADDED_IN_PLACE, 3),  # the model's own code multiplies with it
+    ],
+)
+def test_the_product_of_a_layer_adds_a_large_gradient_itself(name: str, elements: int, passes: int) -> None:
+    own = with_first(profile(), name, (elements,))
+    plain, summed = stage_works(own, cut())[0], stage_works(own, cut(), accumulates=True)[0]
+    (more,) = set(summed.kernels) - set(plain.kernels)
+    others = plain.trained - elements
+    assert more.nbytes == 4 * (passes * elements + 3 * others)
+    assert plain.small_trained == others + (elements if passes == 3 else 0)

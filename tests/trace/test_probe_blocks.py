@@ -15,7 +15,7 @@ def flops_of(kernels, kind) -> int:
 
 
 def test_the_kernels_of_a_block_are_all_its_products_and_what_is_between() -> None:
-    tokens, width, _ = shape = block_shapes()[0]
+    _, tokens, width, _ = shape = block_shapes()[0]
     forward, backward = block_kernels(shape)
     assert flops_of(forward, KernelKind.MATMUL) == 2 * 12 * width**2 * tokens
     assert flops_of(backward, KernelKind.MATMUL) == 2 * flops_of(forward, KernelKind.MATMUL)
@@ -33,5 +33,14 @@ def test_a_block_is_timed_forward_and_backward_behind_the_others_beginning() -> 
 
 def test_blocks_differ_in_what_bounds_them() -> None:
     shapes = block_shapes()
-    assert max(tokens / width for tokens, width, _ in shapes) / min(tokens / width for tokens, width, _ in shapes) > 4
+    shares = [shape.tokens / shape.width for shape in shapes]
+    assert max(shares) / min(shares) > 4
+    assert {shape.kind for shape in shapes} == {shape.kind for shape in block_shapes(quick=True)}
     assert set(block_shapes(quick=True)) < set(shapes)
+
+
+def test_every_kind_of_block_has_its_products_counted() -> None:
+    for shape in block_shapes(quick=True):
+        forward, backward = block_kernels(shape)
+        assert flops_of(backward, KernelKind.MATMUL) == 2 * flops_of(forward, KernelKind.MATMUL) > 0
+        assert all(seconds > 0 for seconds in block_seconds(shape, CPU, window_s=1e-4))

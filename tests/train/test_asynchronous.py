@@ -55,13 +55,12 @@ def job(folder: Path, *, layout: str, resume: bool = False, **more: object) -> J
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
+def pools(starter: RankStarter) -> Iterator[dict[int, RankPool]]:
     """Ranks without a process group: workers make their own."""
-    with RankStarter(preload=("shardwise.train.run",)) as starter:
-        made = {n: RankPool(n, starter=starter, num_threads=1, process_group_timeout_s=None) for n in (2, 4)}
-        yield made
-        for pool in made.values():
-            pool.close()
+    made = {n: RankPool(n, starter=starter, num_threads=1, process_group_timeout_s=None) for n in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
 
 
 def on_rank(context: RankContext, job: Job) -> Trained:

@@ -13,7 +13,7 @@ from shardwise.plan.fit_cluster import fit_cluster
 from shardwise.train.probe import default_ranks, probe
 from shardwise.train.probe_rank import Thoroughness
 
-TINY = dataclasses.replace(Thoroughness.quickly(), rounds=2, kernel_s=1e-3, exchange_s=1e-3)
+TINY = dataclasses.replace(Thoroughness.quickly(), rounds=2, kernel_s=1e-3, exchange_s=1e-3, models=0)
 
 
 def test_two_ranks_measure_a_machine_that_can_be() -> None:
@@ -37,6 +37,17 @@ def test_two_ranks_measure_a_machine_that_can_be() -> None:
     assert fitted.cluster.hosts[0].device.memory_bytes > 100 << 20
     assert 0 < fitted.cluster.hosts[0].device.efficiency.matmul <= 1
     assert fitted.cluster.links[0].latency_s > 0
+
+
+@pytest.mark.slow
+def test_steps_of_models_tell_what_a_rank_holds_before_a_model_and_besides_its_tensors() -> None:
+    (times,) = probe([2], how=dataclasses.replace(TINY, models=1))
+    assert len(times.peaks) == 2
+    assert times.peaks[0].passing < times.peaks[1].passing
+    assert sum("of a model" in time.what for time in times.blocks) == 4
+    fitted = fit_cluster(times).cluster.overheads
+    assert 50 << 20 < fitted.framework_bytes < 1 << 30
+    assert 0 <= fitted.slack < 3
 
 
 @pytest.mark.slow

@@ -48,6 +48,12 @@ def test_evaluations_and_checkpoints_are_told() -> None:
     assert "loss 4.0000 -> 2.0000 (mean of the last 10 steps) in 1 min 01 s" in text
 
 
+def test_figures_of_a_task_and_its_report_are_told() -> None:
+    told = {"loss": 0.5, "weight": 9.0, "samples": 3, "figures": {"f1": 0.71234}, "report": "PER 0.7\nLOC 0.8"}
+    lines = shown(event("evaluation", 5, **told)).splitlines()
+    assert lines == ["evaluation after step 6: held-out loss 0.5000  f1 0.7123", "PER 0.7", "LOC 0.8"]
+
+
 def test_what_a_rank_sends_in_a_step_is_told_at_the_end_by_axis() -> None:
     sent = {"dp.all_reduce": 0, "pp.send": 2**20, "tp.all_reduce": 3 * 2**20}
     step = event("step", 5, loss=3.0, weight=1.0, step_s=1.0, memory_bytes=[2**20], sent_bytes=sent)

@@ -84,7 +84,7 @@ def test_what_is_written_wrong_is_named_with_its_repair(override, told) -> None:
         ("pp=2,micro_batches=-1", "a step has 1 micro-batch or more, but micro_batches=-1"),
         ("pp=2,schedule=zb", 'but got "zb"'),
         ("pp=2,schedule=zb-v,chunks=3", "zb-v is made for 2 stages a rank, but chunks=3; write chunks=2"),
-        ("pp=2,schedule=nowhere.json", "a schedule file can be read, but nowhere.json cannot"),
+        ("pp=2,schedule=nowhere.json", "a schedule file is a file that can be read, but nowhere.json: No such file"),
         ("pp=2,schedule=pipedream-2bw,micro_batches=1", "there are 1 for 2 stages"),
         ("pp=2,stages=weight", "stages are balanced by cost, parameters, depth or listed by hand"),
         ("pp=2,stages=[a|b|c]", "there are 3 and pp=2; write pp=3 or list 2 stages"),

@@ -26,3 +26,17 @@ def test_every_sample_is_dealt_once_with_its_row_and_its_weight(replicas, num_mi
     assert sum(m.weight for m in dealt) == TASK.weight(whole)
     sizes = [len(m.samples) for m in dealt]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_replicas_that_normalise_together_have_neighbours_in_the_same_micro_batch() -> None:
+    first, second = (
+        share(TASK, INDICES[:8], replica=replica, replicas=2, num_micro_batches=2, together=True)
+        for replica in range(2)
+    )
+    assert [m.samples for m in first] == [(0, 1), (4, 5)]
+    assert [m.samples for m in second] == [(2, 3), (6, 7)]
+
+
+def test_held_out_samples_keep_their_own_numbers() -> None:
+    parts = share(TASK, range(5, 9), split="held_out", replica=1, replicas=2, num_micro_batches=1)
+    assert [m.samples for m in parts] == [(7, 8)]

@@ -1,4 +1,4 @@
-"""One process that starts the ranks of all verifications: it has imported torch and the models' modules once."""
+"""A rank by itself, for all verifications."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from shardwise.launch import RankPool, RankStarter
-from shardwise.verify.sides import run_side
-
-ARCHITECTURES = ("bert", "t5", "clip", "bart", "wav2vec2", "llama", "mixtral", "albert", "resnet")
-
-
-@pytest.fixture(scope="session")
-def starter() -> Iterator[RankStarter]:
-    preload = [f"transformers.models.{name}.modeling_{name}" for name in ARCHITECTURES]
-    with RankStarter(preload=(run_side.__module__, *preload)) as starter:
-        yield starter
 
 
 @pytest.fixture(scope="session")

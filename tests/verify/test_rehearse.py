@@ -15,7 +15,7 @@ from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
 from shardwise.execute.traced_profiles import TracedProfiles
 from shardwise.execute.weights import weigher
-from shardwise.launch import RankContext, init_process_group, run_ranks
+from shardwise.launch import RankContext, RankPool, RankStarter
 from shardwise.layout import Layout
 from shardwise.train.optimizer import optimizer_of
 from shardwise.verify.rehearse import Rehearsed, rehearse
@@ -72,7 +72,6 @@ class Real:
 
 
 def real_step(context: RankContext, layout: Layout) -> Real:
-    init_process_group(context, timeout_s=30)
     model = llama()
     parts = micro_batches(model, layout)
     program = assemble(model, parts[0][0].inputs, layout=layout, rank=context.rank)
@@ -100,6 +99,11 @@ def real_step(context: RankContext, layout: Layout) -> Real:
     return Real(sent_bytes=sent, peak_bytes=live.peak.nbytes)
 
 
+def real(layout: Layout, starter: RankStarter) -> list[Real]:
+    with RankPool(layout.world_size, starter=starter, num_threads=1) as ranks:
+        return ranks.run(real_step, layout, timeout_s=60)
+
+
 @pytest.mark.parametrize(
     ("text", "apart"),
     [
@@ -109,22 +113,23 @@ def real_step(context: RankContext, layout: Layout) -> Real:
         pytest.param("pp=2,recompute=full", 1e-4, marks=pytest.mark.slow),
     ],
 )
-def test_bytes_held_and_sent_are_those_of_a_real_run(text: str, apart: float) -> None:
+def test_bytes_held_and_sent_are_those_of_a_real_run(text: str, apart: float, starter: RankStarter) -> None:
     layout = Layout.parse(text)
-    real = run_ranks(real_step, (layout,), world_size=layout.world_size, timeout_s=60, num_threads=1)
-    for rank in range(layout.world_size):
+    for rank, expected in enumerate(real(layout, starter)):
         found = rehearsed(layout, rank)
-        assert found.sent_bytes == real[rank].sent_bytes
-        assert found.peak_bytes == pytest.approx(real[rank].peak_bytes, rel=apart)
+        assert found.sent_bytes == expected.sent_bytes
+        assert found.peak_bytes == pytest.approx(expected.peak_bytes, rel=apart)
 
 
 @pytest.mark.slow
-def test_divided_state_is_reduced_as_in_a_real_run_whose_ranks_read_each_others_parameters_in_place() -> None:
+def test_divided_state_is_reduced_as_in_a_real_run_whose_ranks_read_each_others_parameters_in_place(
+    starter: RankStarter,
+) -> None:
     layout = Layout.parse("fsdp=2")
-    real = run_ranks(real_step, (layout,), world_size=2, timeout_s=60, num_threads=1)
+    expected = real(layout, starter)[1].sent_bytes
     found = rehearsed(layout, 1).sent_bytes
-    assert found["fsdp.reduce_scatter"] == real[1].sent_bytes["fsdp.reduce_scatter"] > 0
-    assert real[1].sent_bytes["fsdp.all_gather"] == 0 < found["fsdp.all_gather"]  # on several hosts it is sent
+    assert found["fsdp.reduce_scatter"] == expected["fsdp.reduce_scatter"] > 0
+    assert expected["fsdp.all_gather"] == 0 < found["fsdp.all_gather"]  # on several hosts it is sent
 
 
 @pytest.mark.parametrize(
@@ -135,11 +140,10 @@ def test_divided_state_is_reduced_as_in_a_real_run_whose_ranks_read_each_others_
         pytest.param("dp=2,pp=2", marks=pytest.mark.slow),
     ],
 )
-def test_bytes_sent_are_those_of_a_real_run(text: str) -> None:
+def test_bytes_sent_are_those_of_a_real_run(text: str, starter: RankStarter) -> None:
     layout = Layout.parse(text)
-    real = run_ranks(real_step, (layout,), world_size=layout.world_size, timeout_s=60, num_threads=1)
     rank = layout.world_size - 1
-    assert rehearsed(layout, rank).sent_bytes == real[rank].sent_bytes
+    assert rehearsed(layout, rank).sent_bytes == real(layout, starter)[rank].sent_bytes
 
 
 def test_lines_and_actions_account_for_the_peak() -> None:

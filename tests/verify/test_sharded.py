@@ -68,11 +68,8 @@ def test_four_ranks_on_several_axes_are_one_device(rank: RankContext, layout: st
     assert compare(rank.rank, layout, tied=tied, clip=0.1).worst <= TOLERANCE
 
 
-def test_the_public_check_holds_a_divided_layout_against_one_device() -> None:
-    with RankStarter(preload=("shardwise.verify.sides",)) as starter:
-        comparison = verify(
-            Decoder(), batch_of(), layout="fsdp=2,micro_batches=2", steps=2, starter=starter, timeout_s=60
-        )
+def test_the_public_check_holds_a_divided_layout_against_one_device(starter: RankStarter) -> None:
+    comparison = verify(Decoder(), batch_of(), layout="fsdp=2,micro_batches=2", steps=2, starter=starter, timeout_s=60)
     assert comparison.equal, str(comparison)
     assert comparison.gradient_error <= 1e-5
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import typer
 
 from shardwise.errors import LaunchError, ShardwiseError
+from shardwise.launch.environment import World, read_world
 
 __all__ = ["VERBS", "main", "run_command"]
 
@@ -28,9 +29,14 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "report": ("shardwise.cli.report", "Show predicted beside measured: a run's time, memory, traffic."),
         "rehearse": ("shardwise.cli.rehearse", "Run one rank of a job whose machine is not there: memory, traffic."),
         "draw": ("shardwise.cli.draw", "Draw a pipeline schedule as text."),
+        "launch": ("shardwise.cli.launch", "Write and submit a batch script for SLURM."),
+        "generate": ("shardwise.cli.generate", "Continue prompts with a run or a checkpoint, under any layout."),
         "export": ("shardwise.cli.export", "Make a transformers folder of a run's checkpoint."),
     }
 )
+
+# verbs that every rank of torchrun, srun or mpirun takes part in; of the others rank 0 speaks for all
+_BY_ALL_RANKS = frozenset({"train", "verify", "generate"})
 
 _HELP = """Model parallelism for any PyTorch model.
 
@@ -48,7 +54,20 @@ Any value can be set from here: --set training.steps=50 --set layout=dp=2,pp=2
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of `shardwise`; ends the process with the exit status."""
-    sys.exit(run_command(list(sys.argv[1:] if arguments is None else arguments)))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    launched = _world(given) is not None
+    try:
+        status = run_command(given)
+    except Exception as error:
+        if not launched:
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    if status != 0 and launched:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # among ranks of a launcher nothing is ended in order: the others may not answer any more
+    sys.exit(status)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -56,6 +75,9 @@ def run_command(arguments: Sequence[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # "module:function" of a run is found beside it
     try:
+        world = _world(arguments)
+        if world is not None and world.rank > 0 and arguments[0] not in _BY_ALL_RANKS:
+            return 0
         _application(arguments[0] if arguments else "")(args=list(arguments), prog_name="shardwise")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
@@ -73,6 +95,16 @@ def run_command(arguments: Sequence[str]) -> int:
         print("shardwise: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _world(arguments: Sequence[str]) -> World | None:
+    """Where another launcher has put this process; a broken environment is the verb's to tell."""
+    if not arguments or arguments[0] not in VERBS:
+        return None
+    try:
+        return read_world()
+    except LaunchError:
+        return None
 
 
 def _application(verb: str) -> typer.Typer:

@@ -14,6 +14,7 @@ from shardwise.cli.calibrate import calibrate_runs
 from shardwise.cli.options import Overrides
 from shardwise.cli.plan_search import Asked, assess, searched, swept
 from shardwise.cli.plan_traced import Traced, job_of, traced_model
+from shardwise.cli.planned_run import write_planned
 from shardwise.describe.catalogue import load_cluster
 from shardwise.describe.cluster import Cluster
 from shardwise.errors import ConfigError
@@ -99,7 +100,11 @@ def command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="With --calibrate: where to write the cluster.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="With --cluster: where to write the run with its best layout; with --calibrate: the cluster.",
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -115,6 +120,7 @@ def command(
     shardwise plan run.toml --set balance=measured
     shardwise plan --model-config config.json --layout tp=8,pp=16 --flops 400T
     shardwise plan run.toml --cluster h100x8x4
+    shardwise plan run.toml --cluster cluster.toml --out planned.toml
     shardwise plan run.toml --cluster h100x8x4 --layout tp=8,dp=4
     shardwise plan run.toml --cluster h100x8x128 --sweep devices=8..1024
     shardwise plan --calibrate runs/demo --out cluster.toml
@@ -146,10 +152,6 @@ def command(
     if calibrate:
         print(calibrate_runs(calibrate, cluster=cluster, out=out))
         return
-    if out is not None:
-        raise ConfigError(
-            "--out is where --calibrate writes a cluster, but no --calibrate is given; add the run's folder"
-        )
     if (run is None) == (model_config is None):
         given = "neither" if run is None else "both"
         raise ConfigError(
@@ -168,6 +170,11 @@ def command(
     ):
         cluster = f"local{os.cpu_count() or 1}"
     extra = {"--sweep": sweep, "--svg": svg, "--json": as_json, "--global-batch": global_batch}
+    if out is not None and (cluster is None or run is None or sweep is not None):
+        raise ConfigError(
+            "--out is where --calibrate writes a cluster, and --cluster a run file with its best layout, but there is "
+            "neither --calibrate RUN_FOLDER nor a run file with --cluster; add one, without --sweep"
+        )
     if cluster is None and any(extra.values()):
         given = next(name for name, value in extra.items() if value)
         raise ConfigError(f"{given} is for a plan on a cluster, but no --cluster is given; add --cluster local2, say")
@@ -180,7 +187,12 @@ def command(
             batch = global_batch or batch_size * machine.num_devices
             _on_cluster_config(model_config, own, batch_size, sequence_length, machine, batch, asked, sweep)
         elif run is not None:
-            _on_cluster_run(run, overrides or [], layout, machine, asked, sweep)
+            chosen = _on_cluster_run(run, overrides or [], layout, machine, asked, sweep)
+            if out is not None and chosen is not None:
+                write_planned(out, run=run, layout=chosen, cluster=cluster)
+                if not as_json:
+                    sets = "".join(f' --set "{text}"' for text in overrides or () if not text.startswith("layout"))
+                    print(f"written to    {out}; run it with   shardwise train {out}{sets}")
         return
     if model_config is not None:
         _plan_config(model_config, Layout.parse(layout or "pp=1"), batch_size, sequence_length, rate)
@@ -197,7 +209,7 @@ def _objective(text: str) -> Objective:
 
 def _on_cluster_run(
     path: str, overrides: list[str], layout: str | None, machine: Cluster, asked: Asked, sweep: str | None
-) -> None:
+) -> Layout | None:
     written = run_on_one_device(path, overrides)
     wanted = None if layout in (None, AUTO) else Layout.parse(str(layout))
     described = written.model_copy(update={"checkpoint": written.checkpoint.model_copy(update={"every": 0})})
@@ -209,7 +221,7 @@ def _on_cluster_run(
     traced = traced_model(model, inputs, samples=samples, cluster=machine, loss=task.loss, tp_plan=described.tp_plan)
     training = described.training
     priced = job_of(training.global_batch, precision=described.techniques.precision, optimizer=training.optimizer)
-    _on_cluster(traced, machine, priced, wanted, asked, sweep)
+    return _on_cluster(traced, machine, priced, wanted, asked, sweep)
 
 
 def _on_cluster_config(
@@ -232,16 +244,19 @@ def _on_cluster_config(
 
 def _on_cluster(
     traced: Traced, machine: Cluster, job: PriceJob, layout: Layout | None, asked: Asked, sweep: str | None
-) -> None:
+) -> Layout | None:
+    """The layout that was chosen, or priced."""
+    chosen: Layout | None = None
     if sweep is not None:
         swept(traced.works, traced.limits, machine, job, sweep, asked)
     elif layout is None:
-        searched(traced.works, traced.limits, machine, job, asked)
+        chosen = searched(traced.works, traced.limits, machine, job, asked)
     else:
-        assess(traced.works, traced.limits, machine, job, layout, asked)
+        chosen = assess(traced.works, traced.limits, machine, job, layout, asked)
     if not asked.as_json:
         for axes, why in traced.profiles.reasons.items():
             print(f"note          {axes}: not traced, by shares of the whole model: {why}")
+    return chosen
 
 
 def _rate(text: str) -> float:

@@ -46,13 +46,13 @@ class Asked:
     svg: str = ""
 
 
-def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: Asked) -> None:
-    """Searches all layouts of the cluster and prints the best. Raises as `search_layouts` does."""
+def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: Asked) -> Layout:
+    """Searches all layouts of the cluster, prints the best and returns the first. Raises as `search_layouts` does."""
     found = search_layouts(works, cluster, job, limits=limits, objective=asked.objective, top=asked.top)
     _picture(found[0].ranked, asked)
     if asked.as_json:
         print(json.dumps(_of_search(found)))
-        return
+        return found[0].layout
     print("\n".join(_head(cluster, job)))
     print(
         f"searched      {found.num_layouts} layouts keep all rules, {found.num_priced} were priced; "
@@ -65,10 +65,12 @@ def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: As
     _timeline(found[0].ranked)
     _changes([str(change) for change in found[0].changes()])
     print(f'\nuse it with   --set "layout={found[0].layout}"')
+    return found[0].layout
 
 
-def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Layout, asked: Asked) -> None:
-    """Prices one layout and prints the verdict, and what a change would buy."""
+def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Layout, asked: Asked) -> Layout:
+    """Prices one layout and prints the verdict, and what a change would buy. Returns it with the stages that it has on
+    this cluster."""
     pricer = Pricer(works, cluster, job, limits)
     ranked = pricer(layout, exact=True)
     axes = Axes.of(limits, cluster, devices=layout.world_size, global_batch=job.global_batch)
@@ -76,12 +78,13 @@ def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Lay
     _picture(ranked, asked)
     if asked.as_json:
         print(json.dumps({"layout": _of_ranked(ranked), "changes": [str(change) for change in changes]}))
-        return
+        return ranked.layout
     print("\n".join(_head(cluster, job)))
     print(explain_ranked([ranked], 0, ()))
     _shares(pricer, ranked)
     _timeline(ranked)
     _changes([str(change) for change in changes])
+    return ranked.layout
 
 
 def swept(works: Works, limits: Limits, cluster: Cluster, job: Job, text: str, asked: Asked) -> None:
@@ -171,7 +174,8 @@ def _of_ranked(ranked: Ranked) -> dict[str, Any]:
         "mfu": price.mfu,
         "usd": ranked.usd,
         "margin": ranked.margin,
-        "fits": ranked.room_bytes >= 0,
+        "fits": ranked.fits,
+        "has_room": ranked.has_room,
         "peak_bytes": ranked.peak_bytes,
         "room_bytes": ranked.room_bytes,
         "time": [dataclasses.asdict(lines) for lines in price.time],

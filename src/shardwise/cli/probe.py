@@ -29,6 +29,9 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Where to write the cluster.")] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What computes.")] = "cpu",
+    imports: Annotated[
+        str, typer.Option("--import", metavar="NAME,NAME", help="What your runs import: it is in their ranks' memory.")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A first look in seconds: less of everything.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything that was measured and fitted, as JSON.")] = False,
 ) -> None:
@@ -40,7 +43,7 @@ def command(
 
     shardwise probe
 
-    shardwise probe --ranks 2,4 --out cluster.toml
+    shardwise probe --ranks 2,4 --import transformers --out cluster.toml
 
     shardwise plan run.toml --cluster cluster.toml@4
     """
@@ -49,7 +52,9 @@ def command(
     counts = default_ranks(device) if ranks is None else tuple(_counts(ranks))
     begun = time.perf_counter()
     how = Thoroughness.quickly() if quick else Thoroughness()
-    measured = probe(counts, device=device, how=how, tell=_told if sys.stderr.isatty() else _nobody)
+    preload = tuple(filter(None, imports.split(",")))
+    tell = _told if sys.stderr.isatty() else _nobody
+    measured = probe(counts, device=device, how=how, preload=preload, tell=tell)
     fitted = [fit_cluster(times, on_gpu=device == "cuda") for times in measured]
     passed_s = time.perf_counter() - begun
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -10,8 +11,9 @@ import typer
 from shardwise.checkpoint.storage import complete_steps
 from shardwise.cli.options import Overrides, RunFile
 from shardwise.errors import LaunchError
+from shardwise.train.asked import Asked
 from shardwise.train.run import train
-from shardwise.train.run_file import Run, load_run
+from shardwise.train.run_file import Run
 
 __all__ = ["command"]
 
@@ -29,6 +31,14 @@ def command(
             "--overwrite", metavar="", help="Begin anew where the run's folder has checkpoints: they are deleted."
         ),
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="CLUSTER", help="Instead of the run's: what layouts are searched and priced for."),
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option("--search", metavar="", help='With --resume and layout = "auto": search again, not as before.'),
+    ] = False,
 ) -> None:
     """Train the model of a run, split over processes as its layout says.
 
@@ -38,13 +48,16 @@ def command(
 
     shardwise train run.toml
     shardwise train run.toml --set layout=dp=2,pp=2 --set training.steps=50
+    shardwise train run.toml --set layout=auto --cluster cluster.toml
     shardwise train run.toml --resume
-    torchrun --nproc-per-node 4 --no-python shardwise train run.toml
+    torchrun --nproc-per-node 4 -m shardwise train run.toml
+    mpirun -np 4 shardwise train run.toml
 
     The run file:
       folder  = "runs/mine"      gets events/, checkpoints/ and prepared data/
       layout  = "dp=2,pp=2"      replicas x pipeline, one process for each;
-                                 schedule=zb-v, say: see shardwise plan
+                                 schedule=zb-v, say: see shardwise plan;
+                                 "auto": the best for this machine is searched
       balance = "flops"          or measured, parameters, depth: equal stages
       cluster = "cluster.toml"   what a step is estimated for (shardwise report)
       \\[model]                    config = {model_type = "llama", ...} or a
@@ -55,17 +68,20 @@ def command(
       \\[training]                 steps, global_batch, learning_rate, warm_up,
                                  clip, seed, evaluate_every, ...
       \\[checkpoint]               every (steps; 0: never), keep, folder
+      \\[auto]                     measure, steps: of layout = "auto", how many
+                                 layouts the first steps measure, and how long
       \\[timeline]                 steps, every: which are recorded on all ranks,
                                  for shardwise draw FOLDER
       \\[tp_plan]                  "layers.*.mlp.up_proj" = "colwise", ...: how
                                  shards divide units; else found and proven
 
-    BatchNorm: each replica keeps and evaluates with running statistics of its
-    own; replica 0's are saved (docs/correctness.md).
+    BatchNorm normalises each micro-batch of a replica, or with model.batch_norm
+    = "synchronised" of all together (docs/tasks.md).
     """
-    described = load_run(run, overrides or ())
+    told = [*(overrides or ()), *([f"cluster={json.dumps(cluster)}"] if cluster else ())]
+    described = Asked.of(run, told).run
     try:
-        train(described, resume=resume, overwrite=overwrite)
+        train(run, overrides=told, resume=resume, overwrite=overwrite, search=search)
     except LaunchError:
         _say_how_to_go_on(described, run)
         raise

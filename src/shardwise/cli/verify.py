@@ -6,17 +6,23 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 
 from shardwise.cli.options import Overrides, RunFile
-from shardwise.tasks import sample_indices
-from shardwise.train.build import build_task
+from shardwise.launch import LaunchedRanks, read_world
+from shardwise.tasks import indices_at, samples_at
+from shardwise.train.asked import Asked
+from shardwise.train.materials import build_task, head_of
+from shardwise.train.meeting import backend_of, check_own_ranks, meet
 from shardwise.train.model import model_factory
-from shardwise.train.run import prepare
-from shardwise.train.run_file import load_run
+from shardwise.train.run import found_for, prepare
+from shardwise.train.run_file import Run
 from shardwise.verify import verify
 
 __all__ = ["command"]
+
+_TIMEOUT_S = 3600.0  # of an exchange under another launcher: the others wait while rank 0 runs the reference
 
 
 def command(
@@ -40,30 +46,58 @@ def command(
 
     shardwise verify run.toml --set layout=pp=4
 
+    Where layout = "auto": the layout that the run has found, or is found now.
+
     A model too large for one device: shardwise verify run.toml --reference streamed
+
+    Under torchrun, srun or mpirun the layout runs on their ranks, and rank 0
+    runs the one device and prints.
     """
-    described = load_run(run, overrides or ())
+    asked = Asked.of(run, overrides or ())
+    world = read_world()
+    meeting = None if world is None else meet(world, asked.run.communication, asked.run.device)
+    if meeting is None or meeting.store is None:
+        described = asked.on(found_for(asked, ranks=None if world is None else 1))
+        check_own_ranks(described.communication, described.layout.world_size, described.device)
+        equal = _compare(described, steps, dtype, trained, reference, None)
+    else:
+        with meeting.ending_together():
+            backend = backend_of(asked.run.communication, asked.run.device)
+            launched = meeting.ranks(backend, timeout_s=_TIMEOUT_S)
+            if meeting.context.rank > 0:
+                launched.serve()
+                equal = True
+            else:
+                described = asked.on(found_for(asked, ranks=meeting.context.world_size))
+                equal = _compare(described, steps, dtype, trained, reference, launched)
+                launched.close()
+            dist.destroy_process_group()
+    if not equal:
+        sys.exit(1)
+
+
+def _compare(
+    described: Run, steps: int, dtype: str | None, trained: bool, reference: str, launched: LaunchedRanks | None
+) -> bool:
+    """Prints the comparison; whether both sides are equal."""
     job = prepare(described.model_copy(update={"checkpoint": described.checkpoint.model_copy(update={"every": 0})}))
     task = build_task(job)
-    indices = sample_indices(
-        seed=described.training.seed,
-        step=0,
-        global_batch=described.training.global_batch,
-        num_samples=task.num_samples("train"),
-    )
+    seed = described.training.seed
+    indices = indices_at(task, seed=seed, step=0, global_batch=described.training.global_batch)
     comparison = verify(
-        model_factory(described.model),
-        task.samples(indices, "train"),
+        model_factory(described.model, head_of(task)),
+        samples_at(task, indices, "train", seed=seed, step=0),
         layout=described.seeded_layout,
         loss=task.loss,
         weight=task.weight,
         steps=steps,
         dtype=dtype,
         checkpoint=described.checkpoint_folder if trained else described.model.path,
+        new_head=not trained and head_of(task) is not None,
         reference=reference,
         tp_plan=described.tp_plan,
         techniques=described.techniques,
+        launched=launched,
     )
     print(comparison)
-    if not comparison.equal:
-        sys.exit(1)
+    return comparison.equal

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from shardwise.comm.clock import host_of_clock
 from shardwise.comm.collective import Collective, ProcessGroupCollective
 from shardwise.comm.hierarchical import HierarchicalCollective
+from shardwise.comm.mpi_backend import may_share_memory, moves_host_memory
 from shardwise.comm.ring import GroupTransport, RingCollective, TreeCollective
 from shardwise.comm.same_host_meeting import meet
 from shardwise.comm.shared_board import Board, is_possible, num_bytes_of
@@ -48,7 +49,7 @@ def collective_over(
     if algorithm != "auto":
         return _point_to_point(own, algorithm)
     shared = None
-    if torch.device(device).type == "cpu" and dist.get_backend() == "gloo":
+    if torch.device(device).type == "cpu" and may_share_memory():
         shared = shared_memory_over(None if own is None else own[1], None if own is None else own[0], stack)
     if own is None:
         return None
@@ -69,7 +70,7 @@ def _own_group(
 
 
 def _point_to_point(own: tuple[dist.ProcessGroup, list[int]] | None, algorithm: str) -> Collective | None:
-    if dist.get_backend() != "gloo":
+    if not moves_host_memory():
         raise LayoutError(
             f'{dist.get_backend()} chooses its algorithms itself, but algorithm = "{algorithm}"; use "auto" or '
             '"hierarchical", or tell the backend (NCCL_ALGO)'

@@ -2,7 +2,8 @@
 
     DEVICE            one                            DEVICExN      N, in hosts as large as they are sold
     DEVICExNxHOSTS    N in each of so many hosts     A+B           hosts of both, in that order
-    localN            N ranks on this machine's cores, by estimate; `shardwise probe` measures them
+    localN            N ranks on this machine's cores (as many as there are cores, without N), by estimate;
+                      `shardwise probe` measures them
 
 Numbers stand in `devices.toml`, each with its source. A name is found however it is written: "H100", "h100-sxm", what
 torch calls the device. Knows what is promised and typical; refuses to measure.
@@ -13,31 +14,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from shardwise.describe.cluster import Cluster, Device, Hosts, Link, Overheads
+from shardwise.describe.cluster import Cluster, Device, HostMemory, Hosts, Link, Overheads
 from shardwise.describe.cluster_file import read_clusters, value_from
 from shardwise.errors import ConfigError
 
 __all__ = ["Entry", "entries", "find_device", "load_cluster", "named_cluster"]
 
 _MAKERS = re.compile(r"\b(nvidia|amd|instinct|geforce|tesla)\b")
-_LOCAL = re.compile(r"local(\d+)")
+_LOCAL = re.compile(r"local(\d*)")
 _FRAMEWORK_BYTES = 2 << 30  # of a device: the context of the driver, libraries, buffers of collectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
     """A device as it is sold: its other names, `devices_of_host` in one host, the link `inside` it and the one
-    `between` hosts, and where the numbers are from."""
+    `between` hosts, the memory of such a host (None: the device has it itself), and where the numbers are from."""
 
     device: Device
     inside: Link
     between: Link
     devices_of_host: int = 8
+    host: HostMemory | None = None
     names: tuple[str, ...] = ()
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -72,7 +75,7 @@ def named_cluster(text: str) -> Cluster:
     """
     local = _LOCAL.fullmatch(text.strip().lower())
     if local is not None:
-        return Cluster.local(int(local[1]))
+        return Cluster.local(int(local[1] or os.cpu_count() or 1))
     parts = [_hosts(part.strip()) for part in text.split("+")]
     hosts = tuple(hosts for _, hosts in parts)
     inside = _slowest(entry.inside for entry, _ in parts)
@@ -131,7 +134,7 @@ def _hosts(text: str) -> tuple[Entry, Hosts]:
                     "give both, as in h100x8x4"
                 )
             devices, count = entry.devices_of_host, devices // entry.devices_of_host
-        return entry, Hosts(device=entry.device, devices=devices, count=count)
+        return entry, Hosts(device=entry.device, devices=devices, count=count, memory=entry.host)
     find_device(re.sub(r"(x\d+)+$", "", text))
     raise ConfigError(f"{text!r} is no cluster; write DEVICExDEVICES, DEVICExDEVICESxHOSTS or a file ending in .toml")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from shardwise.errors import ConfigError
 
-__all__ = ["Cluster", "Device", "Efficiency", "Hosts", "Link", "Overheads"]
+__all__ = ["Cluster", "Device", "Efficiency", "HostMemory", "Hosts", "Link", "Overheads"]
 
 
 def _share(name: str, value: float, *, zero: bool = False) -> None:
@@ -42,6 +42,8 @@ class Efficiency:
     matmul_half_flops: a product of so many flops reaches half of `matmul` (small ones fill a device badly); 0: all do.
     memory_half_bytes: likewise of bytes moved.
     update: of the memory's rate, the share that an optimizer's pass reaches; 0: `memory`.
+    asked_s: of every kernel of a forward besides, in which the program asks for it, where that delays the device (a
+        CPU, which runs both); a backward's are asked for by the library.
     """
 
     matmul: float = 0.7
@@ -51,12 +53,13 @@ class Efficiency:
     matmul_half_flops: float = 0.0
     memory_half_bytes: float = 0.0
     update: float = 0.0
+    asked_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("matmul", "attention", "memory"):
             _share(name, getattr(self, name))
         _share("update", self.update, zero=True)
-        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes"):
+        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes", "asked_s"):
             _at_least(name, getattr(self, name), 0.0)
 
 
@@ -116,20 +119,59 @@ class Link:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostMemory:
+    """Where a device's tensors may wait: the memory of its host.
+
+    memory_bytes: of one host, for all of its devices. link_bytes_per_s: of one device's link to it, in one direction.
+    bytes_per_s: of the memory, one device's share, which an optimizer on the host passes over. Of both rates, which are
+    promised, `efficiency` is reached.
+    """
+
+    memory_bytes: int
+    link_bytes_per_s: float
+    bytes_per_s: float
+    efficiency: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "link_bytes_per_s", "bytes_per_s"):
+            _above(f"memory of a host: {name}", getattr(self, name))
+        _share("memory of a host: efficiency", self.efficiency)
+
+    def copy_s(self, nbytes: float) -> float:
+        """Seconds of a copy there or back."""
+        return nbytes / (self.link_bytes_per_s * self.efficiency)
+
+    def pass_s(self, nbytes: float) -> float:
+        """Seconds that the host's processors take to read or write so much for one device."""
+        return nbytes / (self.bytes_per_s * self.efficiency)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hosts:
-    """`count` equal hosts of `devices` devices each."""
+    """`count` equal hosts of `devices` devices each. memory: None where nothing is known of it, so that nothing is
+    planned to wait there. processors: of a host whose devices are ranks that share them, all computing at their rates;
+    None: every device is its own."""
 
     device: Device
     devices: int
     count: int = 1
+    memory: HostMemory | None = None
+    processors: int | None = None
 
     def __post_init__(self) -> None:
         _above("devices of a host", self.devices)
         _above("hosts", self.count)
+        if self.processors is not None:
+            _above("processors of a host", self.processors)
 
     @property
     def num_devices(self) -> int:
         return self.devices * self.count
+
+    @property
+    def crowd(self) -> float:
+        """Ranks of one processor, 1 or more: how much faster than its rates one is that computes alone."""
+        return max(1.0, self.devices / (self.processors or self.devices))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +245,10 @@ class Cluster:
         link = Link(name="shared memory", bytes_per_s=6e9 * share, latency_s=30e-6 / share, meeting_s=150e-6 / share)
         overheads = Overheads(action_s=150e-6 / share, step_s=2e-3 / share, framework_bytes=200 << 20, overlap=0.0)
         return cls(
-            hosts=(Hosts(device=device, devices=ranks),), links=(link,), overheads=overheads, name=f"local{ranks}"
+            hosts=(Hosts(device=device, devices=ranks, processors=min(cores, ranks)),),
+            links=(link,),
+            overheads=overheads,
+            name=f"local{ranks}",
         )
 
     @property

@@ -70,7 +70,7 @@ class Kernel:
         counts = (self.flops, self.nbytes, self.count, *self.shape, self.batch_bytes or 0)
         if any(number < 0 for number in counts) or (self.batch_bytes or 0) > self.nbytes:
             raise ModelError(
-                f"what a kernel costs is 0 or more, and its batch_bytes a part of its nbytes, but got {self}; see Kernel"
+                f"what a kernel costs is 0 or more, and its batch_bytes a part of its nbytes, not {self}; see Kernel"
             )
 
     def scaled(self, factor: float) -> Kernel:

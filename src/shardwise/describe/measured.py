@@ -11,7 +11,17 @@ from collections.abc import Sequence
 
 from shardwise.describe.kernels import ExchangeKind, Kernel
 
-__all__ = ["TINY", "UPDATE", "BlockTime", "ExchangeTime", "KernelTime", "MachineTimes", "ProgramTime", "spread_of"]
+__all__ = [
+    "TINY",
+    "UPDATE",
+    "BlockTime",
+    "ExchangeTime",
+    "KernelTime",
+    "MachineTimes",
+    "PeakBytes",
+    "ProgramTime",
+    "spread_of",
+]
 
 TINY = (
     "of a tiny block"  # `what` of a kernel that stands for all, at a size at which nothing but the program takes time
@@ -37,11 +47,13 @@ class KernelTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BlockTime:
-    """Seconds of a forward or a backward of a block in every round, and all kernels that it is made of, with counts."""
+    """Seconds of a forward or a backward of a block, or of a whole model as a program, in every round, and all kernels
+    that it is made of, with counts. weight: how much it counts where blocks are fitted."""
 
     what: str
     kernels: tuple[Kernel, ...]
     seconds: tuple[float, ...]
+    weight: float = 1.0
 
     @property
     def median_s(self) -> float:
@@ -81,11 +93,22 @@ class ProgramTime:
     framework_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PeakBytes:
+    """Memory of a rank at the peak of a step of some model: as measured, and of it by count what it holds all the time
+    and what comes and goes."""
+
+    states: float
+    passing: float
+    measured: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MachineTimes:
     """All of it, with `ranks` ranks at once on `cores` cores or as many GPUs, one thread a rank.
 
-    device: its name; memory_bytes: of one; alone: the same kernels where one rank computes and the others are idle.
+    device: its name; memory_bytes: of one; alone: the same kernels where one rank computes and the others are idle;
+    peaks: of models whose activations are of several sizes, on the fullest rank.
     """
 
     ranks: int
@@ -97,6 +120,7 @@ class MachineTimes:
     program: ProgramTime
     alone: tuple[KernelTime, ...] = ()
     blocks: tuple[BlockTime, ...] = ()
+    peaks: tuple[PeakBytes, ...] = ()
     hidden: tuple[float, ...] = ()  # of a sum of gradients beside products, the share that does not show
 
 

@@ -17,7 +17,7 @@ from shardwise.errors import BatchError
 from shardwise.execute.weights import Weigher, with_own_items
 from shardwise.trace.objective import Batch
 
-__all__ = ["MicroBatch", "batch_size", "select", "signature", "split"]
+__all__ = ["MicroBatch", "batch_size", "own_parts", "select", "signature", "split"]
 
 _LABELS = ("labels", "label", "targets", "target", "start_positions")
 
@@ -130,6 +130,7 @@ def split(
     weights: Any,
     batch_dims: Mapping[str, int] | None = None,
     first_sample: int = 0,
+    together: bool = False,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """The micro-batches of every replica. Samples are dealt in order; the last ones may be smaller by one sample.
 
@@ -154,7 +155,19 @@ def split(
             zip(rows, with_own_items(batch, taken, weighed), weighed, strict=True)
         )
     ]
-    return tuple(tuple(made[r * micro_batches : (r + 1) * micro_batches]) for r in range(replicas))
+    return tuple(
+        tuple(made[part] for part in own_parts(r, replicas, micro_batches, together=together)) for r in range(replicas)
+    )
+
+
+def own_parts(replica: int, replicas: int, num_micro_batches: int, *, together: bool = False) -> range:
+    """Which parts of a global batch, cut into replicas * num_micro_batches, are a replica's micro-batches, in order.
+
+    `together`: micro-batch m of all replicas is one stretch of samples, as BatchNorm wants that sees them together.
+    """
+    if together:
+        return range(replica, replicas * num_micro_batches, replicas)
+    return range(replica * num_micro_batches, (replica + 1) * num_micro_batches)
 
 
 def signature(inputs: Any, training: bool) -> tuple[object, ...]:

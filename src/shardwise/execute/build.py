@@ -37,7 +37,13 @@ from shardwise.execute.recompute import Recompute
 from shardwise.execute.split_proof import Anywhere, SplitProof, prove_splits
 from shardwise.execute.state_ranks import divide_states
 from shardwise.execute.weight_sums import WeightSums
-from shardwise.layout import Context, Layout, Techniques
+from shardwise.layout import SYNCHRONISED, Context, Layout, Techniques
+from shardwise.parallel.batch_statistics import (
+    BatchStatistics,
+    RunningStatistics,
+    SynchronisedStatistics,
+    batch_norms,
+)
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.hold import hold, holders_of, take_own
 from shardwise.parallel.precision.numerics import Numerics
@@ -163,6 +169,7 @@ def build(
             same_host=same_host,
             traffic=traffic,
         )
+        statistics = _statistics(model, place, stack, "own" if techniques is None else techniques.batch_norm)
         stack.enter_context(installed({name: model.get_submodule(name) for name in tape.units}, switch))
         kinds = _kinds(place, holders, tensor, divided_experts)
         held = {name: p for name, p in model.named_parameters() if name in set(mine)}
@@ -277,7 +284,21 @@ def build(
         split_proofs=proofs,
         numerics=numerics,
         compiled=compiled,
+        statistics=statistics,
     )
+
+
+def _statistics(model: nn.Module, place: Place, stack: contextlib.ExitStack, batch_norm: str) -> BatchStatistics | None:
+    """What BatchNorm's statistics are on several replicas; None where there is nothing to do. Collective."""
+    norms = batch_norms(model)
+    if place.dp == 1 or not norms:
+        return None
+    group = rank_groups.replica_group(place, stack)
+    made: BatchStatistics = (
+        SynchronisedStatistics(norms, group) if batch_norm == SYNCHRONISED else RunningStatistics(norms, group)
+    )
+    stack.callback(made.close)
+    return made
 
 
 def _computed_again(recompute: Mapping[str, How], tape: Tape) -> dict[str, How]:

@@ -8,7 +8,7 @@ without a send. Whoever waits for gradients is told by it when those of a stage 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from shardwise.execute.offload import Offloads
 from shardwise.execute.repetition import Repetition
 from shardwise.execute.resolve import Keys, resolve
 from shardwise.execute.row_plan import Item, Op, RowPlan, plan_of
-from shardwise.execute.stage_forward import StageForward
+from shardwise.execute.stage_forward import Seen, StageForward
 from shardwise.execute.step_state import Alive, Gathered, StepState, UnderWay, Waiting, Work
 from shardwise.execute.weight_sums import WeightSums
 from shardwise.schedule.actions import Action
@@ -73,7 +73,7 @@ class Engine:
         self.rank = rank
         self.rank_of_stage = tuple(rank_of_stage)
         self._stage_forward = StageForward(model, switch=switch, loss=loss, around=around or Around())
-        self._transport = transport
+        self.transport = transport
         self._sums = sums or WeightSums()
         self._offloads = offloads  # where a schedule moves what forwards keep
         self.device = device
@@ -149,6 +149,20 @@ class Engine:
             self._buffers.end_step()
         return state.losses, Moments(self._clock, table.actions, marks)
 
+    @contextlib.contextmanager
+    def showing(self, seen: Seen | None) -> Iterator[None]:
+        """Inside the block `seen` is shown the outputs of every micro-batch whose loss is computed here."""
+        self._stage_forward.seen = seen
+        try:
+            yield
+        finally:
+            self._stage_forward.seen = None
+
+    def whole(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` runs of a model that is one stage, with what stands around its units."""
+        with self._stage_forward.surroundings.open():
+            return self._stage_forward.whole(compute)
+
     def plan_of(self, row: Sequence[Item]) -> RowPlan:
         """What the items of a row ask for; rows are kept, so that it is found once. Raises `DataflowError`."""
         known = self._plans.get(id(row))
@@ -181,7 +195,7 @@ class Engine:
         headers = state.works[post.micro_batch].headers
         for message in post.messages:
             state.incoming[message.key] = receive(
-                self._transport,
+                self.transport,
                 message.expected,
                 message.peer,
                 device=self.device,
@@ -194,7 +208,7 @@ class Engine:
         alive = state.alive[sending.forward]
         for message in sending.messages:
             tensor = alive.sent[message.value]
-            outgoing = send(self._transport, tensor, message.expected, message.peer, headers=headers)
+            outgoing = send(self.transport, tensor, message.expected, message.peer, headers=headers)
             (alive.outgoing if message.confirmed else state.outgoing).append(outgoing)
 
     def _send_gradients(self, state: StepState, sending: SendGradients) -> None:
@@ -204,7 +218,7 @@ class Engine:
             tensor = state.local.pop(message.key, None)
             if tensor is None:
                 tensor = torch.zeros(expected.shape, dtype=expected.dtype, device=self.device)
-            state.outgoing.append(send(self._transport, tensor, expected, message.peer, headers=headers))
+            state.outgoing.append(send(self.transport, tensor, expected, message.peer, headers=headers))
 
     # -- forward and backward -------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,7 @@ from shardwise.execute.stage import Programme, StageRun, programme
 from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut, StageCut, cut_stages
-from shardwise.trace.capture import capture, own
+from shardwise.trace.capture import Compute, Watch, capture, own
 from shardwise.trace.install import Switch
 from shardwise.trace.objective import LossFunction, objective
 from shardwise.trace.randomness import Scope
@@ -43,6 +44,8 @@ class Flow:
     random: bool
     dealt: Dealt
     met: int = 0  # steps in which it has been used
+    free: frozenset[int] = frozenset()  # nodes that every stage computes, whoever needs them
+    notes: Any = None  # of who recorded it, for a forward that is not the objective's
 
 
 class Flows:
@@ -75,13 +78,34 @@ class Flows:
 
     def flow_of(self, micro_batch: MicroBatch, scope: Scope) -> Flow:
         """The flow of a micro-batch in a step; looks at random numbers (LayerDrop) make several of one signature."""
-        key = (signature(micro_batch.inputs, self.model.training), torch.is_grad_enabled())
-        known = self._flows.setdefault(key, [])
+        return self.flow_for(signature(micro_batch.inputs, self.model.training), micro_batch.inputs, scope)
+
+    def flow_for(
+        self,
+        signed: Hashable,
+        inputs: Any,
+        scope: Scope,
+        *,
+        compute: Compute = objective,
+        watch: Watch | None = None,
+    ) -> Flow:
+        """The flow of what `compute(model, inputs, loss)` runs, as often as it is asked; `signed` says which forwards
+        are alike. `watch(recorder)` is open around a recording."""
+        known = self._flows.setdefault((signed, torch.is_grad_enabled()), [])
         for flow in sorted(known, key=lambda flow: -flow.met):  # the usual ones first
-            if not flow.tape.looks or self._agrees(flow, micro_batch, scope):
+            if not flow.tape.looks or self._agrees(flow, inputs, scope, compute):
                 return flow
         with self._switch.off(), self._whole():
-            tape = capture(self.model, micro_batch.inputs, loss=self.loss, units=self.units, scope=scope).tape
+            tape = capture(
+                self.model,
+                inputs,
+                loss=self.loss,
+                units=self.units,
+                scope=scope,
+                watch=watch,
+                backward=False,
+                compute=compute,
+            ).tape
         known.append(self._made(tape))
         return known[-1]
 
@@ -90,9 +114,9 @@ class Flows:
         """Whether a forward that has been met draws random numbers."""
         return any(flow.random for flows in self._flows.values() for flow in flows)
 
-    def _agrees(self, flow: Flow, micro_batch: MicroBatch, scope: Scope) -> bool:
+    def _agrees(self, flow: Flow, inputs: Any, scope: Scope, compute: Compute) -> bool:
         """Whether Python would see now what it saw when the tape was made: the glue runs with every unit absent."""
-        looking = _looking(flow.tape.flow)
+        looking = _looking(flow.tape.flow, flow.free)
         run = StageRun(
             tape=flow.tape,
             cut=looking,
@@ -101,10 +125,10 @@ class Flows:
             received={},
             scope=scope,
         )
-        inputs = own(micro_batch.inputs) if flow.writes_batch else micro_batch.inputs
+        given = own(inputs) if flow.writes_batch else inputs
         try:
             with torch.no_grad():
-                run.forward(lambda: objective(self.model, inputs, self.loss), self._switch)
+                run.forward(lambda: compute(self.model, given, self.loss), self._switch)
         except DataflowError:
             return False
         return True
@@ -148,7 +172,7 @@ def _refuse_state(tape: Tape) -> None:
             )
 
 
-def _looking(flow: Dataflow) -> StageCut:
+def _looking(flow: Dataflow, free: frozenset[int]) -> StageCut:
     """A stage without unit calls that computes what Python looks at."""
     looks = [node for node in flow.nodes if node.kind is NodeKind.READ]
     computes: set[int] = set()
@@ -161,7 +185,7 @@ def _looking(flow: Dataflow) -> StageCut:
     return StageCut(
         stage=-1,
         calls=(),
-        computes=frozenset(computes),
+        computes=free.union(computes),
         receives=(),
         sends=(),
         last_node=looks[-1].index,

@@ -6,7 +6,7 @@ Everything that a layout divides is here told by name. Knows no schedule and no 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from shardwise.describe.tensor import Slice
 from shardwise.execute.divided_states import DividedStates
-from shardwise.execute.norms import sum_of_squares
+from shardwise.execute.norms import share_of, sum_of_squares
 from shardwise.execute.place import Place
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.precision.numerics import Numerics
@@ -161,8 +161,15 @@ class Held:
             for name, p in self._updated_here()
             if p.grad is not None and self.counts(name) and not self.divides_experts(name)
         ]
-        squares = sum_of_squares([gradient for gradient in own if gradient is not None]).to(self._device)
+        squares = self._squares_of_share([gradient for gradient in own if gradient is not None])
         return squares + self._squares_of_experts() + self._squares_of_parts()
+
+    def _squares_of_share(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of gradients that all replicas have alike: each reads its share of their elements, weighed by how many there
+        are, so that the mean over all replicas counts each element once."""
+        place = self.place
+        shares = [share_of(gradient, place.replica, place.dp) for gradient in gradients]
+        return sum_of_squares([share for share in shares if share.numel()]).to(self._device) * place.dp
 
     def _squares_of_parts(self) -> torch.Tensor:
         """Of what replicas divide, weighed so that the mean over all replicas counts each element once."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["CHUNK", "sum_of_squares"]
+__all__ = ["CHUNK", "share_of", "sum_of_squares"]
 
 CHUNK = 4096  # elements that are summed in their own dtype
 
@@ -32,3 +32,12 @@ def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     if small:
         total += torch.stack([norm.double() for norm in torch._foreach_norm(small)]).square().sum()
     return total
+
+
+def share_of(gradient: torch.Tensor, place: int, size: int) -> torch.Tensor:
+    """The elements that the one at `place` of `size` sums, of a gradient that all of them have: whole chunks, about as
+    many as the others', and the last one what is left. All of them together have each element once."""
+    flat = gradient.reshape(-1)
+    chunks = flat.numel() // CHUNK
+    start, end = place * chunks // size * CHUNK, (place + 1) * chunks // size * CHUNK
+    return flat[start : flat.numel() if place == size - 1 else end]

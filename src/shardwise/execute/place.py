@@ -145,6 +145,15 @@ class Place:
             for shard in range(self.tp)
         ]
 
+    def ranks_replicating(self) -> list[list[int]]:
+        """The groups of the data axis: for every position, context and shard, its replicas."""
+        return [
+            [self._at(position=position, replica=replica, context=c, shard=shard) for replica in range(self.dp)]
+            for position in range(self.pp)
+            for c in range(self.cp)
+            for shard in range(self.tp)
+        ]
+
     def ranks_sharing(self) -> list[list[int]]:
         """The groups of the tensor axis: for every position, replica and context, its shards."""
         return [

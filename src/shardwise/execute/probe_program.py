@@ -13,17 +13,17 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import MicroBatch, split
+from shardwise.execute.process_memory import proportional_bytes
 from shardwise.execute.program import Program
 from shardwise.layout import Layout
 
-__all__ = ["Programmed", "program_seconds", "resident_bytes"]
+__all__ = ["Programmed", "held_bytes", "program_seconds"]
 
 _WIDTH = 8
 _FEW, _MANY = 2, 16  # micro-batches
@@ -99,13 +99,14 @@ def program_seconds(
     return Programmed(action_s=tuple(actions), step_s=tuple(of_step), layout_s=layout_s)
 
 
-def resident_bytes(device: torch.device | str = "cpu") -> int:
-    """Of this rank now; on a GPU, what is in use of it beside what torch has allocated."""
+def held_bytes(device: torch.device | str = "cpu") -> int:
+    """Of this rank now, pages that ranks share divided among them; on a GPU, what is in use of it beside what torch has
+    allocated."""
     device = torch.device(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free - torch.cuda.memory_reserved(device))
-    return int(psutil.Process().memory_info().rss)
+    return proportional_bytes(dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def _step(program: Program, optimizer: torch.optim.Optimizer, mine: Sequence[MicroBatch], number: int) -> None:

@@ -31,7 +31,9 @@ from shardwise.execute.mean_loss import MeanLoss
 from shardwise.execute.moments import Moments
 from shardwise.execute.place import Place
 from shardwise.execute.split_proof import SplitProof
+from shardwise.execute.stage_forward import Seen
 from shardwise.execute.step_state import Work
+from shardwise.parallel.batch_statistics import BatchStatistics, SynchronisedStatistics
 from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.expert.install import DividedExperts
 from shardwise.parallel.gradients import GradientSum
@@ -90,6 +92,7 @@ class Program(Held):
         split_proofs: Sequence[SplitProof] = (),
         numerics: Numerics | None = None,
         compiled: Compiled | None = None,
+        statistics: BatchStatistics | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -102,6 +105,7 @@ class Program(Held):
             numerics=numerics or Numerics(model),
         )
         self.compiled = compiled
+        self._statistics = statistics  # of BatchNorm, on several replicas
         self.split_proofs = tuple(split_proofs)  # which units split their backward, where the schedule does
         self._traffic = traffic or Traffic()
         self._everyone = everyone
@@ -128,6 +132,16 @@ class Program(Held):
     def random(self) -> bool:
         """Whether a step that has been run drew random numbers."""
         return self._flows.random
+
+    @property
+    def engine(self) -> Engine:
+        """Who runs forwards, for those that are no steps: `generation`."""
+        return self._engine
+
+    @property
+    def flows(self) -> Flows:
+        """The tapes and cuts of what has been met."""
+        return self._flows
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -157,9 +171,10 @@ class Program(Held):
             )
         return self._run(micro_batches, step=step, backward=True, before_action=before_action)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], *, step: int = 0) -> StepResult:
-        """The mean loss without gradients. The caller has set `model.eval()`."""
-        with torch.no_grad():
+    def evaluate(self, micro_batches: Sequence[MicroBatch], *, step: int = 0, seen: Seen | None = None) -> StepResult:
+        """The mean loss without gradients. The caller has set `model.eval()`. On ranks that compute the loss `seen` is
+        shown every micro-batch of theirs with its outputs, whose tensors are whole."""
+        with torch.no_grad(), self._engine.showing(seen):
             return self._run(micro_batches, step=step, backward=False)
 
     def _scope(self, mb: MicroBatch, step: int) -> Scope:
@@ -206,6 +221,8 @@ class Program(Held):
             around.enter_context(self.numerics.running())
             if self.divided is not None:
                 around.enter_context(self.divided.step())
+            if self._statistics is not None and backward:
+                around.enter_context(self._statistics.step())
             told = None if self._divided_states is None else around.enter_context(self._divided_states.step())
             _, moments = self._engine.run(
                 row,
@@ -286,6 +303,11 @@ class Program(Held):
             raise LayoutError(
                 f"steps without a flush update parameters that every replica holds, but fsdp={self.place.fsdp} divides "
                 "their state; use another schedule, or dp in its place"
+            )
+        if isinstance(self._statistics, SynchronisedStatistics):
+            raise LayoutError(
+                "steps without a flush are computed by replicas at different times, which share no statistics; use "
+                'another schedule, or leave batch_norm = "synchronised" out'
             )
         precision = self.numerics.precision
         if precision.compute != "float32" or precision.deterministic:

@@ -17,6 +17,7 @@ import torch.nn as nn
 from shardwise.comm.collective import ALL_REDUCE, KINDS, Collective
 from shardwise.comm.collective_over import collective_over, shared_memory_over
 from shardwise.comm.compress.make import compressing
+from shardwise.comm.mpi_backend import may_share_memory
 from shardwise.comm.same_host import SameHostTransport, same_host_transport
 from shardwise.comm.same_host_group import SameHostGroup
 from shardwise.comm.shared_group import SharedGroup
@@ -26,7 +27,7 @@ from shardwise.layout import Communication
 from shardwise.parallel.gradients import GradientSum
 from shardwise.parallel.tensor.processes import ProcessTensorGroup
 
-__all__ = ["Kind", "context_group", "everyone", "gradient_sum", "same_host", "tensor_group"]
+__all__ = ["Kind", "context_group", "everyone", "gradient_sum", "replica_group", "same_host", "tensor_group"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -56,7 +57,7 @@ def same_host(place: Place, device: torch.device, stack: contextlib.ExitStack) -
     experts = next(set(ranks) for ranks in place.ranks_dividing_experts() if place.rank in ranks)
     if place.pp * place.tp * place.cp * place.ep == 1 or device.type != "cpu" or not dist.is_initialized():
         return None
-    if dist.get_backend() != "gloo" or dist.get_world_size() != place.world_size:  # not every rank of the group calls
+    if not may_share_memory() or dist.get_world_size() != place.world_size:  # not every rank of the group calls
         return None
     return stack.enter_context(same_host_transport(near | experts))
 
@@ -89,6 +90,11 @@ def context_group(
 ) -> ProcessTensorGroup | SameHostGroup:
     """What those who divide this rank's sequences exchange by: shared memory where it reaches them all."""
     return _exchanging(place, *_own_group(place, place.ranks_dividing_sequences(), stack), shared)
+
+
+def replica_group(place: Place, stack: contextlib.ExitStack) -> ProcessTensorGroup:
+    """What sums over the replicas of this rank's place."""
+    return ProcessTensorGroup(_own_group(place, place.ranks_replicating(), stack)[0])
 
 
 def _exchanging(

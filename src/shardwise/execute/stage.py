@@ -116,8 +116,10 @@ class StageRun:
         checked: bool = False,
         dealt: Dealt | None = None,
         around: Around | None = None,
+        absent: Callable[[int], None] | None = None,
     ) -> None:
         self._around = around
+        self._absent = absent  # is told of every unit call that is answered
         self.tape = tape
         self.cut = cut
         self.table = table
@@ -308,6 +310,12 @@ class StageRun:
                 out = self._call(index, unit, body, args, kwargs)
             finally:
                 torch._C._push_on_torch_function_stack(glue)
+        if self._absent is not None and not table.computes[index]:
+            self.inside = True
+            try:
+                self._absent(index)
+            finally:
+                self.inside = False
         self._after(index)
         return out
 

@@ -20,7 +20,7 @@ from shardwise.execute.deferred import Deferred
 from shardwise.execute.flows import Flow
 from shardwise.trace.randomness import Scope
 
-__all__ = ["Alive", "Gathered", "StepState", "UnderWay", "Waiting", "Work"]
+__all__ = ["Alive", "Gathered", "StepState", "UnderWay", "Waiting", "Way", "Work"]
 
 
 class Waiting(Protocol):
@@ -43,6 +43,22 @@ class Gathered(Protocol):
     def reshard(self, stage: int) -> None: ...
 
 
+class Way(Protocol):
+    """A forward of a micro-batch that is not the objective's: one that generates, say."""
+
+    def compute(self, stage: int) -> torch.Tensor:
+        """The model's forward as this stage runs it; what it returns stands in the place of a loss."""
+        ...
+
+    def absent(self, stage: int, node: int) -> None:
+        """A unit call that this stage does not run has been answered."""
+        ...
+
+    def left(self, stage: int, node: int) -> None:
+        """The stage has left the forward; what comes from `node` on is not met."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
     """One micro-batch of a step: its inputs, its flow, and the factor of its loss in the global mean."""
@@ -52,6 +68,7 @@ class Work:
     factor: float
     scope: Scope
     headers: bool
+    way: Way | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -33,7 +33,7 @@ class RankContext:
 
     rank, world_size  0 ≤ rank < world_size
     local_rank        its number on this node: the index of its GPU
-    rendezvous        where the ranks meet: file://…, tcp://host:port or env://
+    rendezvous        where the ranks meet: file://…, tcp://host:port or env://; "" where they have a store
     post              sends any value to the process that started the ranks, at once and without waiting
     """
 
@@ -49,18 +49,21 @@ class RankContext:
 
 
 def context_of_world(world: World) -> RankContext:
-    """The context of a process that torchrun, SLURM or MPI started."""
+    """The context of a process that torchrun, SLURM or MPI started; without a place to meet where none is known."""
     address = f"[{world.master_addr}]" if ":" in world.master_addr else world.master_addr
     return RankContext(
         rank=world.rank,
         world_size=world.world_size,
         local_rank=world.local_rank,
-        rendezvous="env://" if world.launcher == "torchrun" else f"tcp://{address}:{world.master_port}",
+        rendezvous="env://" if world.launcher == "torchrun" else f"tcp://{address}:{world.master_port}" * bool(address),
     )
 
 
-def init_process_group(context: RankContext, *, timeout_s: float = 300.0, backend: str = "gloo") -> None:
-    """Makes sure that the default process group exists; every rank calls it.
+def init_process_group(
+    context: RankContext, *, timeout_s: float = 300.0, backend: str = "gloo", store: Store | None = None
+) -> None:
+    """Makes sure that the default process group exists; every rank calls it. `store` is where they have met, if they
+    have.
 
     A group that exists already (in a warm pool) is kept. `timeout_s` bounds each later operation: a rank that
     waits for a peer which is stuck sees an error after that time, not torch's half hour.
@@ -75,8 +78,9 @@ def init_process_group(context: RankContext, *, timeout_s: float = 300.0, backen
         return
     timeout = timedelta(seconds=timeout_s)
     meeting = urlsplit(context.rendezvous)
-    if meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
+    if store is None and meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
         store = _loopback_store(context, port=meeting.port, timeout=timeout)
+    if store is not None:
         dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout)
     else:
         dist.init_process_group(
@@ -90,6 +94,11 @@ def init_process_group(context: RankContext, *, timeout_s: float = 300.0, backen
 
 def store_of(context: RankContext, *, timeout: timedelta) -> Store:
     """Where the ranks of `context` meet, without a process group; every rank calls it, and keeps what it gets."""
+    if not context.rendezvous:
+        raise LaunchError(
+            f"ranks on several nodes meet at an address, but nothing tells rank {context.rank} that of rank 0; install "
+            "mpi4py (MPI tells it), or export MASTER_ADDR to all of them (mpirun -x MASTER_ADDR=…)"
+        )
     meeting = urlsplit(context.rendezvous)
     if meeting.scheme == "tcp" and meeting.hostname in _LOOPBACK and meeting.port is not None:
         return _loopback_store(context, port=meeting.port, timeout=timeout)
@@ -104,7 +113,13 @@ def _loopback_store(context: RankContext, *, port: int, timeout: timedelta) -> S
     """A TCPStore that listens on 127.0.0.1 alone; torch's own listens on every interface."""
     if context.rank > 0:
         return TCPStore("127.0.0.1", port, context.world_size, is_master=False, timeout=timeout)
-    listener = socket.create_server(("127.0.0.1", port))
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise LaunchError(
+            f"rank 0 listens for the others on port {port} of this machine, but: {error.strerror}; another job of "
+            "shardwise may use it: export another MASTER_PORT to all ranks"
+        ) from error
     return TCPStore(
         "127.0.0.1",
         port,

@@ -17,7 +17,7 @@ from typing import Literal
 
 from shardwise.errors import LaunchError
 
-__all__ = ["Launcher", "World", "child_environment", "environment_snapshot", "read_world"]
+__all__ = ["Launcher", "World", "child_environment", "environment_snapshot", "read_world", "tell_open_mpi"]
 
 Launcher = Literal["torchrun", "slurm", "openmpi", "pmi"]
 
@@ -43,7 +43,7 @@ class World:
 
     rank, world_size              0 ≤ rank < world_size, over all nodes
     local_rank, local_world_size  the same on this node
-    master_addr, master_port      where rank 0 listens for the others
+    master_addr, master_port      where rank 0 listens for the others; the address is "" where no variable tells it
     """
 
     rank: int
@@ -78,10 +78,13 @@ def read_world(environment: Mapping[str, str] | None = None) -> World | None:
     variables = os.environ if environment is None else environment
     if any(name in variables for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _torchrun(variables)
+    for launcher, names in _MPI.items():  # under SLURM, too: mpirun starts its daemons as tasks of a step
+        if names[0] in variables and names[2] in variables:
+            return _mpi(variables, launcher, names)
     if "SLURM_STEP_ID" in variables and variables.get("SLURM_NTASKS", "1") != "1":
         return _slurm(variables)
     for launcher, names in _MPI.items():
-        if names[0] in variables:
+        if any(name in variables for name in names):
             return _mpi(variables, launcher, names)
     return None
 
@@ -121,20 +124,29 @@ def _slurm(variables: Mapping[str, str]) -> World:
 def _mpi(variables: Mapping[str, str], launcher: Launcher, names: tuple[str, str, str, str]) -> World:
     _require(variables, launcher, names)
     rank, world_size, local_rank, local_world_size = (_integer(variables, name) for name in names)
-    if "MASTER_ADDR" not in variables and local_world_size < world_size:
-        raise LaunchError(
-            f"{launcher}: {world_size} processes on several nodes need MASTER_ADDR, the address of rank 0's "
-            "node; export it to all of them (mpirun -x MASTER_ADDR=…)"
-        )
+    address = _LOOPBACK if local_world_size == world_size else _address_of_mpirun(variables, rank)
     return World(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        master_addr=variables.get("MASTER_ADDR", _LOOPBACK),
+        master_addr=variables.get("MASTER_ADDR", address),
         master_port=_port(variables, variables.get("PMIX_NAMESPACE", variables.get("PMI_ID", launcher))),
         launcher=launcher,
     )
+
+
+def _address_of_mpirun(variables: Mapping[str, str], rank: int) -> str:
+    """Of the node of Open MPI's mpirun, which is that of rank 0 unless a hosts file says otherwise; "" where it does,
+    and where another launcher tells nothing.
+
+    `"2089091072.0;tcp://192.0.2.2,172.17.0.1:40787;tcp6://[fd00::2]:47293"` -> `"192.0.2.2"`.
+    """
+    uri = variables.get("OMPI_MCA_orte_hnp_uri", "")
+    if rank == 0 and variables.get("OMPI_MCA_orte_local_daemon_uri", "") != uri:
+        return ""
+    match = re.search(r"tcp://([^,:;]+)", uri)
+    return "" if match is None else match[1]
 
 
 def _require(variables: Mapping[str, str], launcher: Launcher, names: tuple[str, ...]) -> None:
@@ -178,6 +190,12 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
+def tell_open_mpi(parameters: Mapping[str, str]) -> None:
+    """Parameters (MCA) that Open MPI reads when it starts in this process; those of mpirun's command line give way."""
+    for name, value in parameters.items():
+        os.environ[f"OMPI_MCA_{name}"] = value
+
+
 def environment_snapshot() -> dict[str, str]:
     """A copy of the environment, to compare with a later one."""
     return dict(os.environ)
@@ -190,7 +208,8 @@ def child_environment(source_root: str) -> dict[str, str]:
     stay on the loopback interface unless the user named another; asking whether there is a GPU must not open
     it before the fork.
     """
-    ours = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    told = (*_TORCHRUN, *(name for names in _MPI.values() for name in names))
+    ours = {name: value for name, value in os.environ.items() if name not in told}
     paths = [source_root, *filter(None, [ours.get("PYTHONPATH")])]
     defaults = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     loopback = next((name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*", name)), None)

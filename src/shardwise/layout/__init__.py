@@ -15,12 +15,13 @@ from shardwise.layout.ranks import (
     shards,
     states,
 )
-from shardwise.layout.techniques import Communication, Precision, Techniques
+from shardwise.layout.techniques import SYNCHRONISED, Communication, Precision, Techniques
 from shardwise.layout.unit_names import compress, expand
 
 __all__ = [
     "SCHEDULE_FILES",
     "SEARCHED",
+    "SYNCHRONISED",
     "Communication",
     "Context",
     "Coordinates",

@@ -113,6 +113,11 @@ class Layout:
         rules.check_recompute(self.recompute)
         object.__setattr__(self, "sequence_parallel", _sequence_parallel(self.sequence_parallel))
         rules.check_sequence_parallel(bool(self.sequence_parallel), tp=self.tp, ep=self.ep, cp=self.cp)
+        rules.check_offload(
+            activations=self.offloads_activations,
+            recompute=self.recompute,
+            sequence_parallel=bool(self.sequence_parallel),
+        )
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, (*GENERATORS, SEARCHED), files=SCHEDULE_FILES)
         rules.check_chunks(self.chunks)

@@ -17,6 +17,7 @@ __all__ = [
     "check_chunks",
     "check_explicit_stages",
     "check_micro_batches",
+    "check_offload",
     "check_recompute",
     "check_schedule",
     "check_sequence_parallel",
@@ -73,6 +74,15 @@ def check_sequence_parallel(sequence_parallel: bool, *, tp: int, ep: int = 1, cp
         raise LayoutError(
             f"sequence parallelism gives every shard its tokens, and ep={ep} sends tokens to experts: use one of the "
             "two; write sequence_parallel=off"
+        )
+
+
+def check_offload(*, activations: bool, recompute: str, sequence_parallel: bool) -> None:
+    """What is computed again keeps its inputs; those that are dealt out by tokens cannot be put away."""
+    if activations and recompute != "none" and sequence_parallel:
+        raise LayoutError(
+            f"what is computed again from tokens that are dealt out stays on the device, but recompute={recompute} and "
+            "sequence_parallel=on with activations in the host's memory; use two of the three"
         )
 
 

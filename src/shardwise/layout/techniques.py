@@ -13,6 +13,9 @@ from shardwise.errors import ConfigError
 __all__ = ["Communication", "Precision", "Techniques"]
 
 
+SYNCHRONISED = "synchronised"  # BatchNorm: the micro-batches of all replicas together
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
     """In which dtypes a step computes. The default is that of the parameters, untouched. Raises `ConfigError`.
@@ -131,9 +134,16 @@ class Techniques:
 
     precision: Precision = dataclasses.field(default_factory=Precision)
     communication: Communication = dataclasses.field(default_factory=Communication)
+    batch_norm: str = "own"  # or SYNCHRONISED: what a micro-batch is normalised with on several replicas
     compile: str = ""  # torch.compile's backend for every unit, such as "inductor" or "aot_eager"; "": not compiled
 
     def __post_init__(self) -> None:
+        _one_of("batch_norm", self.batch_norm, ("own", SYNCHRONISED))
+        if self.batch_norm == SYNCHRONISED and self.compile:
+            raise ConfigError(
+                f'replicas sum statistics inside of units, but compile = "{self.compile}" makes graphs of them; drop '
+                'compile, or batch_norm = "synchronised"'
+            )
         wire = {"float32": "none", "bfloat16": "bf16", "float16": "fp16"}[self.precision.reduce]
         if wire != "none" and self.communication.gradients not in ("none", wire):
             raise ConfigError(

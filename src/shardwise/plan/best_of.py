@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from shardwise.plan.budget import within_budget
 from shardwise.plan.explore import Explorer
 from shardwise.plan.pareto import front_of
 from shardwise.plan.ranked import Objective, Ranked, value_of
@@ -29,7 +30,7 @@ def best_of(explorer: Explorer, objective: Objective, *, top: int, most: int) ->
     complete, chosen = False, list[Ranked]()
     for _ in range(_ROUNDS):
         complete = _explore(explorer, objective, top=top, most=most)
-        rows = [row for row, ranked in explorer.priced.items() if ranked.room_bytes >= 0]
+        rows = [row for row, ranked in explorer.priced.items() if explorer.may_be_chosen(ranked)]
         chosen, demoted = _front(explorer, rows, objective) if fronts else _first(explorer, rows, objective, top)
         if not demoted:
             break
@@ -70,10 +71,12 @@ def _first(explorer: Explorer, rows: list[int], objective: Objective, top: int) 
                 break
         exact = explorer.refine(row)
         least = min(least, value_of(exact, objective) / closed)
-        if exact.room_bytes >= 0:
+        if explorer.may_be_chosen(exact):
             refined.append(exact)
         else:
             demoted = True
+    if objective is not Objective.MEMORY:
+        refined = [within_budget(ranked, explorer.pricer) or ranked for ranked in refined]
     return sorted(refined, key=lambda ranked: value_of(ranked, objective))[:top], demoted
 
 
@@ -83,7 +86,7 @@ def _front(explorer: Explorer, rows: list[int], objective: Objective) -> tuple[l
     of_row = {id(explorer.priced[row]): row for row in rows}
     closed = front_of([explorer.priced[row] for row in rows], second)
     exact = [explorer.refine(of_row[id(ranked)]) for ranked in closed]
-    fitting = [ranked for ranked in exact if ranked.room_bytes >= 0]
+    fitting = [ranked for ranked in exact if explorer.may_be_chosen(ranked)]
     return front_of(fitting, second), len(fitting) < len(exact)
 
 

@@ -165,6 +165,7 @@ def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
         shared_parameters=sum(unit.shared_parameters for unit in units),
         unit_parameters=tuple(itertools.chain.from_iterable(unit.unit_parameters for unit in units)),
         saved_bytes=sum(unit.saved_bytes for unit in units),
+        unit_saved_bytes=max(unit.unit_saved_bytes or unit.saved_bytes for unit in units),
         weight_bytes=sum(unit.weight_bytes for unit in units),
         transient_bytes=max(unit.transient_bytes for unit in units),
         logits_bytes=sum(unit.logits_bytes for unit in units),

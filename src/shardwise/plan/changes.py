@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from shardwise.describe.tensor import SequenceParallel
 from shardwise.errors import LayoutError, ShardwiseError
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Unshard
 from shardwise.plan.placing import ORDER
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.ranked import Ranked
@@ -61,7 +61,7 @@ def changes_of(layout: Layout, pricer: Pricer, axes: Axes) -> tuple[Change, ...]
     base = pricer(layout)
     for what, moved, changed, samples in _neighbours(layout, axes, pricer.limits, pricer.job.global_batch):
         found.setdefault(what, []).append(_priced(base, pricer, what, moved, changed, samples))
-    found |= {change.what: [change] for change in _placed(base, pricer)}
+    found |= {change.what: [change] for change in (*_placed(base, pricer), *_summed(base, pricer))}
     return tuple(sorted((min(own, key=_order) for own in found.values()), key=_order))
 
 
@@ -81,6 +81,16 @@ def _placed(base: Ranked, pricer: Pricer) -> Iterator[Change]:
             yield Change(what=what, gain=gain, lacks_bytes=max(0.0, -ranked.room_bytes), ranked=ranked)
 
 
+def _summed(base: Ranked, pricer: Pricer) -> Iterator[Change]:
+    """Gradients summed inside each host, then between hosts: a setting of the run beside its layout."""
+    if len(pricer.cluster.links) == 1 or base.layout.num_replicas == 1:
+        return
+    job = dataclasses.replace(pricer.job, algorithm="hierarchical")
+    ranked = Pricer(pricer.works, pricer.cluster, job, pricer.limits)(base.layout)
+    gain = 1 - ranked.price.step_s / base.price.step_s
+    yield Change(what="communication.algorithm auto→hierarchical", gain=gain, ranked=ranked)
+
+
 def _priced(base: Ranked, pricer: Pricer, what: str, moved: str, changed: Layout | str, samples: int) -> Change:
     if isinstance(changed, str):
         return Change(what=what, moved=moved, broken=changed)
@@ -89,7 +99,8 @@ def _priced(base: Ranked, pricer: Pricer, what: str, moved: str, changed: Layout
     except ShardwiseError as error:
         return Change(what=what, moved=moved, broken=str(error))
     gain = 1 - ranked.price.step_s / base.price.step_s
-    return Change(what=what, moved=moved, gain=gain, lacks_bytes=max(0.0, -ranked.room_bytes), ranked=ranked)
+    lacks = max(0.0, -ranked.room_bytes, ranked.host_lacks_bytes)
+    return Change(what=what, moved=moved, gain=gain, lacks_bytes=lacks, ranked=ranked)
 
 
 def _order(change: Change) -> tuple[bool, bool, float]:
@@ -119,6 +130,14 @@ def _neighbours(layout: Layout, axes: Axes, limits: Limits, global_batch: int) -
         if word != layout.recompute:
             what = f"recompute {layout.recompute}→{word}"
             yield what, "", _with(layout, limits, global_batch, samples, recompute=word), samples
+    for offload in axes.offload:
+        if offload is not layout.offload:
+            what = f"offload {layout.offload}→{offload}"
+            yield what, "", _with(layout, limits, global_batch, samples, offload=offload), samples
+    for context in axes.context if layout.cp > 1 else ():
+        if context is not layout.context:
+            what = f"context {layout.context}→{context}"
+            yield what, "", _with(layout, limits, global_batch, samples, context=context), samples
     yield from _of_state(layout, limits, global_batch, samples)
     if layout.tp > 1 and layout.cp == layout.ep == 1 and len(axes.sequence_parallel) > 1:
         word = SequenceParallel.OFF if layout.sequence_parallel else SequenceParallel.ON
@@ -161,6 +180,10 @@ def _of_state(layout: Layout, limits: Limits, global_batch: int, samples: int) -
         if word != now:
             changed = _with(layout, limits, global_batch, samples, dp=dp, fsdp=fsdp, zero=zero)
             yield f"state {now}→{word}", "", changed, samples
+    if layout.fsdp > 1 and layout.zero == 3:
+        old, new = (Unshard.STEP, Unshard.MICRO_BATCH)[:: 1 if layout.unshards_by_step else -1]
+        changed = _with(layout, limits, global_batch, samples, unshard=new)
+        yield f"unshard {old}→{new}", "", changed, samples
 
 
 def _state(layout: Layout) -> str:

@@ -1,7 +1,7 @@
 """What a row of the search's space costs about, for all rows at once: which to price first, and which cannot fit.
 
-A whole model on one place of the pipeline is priced once for every (tp, cp, ep, sequence parallel, samples, recompute,
-offload); everything else follows in columns. Seconds are a guess that only orders; `at_least_bytes` is a lower bound
+A whole model on one place of the pipeline is priced once for every (tp, cp, ep, sequence parallel, context, samples,
+recompute); everything else follows in columns. Seconds are a guess that only orders; `at_least_bytes` is a lower bound
 of the fullest rank: no partition makes all ranks lighter than their mean, each has a micro-batch in flight at some
 time, and all gradients at another.
 
@@ -19,8 +19,10 @@ import numpy as np
 from shardwise.describe.cluster import Cluster
 from shardwise.layout import Layout
 from shardwise.plan.alike_pipelines import fill_of
+from shardwise.plan.alike_rows import alike_rows
+from shardwise.plan.coarse_messages import is_whole_for_a_step, messages_of, offloads_of, visit_s
 from shardwise.plan.job import Job
-from shardwise.plan.memory import states_of
+from shardwise.plan.memory import share_here, states_of
 from shardwise.plan.price import placed_stages
 from shardwise.plan.space import Space
 from shardwise.plan.stage_seconds import PlacedStage, StageTable, stage_seconds
@@ -30,8 +32,8 @@ from shardwise.schedule import chunks_of
 __all__ = ["Coarse", "Works", "coarse_of"]
 
 Works = Callable[[Layout, int], Sequence[StageWork]]
-"""(layout, samples of a micro-batch) -> what every stage does, in order. Reads neither dp, fsdp nor
-zero of the layout, and of micro-batches only whether there are several."""
+"""(layout, samples of a micro-batch) -> what every stage does, in order. Reads neither dp, fsdp, zero nor offload of
+the layout, and of micro-batches only whether there are several."""
 
 # of (p, v): micro-batches of a rank's share that are kept at most, before m limits them (`About.memory`)
 _KEPT: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = MappingProxyType(
@@ -45,7 +47,7 @@ _KEPT: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = MappingPro
 )
 _PLACES, _SHARES = 8, (0.25, 0.5, 1.0, 2.0, 4.0)  # of small pipelines, and micro-batches over them
 _MANY = 300  # ways to divide a model, of which fewer numbers of samples are counted
-_BACKWARD = 0.6  # of a micro-batch's seconds, beside which gradients may be summed
+_HERE = 2.0  # micro-batches that are on the device where the others wait in the host's memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,9 @@ class _Whole:
     parameter_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
+    master_bytes: float
     saved_bytes: float
+    here: float  # of what is saved, the share that stays where all of it is sent to the host
     once_bytes: float  # transient, logits
     framework_bytes: float
     trained: int
@@ -77,10 +81,10 @@ _KEY = ("tp", "cp", "ep", "samples")
 
 def coarse_of(space: Space, works: Works, cluster: Cluster, job: Job, *, stages: int) -> Coarse:
     """`stages`: consecutive parts of the model, at most. Raises what `works` raises."""
-    own = np.stack([*(space.of_places(n) for n in _KEY), space.sequence, space.recompute, space.offload], axis=1)
-    keys, inverse = np.unique(own, axis=0, return_inverse=True)
+    own = [*(space.of_places(name) for name in _KEY), space.sequence, space.recompute, space.context]
+    first, inverse = alike_rows(own)
+    keys = np.stack([column[first] for column in own], axis=1)
     numbers = _numbers_of(space, keys, works, cluster, job)
-    inverse = inverse.reshape(-1)
 
     def of(name: str) -> np.ndarray:
         return np.asarray(numbers[name][inverse])
@@ -89,13 +93,24 @@ def coarse_of(space: Space, works: Works, cluster: Cluster, job: Job, *, stages:
     fsdp, zero = space.of_places("fsdp").astype(float), space.of_places("zero")
     v, bubble, kept = _scheduled(space, p, m)
     parts = np.where(p == 1, 1.0, np.ceil(stages / (p * v)) * p * v / stages)
-    seconds = of("busy_s") / p * (m * np.minimum(parts, 1.5) + bubble)
-    seconds += of("optimizer_s") / p / fsdp + _replicas_s(space, of("trained"), of("busy_s"), cluster, job)
-    parameters = of("parameter_bytes") / p / np.where(zero == 3, fsdp, 1.0)
-    gradients = of("gradient_bytes") / p / np.where(zero >= 2, fsdp, 1.0)
-    optimizer = of("optimizer_bytes") / p / fsdp
+    away, visits = offloads_of(space)
+    sent = messages_of(
+        space,
+        trained=of("trained") / p,
+        busy_s=of("busy_s") / p,
+        saved_bytes=of("saved_bytes") / p,
+        cluster=cluster,
+        job=job,
+    )
+    seconds = (of("busy_s") / p + sent.micro_batch) * (m * np.minimum(parts, 1.5) + bubble) + sent.step
+    seconds += np.where(visits, visit_s(of("trained"), cluster, job), of("optimizer_s")) / p / fsdp
+    by_step = is_whole_for_a_step(space)
+    parameters = of("parameter_bytes") / p / np.where((zero == 3) & ~by_step, fsdp, 1.0)
+    gradients = of("gradient_bytes") / p / np.where((zero >= 2) & ~by_step, fsdp, 1.0)
+    optimizer = (of("master_bytes") + np.where(visits, 0.0, of("optimizer_bytes"))) / p / fsdp
     saved = of("saved_bytes") / p
-    at_least = parameters + optimizer + np.maximum(saved / v, gradients) + of("framework_bytes")
+    at_least = parameters + optimizer + np.maximum(np.where(away, 0.0, saved / v), gradients) + of("framework_bytes")
+    kept = np.where(away, np.where(p > 1, np.minimum(kept, _HERE), of("here")), kept)
     about = parameters + gradients + optimizer + kept * saved + of("once_bytes") + of("framework_bytes")
     return Coarse(seconds=seconds, about_bytes=about, at_least_bytes=at_least)
 
@@ -122,7 +137,7 @@ def _numbers_of(space: Space, keys: np.ndarray, works: Works, cluster: Cluster, 
 def _wholes(space: Space, keys: Sequence[Sequence[int]], works: Works, cluster: Cluster, job: Job) -> list[_Whole]:
     """All of them at once: equal kernels are priced once."""
     placed: list[PlacedStage] = []
-    for tp, cp, ep, samples, sequence, recompute, offload in keys:
+    for tp, cp, ep, samples, sequence, recompute, context in keys:
         layout = Layout(
             tp=tp,
             cp=cp,
@@ -130,7 +145,7 @@ def _wholes(space: Space, keys: Sequence[Sequence[int]], works: Works, cluster: 
             micro_batches=1,
             sequence_parallel=space.axes.sequence_parallel[sequence],
             recompute=space.axes.recompute[recompute],
-            offload=space.axes.offload[offload],
+            context=space.axes.context[context],
         )
         placed += placed_stages(tuple(works(layout, samples)), layout, cluster, job)
     seconds = stage_seconds(StageTable.of(placed), cluster)
@@ -151,8 +166,10 @@ def _whole_of(one: PlacedStage, busy_s: float, optimizer_s: float, cluster: Clus
         optimizer_s=optimizer_s,
         parameter_bytes=states.parameters,
         gradient_bytes=states.gradients,
-        optimizer_bytes=states.optimizer + states.masters,
-        saved_bytes=0.0 if one.layout.offloads_activations else one.work.saved_bytes,
+        optimizer_bytes=states.optimizer,
+        master_bytes=states.masters,
+        saved_bytes=one.work.saved_bytes,
+        here=share_here(one.work),
         once_bytes=one.work.transient_bytes + one.work.logits_bytes,
         framework_bytes=cluster.overheads.framework_bytes,
         trained=one.work.trained,
@@ -161,12 +178,14 @@ def _whole_of(one: PlacedStage, busy_s: float, optimizer_s: float, cluster: Clus
 
 def _scheduled(space: Space, p: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """By row: stages a rank, the bubble in a micro-batch's seconds on one rank, and micro-batches kept at most."""
-    names = np.array([name for name, _ in space.axes.ways])[space.way]
+    names = [name for name, _ in space.axes.ways]
     v = np.array([chunks for _, chunks in space.axes.ways], dtype=float)[space.way]
     v = np.where(p == 1, 1.0, v)
     bubble, kept = p - 1, np.minimum(p, m)
-    for name in map(str, np.unique(names)):
-        rows = (names == name) & (p > 1)
+    for name in dict.fromkeys(names):
+        rows = np.isin(space.way, [way for way, own in enumerate(names) if own == name]) & (p > 1)
+        if not rows.any():
+            continue
         bubble[rows] = _bubble(name, p[rows], v[rows], m[rows])
         most = _KEPT[name](p[rows], v[rows]) if name in _KEPT else p[rows]
         kept[rows] = np.minimum(most, m[rows])
@@ -193,34 +212,3 @@ def _bubble(name: str, p: np.ndarray, v: np.ndarray, m: np.ndarray) -> np.ndarra
         for share in _SHARES
     ]
     return np.asarray(np.interp(m / p, _SHARES, fills) * (p - 1) / (_PLACES - 1))
-
-
-def _replicas_s(space: Space, trained: np.ndarray, busy_s: np.ndarray, cluster: Cluster, job: Job) -> np.ndarray:
-    """Seconds that replicas exchange and show: sums behind the last backward, parameters gathered, or, where these are
-    divided and there is no pipeline, both with every micro-batch beside its computing."""
-    p, m = space.of_places("pp"), space.of_places("micro_batches")
-    dp, fsdp, zero = space.of_places("dp"), space.of_places("fsdp"), space.of_places("zero")
-    inside = space.of_places("tp") * space.of_places("cp") * space.of_places("ep")
-    own = trained / p
-    scattered = _turn(own * job.reduce_bytes, fsdp, inside, cluster)
-    summed = 2 * _turn(own * job.reduce_bytes / fsdp, dp, inside * fsdp, cluster)
-    gathered = _turn(own * job.per_parameter.parameter, fsdp, inside, cluster)
-    overlap = cluster.overheads.overlap if job.overlap_replicas else 0.0
-    streams = (zero == 3) & (fsdp > 1)
-    reduced = summed + np.where(streams, 0.0, scattered)
-    behind = np.maximum(reduced - overlap * _BACKWARD * busy_s / p, 0.0)
-    beside = (2 * gathered + scattered) * m
-    hidden = np.minimum(beside, busy_s / p * m) * cluster.overheads.overlap
-    return np.asarray(behind + np.where(streams, beside - hidden, gathered))
-
-
-def _turn(nbytes: np.ndarray, ranks: np.ndarray, stride: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """Seconds of one turn of a ring of `ranks` that stand `stride` apart: over the slowest level that it reaches, on
-    which all of its ranks under the level below send at once."""
-    rate, below = np.full(len(nbytes), np.inf), 1
-    for link in cluster.links:
-        beside = np.clip(below // stride, 1, ranks)
-        reaches = (ranks * stride > below) & (ranks > 1)
-        rate = np.where(reaches, np.minimum(rate, beside * link.bytes_per_s * link.efficiency), rate)
-        below = link.ranks or below
-    return np.asarray((ranks - 1) / ranks * nbytes / rate)

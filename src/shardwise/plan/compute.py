@@ -115,11 +115,11 @@ def _attention_seconds(
     table: KernelTable, chosen: npt.NDArray[np.bool_], rates: FloatArray, device: Device
 ) -> FloatArray:
     """Blocks of 128 queries of a head are dealt out to the processors (Dao 2023, arXiv:2307.08691, section 3.2); heads
-    are computed as wide as the next multiple of 64."""
+    are computed as wide as the next multiple of 64, but on one core."""
     batch, queries = table.shape[chosen, 0], table.shape[chosen, 1]
     blocks = batch * np.ceil(queries / 128)
     idle = np.ceil(blocks / device.processors) * device.processors / blocks
     width = table.shape[chosen, 3]
-    padded = np.ceil(width / ATTENTION_WIDTH) * ATTENTION_WIDTH / width
+    padded = np.ceil(width / ATTENTION_WIDTH) * ATTENTION_WIDTH / width if device.processors > 1 else 1.0
     rate = rates * device.efficiency.attention
     return np.asarray(table.flops[chosen] * idle * padded / rate, dtype=np.float64)

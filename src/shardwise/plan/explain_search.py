@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from shardwise.plan.price_text import differences, memory_table, time_table, worst_lines
 from shardwise.plan.ranked import Objective, Ranked, Rejected, value_of
+from shardwise.plan.room import LEAST_ROOM
 from shardwise.quantities import format_bytes, format_seconds
 
 __all__ = ["explain_ranked", "ranking_table", "rejected_lines", "verdict"]
@@ -76,7 +77,10 @@ def verdict(ranked: Ranked) -> str:
     largest = ", ".join(worst_lines(ranked.price))
     peak = f"{format_bytes(ranked.peak_bytes)} of {format_bytes(have)} on the fullest rank"
     if ranked.room_bytes >= 0:
-        return f"fits: {peak}, {format_bytes(ranked.room_bytes)} ({share:.0%}) left; the largest: {largest}"
+        less = "" if ranked.has_room else f", less than the {LEAST_ROOM:.0%} that a caching allocator should have"
+        if ranked.host_lacks_bytes:
+            return f"out of the host's memory: {format_bytes(ranked.host_lacks_bytes)} too much waits there; {peak}"
+        return f"fits: {peak}, {format_bytes(ranked.room_bytes)} ({share:.0%}) left{less}; the largest: {largest}"
     return f"out of memory: {peak}, {format_bytes(-ranked.room_bytes)} ({share:.0%}) too much; the largest: {largest}"
 
 
@@ -84,7 +88,7 @@ def rejected_lines(rejected: Rejections) -> list[str]:
     """One line a rule: how many, and an example with its numbers."""
     lines: list[str] = []
     for place, (rule, count, example) in enumerate(rejected):
-        text = f"{count} × {rule}; for example {_layout(example.axes)}: {example.reason}"
+        text = f"{count} × {rule}; the nearest {_layout(example.axes)}: {example.reason}"
         lines += _labelled("rejected" if place == 0 else "", text)
     return lines
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from shardwise.errors import ShardwiseError
+from shardwise.layout import Offload
+from shardwise.plan.alike_rows import alike_rows
 from shardwise.plan.coarse import Coarse
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.ranked import Ranked, Rule
@@ -32,15 +34,14 @@ class Explorer:
 
     def __init__(self, space: Space, pricer: Pricer, coarse: Coarse) -> None:
         self.space, self.pricer, self.coarse = space, pricer, coarse
+        self.roomy = True  # only what leaves room is chosen
         self.priced: dict[int, Ranked] = {}
         self.failed: dict[int, str] = {}
-        self.dominated: dict[int, int] = {}  # row -> the recompute that fits
-        self._least: dict[tuple[int, ...], int] = {}
-        self.group = np.unique(
-            np.stack([space.of_places(name) for name in ("devices", "tp", "cp", "ep", "pp", "samples")], axis=1),
-            axis=0,
-            return_inverse=True,
-        )[1].reshape(-1)
+        self.dominated: dict[int, int] = {}  # row -> one that does less and fits
+        self._fitting: dict[tuple[int, ...], list[int]] = {}  # of rows that differ in what they do to save memory
+        self._less = _less_of(space.axes.offload)
+        names = ("devices", "tp", "cp", "ep", "pp", "samples")
+        self.group = alike_rows([*(space.of_places(name) for name in names), space.context, space.way])[1]
 
     def rank(self, row: int) -> Ranked | None:
         """The price of a row; None where it cannot be priced."""
@@ -80,7 +81,7 @@ class Explorer:
             if ranked is None:
                 continue
             waiting.learn(row, value(ranked))
-            if ranked.room_bytes >= (1 - cap) * limit[row] / cap:
+            if self.may_be_chosen(ranked) and ranked.room_bytes >= (1 - cap) * limit[row] / cap:
                 best.add(value(ranked))
                 if dominated:
                     self._fits(row)
@@ -91,15 +92,40 @@ class Explorer:
         known = self.priced[row]
         if not known.exact:
             known = self.priced[row] = self.pricer(known.layout, exact=True)
-            if known.room_bytes < 0 and self._least.get(self._family(row)) == int(self.space.recompute[row]):
-                del self._least[self._family(row)]  # what was put aside for it is looked at again
-                self.dominated = {r: how for r, how in self.dominated.items() if self._family(r) != self._family(row)}
+            if not self.may_be_chosen(known) and row in (fitting := self._fitting.get(self._family(row), [])):
+                fitting.remove(row)  # what was put aside for it is looked at again
+                self.dominated = {r: other for r, other in self.dominated.items() if other != row}
         return known
+
+    def may_be_chosen(self, ranked: Ranked) -> bool:
+        """Whether a layout has the memory that it needs, and the room that it has to leave."""
+        return ranked.has_room or (ranked.fits and not self.roomy)
+
+    def take_what_fits(self) -> None:
+        """From now on a layout need not leave room: none does."""
+        self.roomy = False
+        self._fitting.clear()
+        self.dominated.clear()
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything was tried that waits in the host's memory."""
+        return len(self.space.axes.offload) > 1
+
+    def expected_s(self) -> np.ndarray:
+        """[row]: seconds of a step by the estimate, times what prices of rows like it were of theirs at least."""
+        least = np.full(int(self.group.max()) + 1, np.inf)
+        rows = np.array(list(self.priced), dtype=np.int64)
+        seen = np.array([ranked.price.step_s for ranked in self.priced.values()]) / self.coarse.seconds[rows]
+        np.minimum.at(least, self.group[rows], seen)
+        least[np.isinf(least)] = min(1.0, float(seen.min(initial=1.0)))
+        return np.asarray(self.coarse.seconds * least[self.group])
 
     def usd_rates(self) -> np.ndarray:
         """[row]: dollars a second of its devices."""
-        devices, inverse = np.unique(self.space.of_places("devices"), return_inverse=True)
-        return np.array([self.pricer.usd_rate(int(n)) or 0.0 for n in devices])[inverse.reshape(-1)]
+        devices = self.space.of_places("devices")
+        first, kind = alike_rows([devices])
+        return np.array([self.pricer.usd_rate(int(n)) or 0.0 for n in devices[first]])[kind]
 
     def bounded(self) -> np.ndarray:
         """[row]: whether it cannot fit, by the lower bound."""
@@ -110,16 +136,16 @@ class Explorer:
         if row in self.failed:
             return Rule.FAILED
         if row in self.priced:
-            return Rule.SLOWER if self.priced[row].room_bytes >= 0 else Rule.MEMORY
+            ranked = self.priced[row]
+            return Rule.MEMORY if not ranked.fits else Rule.SLOWER if self.may_be_chosen(ranked) else Rule.ROOM
         if row in self.dominated:
             return Rule.DOMINATED
         return Rule.BEHIND
 
     def _limits(self) -> np.ndarray:
         devices = self.space.of_places("devices")
-        return np.array([self.pricer.memory_of(int(n)) for n in np.unique(devices)], dtype=float)[
-            np.unique(devices, return_inverse=True)[1].reshape(-1)
-        ]
+        first, kind = alike_rows([devices])
+        return np.array([self.pricer.memory_of(int(n)) for n in devices[first]], dtype=float)[kind]
 
     def _samples(self, row: int) -> int:
         place: Place = self.space.places[int(self.space.place[row])]
@@ -127,19 +153,34 @@ class Explorer:
 
     def _family(self, row: int) -> tuple[int, ...]:
         space = self.space
-        return tuple(int(column[row]) for column in (space.place, space.way, space.sequence, space.offload))
+        return tuple(int(column[row]) for column in (space.place, space.way, space.sequence, space.context))
 
     def _is_dominated(self, row: int) -> bool:
-        fits = self._least.get(self._family(row))
-        if fits is None or fits >= self.space.recompute[row]:
-            return False
-        self.dominated[row] = fits
-        return True
+        for other in self._fitting.get(self._family(row), ()):
+            if other != row and self._does_less(other, row):
+                self.dominated[row] = other
+                return True
+        return False
+
+    def _does_less(self, one: int, other: int) -> bool:
+        """Whether it computes no more again, and moves no more to the host."""
+        space = self.space
+        less = self._less[int(space.offload[one]), int(space.offload[other])]
+        return bool(less) and int(space.recompute[one]) <= int(space.recompute[other])
 
     def _fits(self, row: int) -> None:
-        family = self._family(row)
-        own = int(self.space.recompute[row])
-        self._least[family] = min(self._least.get(family, own), own)
+        self._fitting.setdefault(self._family(row), []).append(row)
+
+
+def _less_of(words: Sequence[Offload]) -> np.ndarray:
+    """[i, j]: whether offload i moves nothing that j does not."""
+    moved = {
+        Offload.NONE: frozenset[str](),
+        Offload.ACTIVATIONS: frozenset({"activations"}),
+        Offload.OPTIMIZER: frozenset({"optimizer"}),
+        Offload.BOTH: frozenset({"activations", "optimizer"}),
+    }
+    return np.array([[moved[one] <= moved[other] for other in words] for one in words])
 
 
 class _Waiting:

@@ -21,13 +21,13 @@ import numpy as np
 
 from shardwise.describe.catalogue import find_device
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
-from shardwise.describe.kernels import KernelKind
-from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes
+from shardwise.describe.kernels import KernelKind, Phase
+from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes, PeakBytes
 from shardwise.errors import ConfigError
 from shardwise.plan.compute import KernelTable, kernel_seconds
 from shardwise.plan.fit_coefficients import delayed, exchange_times_s, filled, of_blocks, of_kernels, of_link
 
-__all__ = ["Coefficient", "FittedCluster", "Residual", "fit_cluster"]
+__all__ = ["Coefficient", "FittedCluster", "Residual", "fit_cluster", "held_of"]
 
 _DIGITS = 4
 
@@ -70,9 +70,12 @@ def fit_cluster(times: MachineTimes, *, on_gpu: bool = False) -> FittedCluster:
     device = dataclasses.replace(promised, efficiency=filled(Efficiency(), whole))
     link = filled(_link(times), whole)
     overheads = filled(Overheads(), whole)
-    overheads = dataclasses.replace(overheads, framework_bytes=times.program.framework_bytes)
+    framework, slack = held_of(times.peaks) or (times.program.framework_bytes, 0.0)
+    overheads = dataclasses.replace(overheads, framework_bytes=round(framework), slack=_rounded(slack))
     cluster = Cluster(
-        hosts=(Hosts(device=device, devices=times.ranks),),
+        hosts=(
+            Hosts(device=device, devices=times.ranks, processors=None if on_gpu else min(times.ranks, times.cores)),
+        ),
         links=(link,),
         overheads=overheads,
         name=f"{times.ranks} ranks on {times.cores} cores" if not on_gpu else f"{times.ranks} x {times.device}",
@@ -87,6 +90,18 @@ def fit_cluster(times: MachineTimes, *, on_gpu: bool = False) -> FittedCluster:
         for name, value in whole.items()
     )
     return FittedCluster(cluster=cluster, coefficients=coefficients, residuals=_residuals(times, device, link))
+
+
+def held_of(peaks: Sequence[PeakBytes]) -> tuple[float, float] | None:
+    """Bytes of a rank before a model is there, and of what comes and goes the share that the allocator holds besides,
+    from steps that differ in what comes and goes; None where nothing is told apart."""
+    if len(peaks) < 2:
+        return None
+    passing = np.array([peak.passing for peak in peaks])
+    left = np.array([peak.measured - peak.states for peak in peaks])
+    slope, _ = np.polyfit(passing, left, 1)
+    slack = max(0.0, float(slope) - 1.0)
+    return max(0.0, float(np.mean(left - (1.0 + slack) * passing))), slack
 
 
 # -- rates --------------------------------------------------------------------------------------------
@@ -190,7 +205,9 @@ def _residuals(times: MachineTimes, device: Device, link: Link) -> tuple[Residua
 
 def _block_s(time: BlockTime, device: Device) -> float:
     counts = np.array([kernel.count for kernel in time.kernels])
-    return float(counts @ kernel_seconds(KernelTable.of(time.kernels), device))
+    asked = sum(kernel.count for kernel in time.kernels if kernel.phase is Phase.FORWARD)
+    alone = float(counts @ kernel_seconds(KernelTable.of(time.kernels), device))
+    return alone + asked * device.efficiency.asked_s
 
 
 def _kind_of(time: KernelTime) -> str:

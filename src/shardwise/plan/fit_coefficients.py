@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
+from shardwise.describe.kernels import Phase
 from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime
 from shardwise.plan.collectives import KINDS, exchange_seconds_of
 from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
@@ -57,12 +58,14 @@ def of_blocks(
     times: Sequence[BlockTime], measured: Sequence[float], promised: Device, alone: Mapping[str, float]
 ) -> dict[str, float]:
     """Rates and the delay of every kernel with which the kernels of a block take as long as the block; near what they
-    reach `alone`."""
+    reach `alone`. Kernels of a forward are delayed by the program that asks for them, too."""
     tables = [KernelTable.of(time.kernels) for time in times]
     counts = [np.array([kernel.count for kernel in time.kernels]) for time in times]
-    start = {"matmul": alone["matmul"], "attention": alone["attention"], "memory": alone["memory"], "delay_s": 1e-5}
+    asked = np.array([sum(k.count for k in time.kernels if k.phase is Phase.FORWARD) for time in times])
+    start = {"matmul": alone["matmul"], "attention": alone["attention"], "memory": alone["memory"]}
+    start |= {"delay_s": 1e-5, "asked_s": 1e-5}
     ranges = {"matmul": (_LEAST_SHARE, 1.0), "attention": (_LEAST_SHARE, 1.0), "memory": (_LEAST_SHARE, 1.0)}
-    ranges["delay_s"] = (1e-7, 1e-3)
+    ranges |= {"delay_s": (1e-7, 1e-3), "asked_s": (1e-8, 1e-3)}
 
     def whole(values: Mapping[str, float]) -> dict[str, float]:
         return {**alone, **values, **delayed(promised, values, values["delay_s"])}
@@ -71,9 +74,10 @@ def of_blocks(
         device = dataclasses.replace(promised, efficiency=filled(Efficiency(), whole(values)))
         wholes = [n @ kernel_seconds(table, device) for table, n in zip(tables, counts, strict=True)]
         near = [(values[name] / alone[name]) ** (1 / _STRAYS[name]) for name in _STRAYS]
-        return np.array([*wholes, *near])
+        return np.array([*(np.array(wholes) + values["asked_s"] * asked), *near])
 
-    found = _fitted(seconds, np.array([*measured, *(1.0 for _ in _STRAYS)]), start, ranges)
+    weights = np.array([*(time.weight for time in times), *(1.0 for _ in _STRAYS)])
+    found = _fitted(seconds, np.array([*measured, *(1.0 for _ in _STRAYS)]), start, ranges, weights)
     return {name: value for name, value in whole(found).items() if name != "delay_s"}
 
 
@@ -115,14 +119,17 @@ def _fitted(
     measured: FloatArray,
     start: Mapping[str, float],
     ranges: Mapping[str, tuple[float, float]],
+    weights: FloatArray | None = None,
 ) -> dict[str, float]:
-    """The values, inside their ranges, with the least relative errors; found on a logarithmic scale."""
+    """The values, inside their ranges, with the least relative errors; found on a logarithmic scale. An error that is
+    four times as heavy is as four errors."""
+    heavy = np.sqrt(np.ones(len(measured)) if weights is None else weights)
     names = list(start)
     low, high = (np.log([ranges[name][side] for name in names]) for side in (0, 1))
     begin = np.clip(np.log([start[name] for name in names]), low + 1e-9, high - 1e-9)
 
     def errors(values: FloatArray) -> FloatArray:
-        return np.asarray(np.log(seconds(_named(names, values)) / measured), dtype=np.float64)
+        return np.asarray(heavy * np.log(seconds(_named(names, values)) / measured), dtype=np.float64)
 
     found = least_squares(errors, begin, bounds=(low, high), loss="soft_l1", f_scale=0.2)
     return _named(names, found.x)

@@ -38,15 +38,24 @@ class PerParameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """global_batch: samples of a step, of all replicas. overlap_replicas: whether gradients of replicas are summed
-    beside the last backward; reduce_bytes: of one element on the wire when they are; gradients_stay: whether they have
-    their bytes all the time, in one buffer, and not from a step's first backward on."""
+    """What is trained.
+
+    global_batch: samples of a step, of all replicas.
+    overlap_replicas: whether gradients of replicas are summed beside the last backward; reduce_bytes: of one element on
+        the wire when they are; algorithm: of these sums, "auto" (the fastest that a backend has) or "hierarchical"
+        (inside each host, then between hosts).
+    gradients_stay: whether gradients have their bytes all the time, in one buffer, and not from a step's first backward
+        on.
+    step_kernels: that the host starts for one update: many where gradients are clipped, updated and copied one by one.
+    """
 
     global_batch: int
     per_parameter: PerParameter = PerParameter()
     overlap_replicas: bool = True
     reduce_bytes: int = 4
     gradients_stay: bool = False
+    algorithm: str = "auto"
+    step_kernels: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:

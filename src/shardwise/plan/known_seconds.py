@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from shardwise.describe.cluster import Cluster, Device
-from shardwise.layout import Layout
+from shardwise.layout import Layout, Offload
 from shardwise.plan.job import Job
 from shardwise.plan.placing import Span, Spans, send_level, spans_of
-from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
+from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, offloaded_bytes, stage_seconds
 from shardwise.plan.stage_work import StageWork
 
 __all__ = ["KnownSeconds"]
@@ -58,15 +58,17 @@ class KnownSeconds:
         of_step = self._of_step(chosen, layout, spans)
         names = [field.name for field in dataclasses.fields(StageSeconds) if field.name != "exchanges"]
         values = {n: getattr(of_step if n in _OF_STEP else of_micro_batch, n)[index] for n in names}
+        if layout.offloads_activations and (store := self.cluster.hosts[0].memory) is not None:
+            values["offload"] = np.array([store.copy_s(offloaded_bytes(work, layout)) for work in stages])
         exchanges = {axis: (pair[0][index], pair[1][index]) for axis, pair in of_micro_batch.exchanges.items()}
         return StageSeconds(**values, exchanges=exchanges)
 
     def _of_micro_batch(
         self, kinds: list[_Key], works: list[StageWork], layout: Layout, spans: Spans, devices: list[Device]
     ) -> StageSeconds:
-        alone = dataclasses.replace(layout, dp=1, fsdp=1)
+        alone = dataclasses.replace(layout, dp=1, fsdp=1, offload=Offload.NONE)
         one = Span(sizes=(1,) * len(spans.tp.sizes))
-        inside = dataclasses.replace(spans, states=one, outer=one, replicas=one, expert_copies=one)
+        inside = dataclasses.replace(spans, states=one, outer=one, replicas=one, expert_copies=one, expert_outer=one)
         links = (inside.tp, inside.cp, inside.ep, inside.pipeline_crosses)
         own = [(kind, links) for kind in kinds]
         for device in dict.fromkeys(device.name for device in devices):
@@ -89,8 +91,18 @@ class KnownSeconds:
         return _joined([self._micro_batch[key] for key in own])
 
     def _of_step(self, works: list[StageWork], layout: Layout, spans: Spans) -> StageSeconds:
-        division = (layout.dp, layout.fsdp, layout.zero, layout.unshards_by_step, layout.tp, layout.cp, layout.ep)
-        where = (spans.states, spans.outer, spans.replicas, spans.expert_copies, spans.pipeline_crosses)
+        division = (
+            *(layout.dp, layout.fsdp, layout.zero, layout.unshards_by_step, layout.tp, layout.cp, layout.ep),
+            layout.offloads_optimizer,
+        )
+        where = (
+            spans.states,
+            spans.outer,
+            spans.replicas,
+            spans.expert_copies,
+            spans.expert_outer,
+            spans.pipeline_crosses,
+        )
         own = [(_held(work), division, where) for work in works]
         missing = [i for i, key in enumerate(own) if key not in self._step]
         if missing:

@@ -33,11 +33,12 @@ from shardwise.plan.lines import MemoryLines
 from shardwise.plan.stage_work import StageWork
 from shardwise.schedule import GENERATORS
 
-__all__ = ["memory_lines", "moments", "states_of"]
+__all__ = ["memory_lines", "moments", "on_device", "share_here", "states_of"]
 
 _AT_ONCE = 2  # units whose parameters are whole at the same time: the one that computes, and the next
 _ON_THE_DEVICE = (
-    2.0  # micro-batches whose activations are not in the host's memory: the one that computes, and the next
+    2.0  # micro-batches, without a pipeline units, whose activations are not in the host's memory: the one that
+    # computes, and the next
 )
 
 
@@ -125,7 +126,7 @@ def _alive(
             f"every stage of a rank keeps so many micro-batches, 0 or more, but got {list(in_flight)} for "
             f"{len(stages)} stages; give one number a stage"
         )
-    here = _on_device(layout, in_flight)
+    here = on_device(layout, stages, in_flight)
     kept = float(sum(number * stage.saved_bytes for number, stage in zip(here, stages, strict=True)))
     done = min((stage.saved_bytes for number, stage in zip(here, stages, strict=True) if number >= 1), default=kept)
     left = max(0.0, kept - done)
@@ -133,8 +134,11 @@ def _alive(
     logits = max((stage.logits_bytes for stage in stages), default=0.0)
     trained = sum(stage.trained for stage in stages)
     most = max(here, default=0.0)
-    before = gradients if _gradients_stay(layout, job) or num_micro_batches > max(in_flight, default=0.0) else 0.0
-    fresh = gradients + job.per_parameter.fresh * trained
+    stay = _gradients_stay(layout, job)
+    beside = float(job.per_parameter.gradient * sum(stage.small_trained for stage in stages)) if stay else 0.0
+    before = gradients if stay or num_micro_batches > max(in_flight, default=0.0) else 0.0
+    before += beside if num_micro_batches > 1 else 0.0
+    fresh = gradients + beside + job.per_parameter.fresh * trained
     return {
         "loss": _Moment(gradients=before, activations=kept, logits=logits),
         "turn": _Moment(gradients=before, activations=kept, transient=transient),
@@ -179,8 +183,20 @@ def _gradients_stay(layout: Layout, job: Job) -> bool:
     return job.gradients_stay or (layout.num_replicas > 1 and (layout.fsdp == 1 or layout.zero == 1))
 
 
-def _on_device(layout: Layout, in_flight: Sequence[float]) -> Sequence[float]:
-    return [min(number, _ON_THE_DEVICE) for number in in_flight] if layout.offloads_activations else in_flight
+def on_device(layout: Layout, stages: Sequence[StageWork], in_flight: Sequence[float]) -> Sequence[float]:
+    """Micro-batches, or of one the share, whose activations are on the device."""
+    if not layout.offloads_activations:
+        return in_flight
+    if layout.pp > 1:
+        return [min(number, _ON_THE_DEVICE) for number in in_flight]
+    return [number * share_here(stage) for number, stage in zip(in_flight, stages, strict=True)]
+
+
+def share_here(stage: StageWork) -> float:
+    """Of what a micro-batch keeps, what the largest units keep."""
+    if not stage.unit_saved_bytes:
+        return 1.0
+    return min(1.0, _ON_THE_DEVICE * stage.unit_saved_bytes / stage.saved_bytes)
 
 
 def _on_its_way(stage: StageWork) -> float:

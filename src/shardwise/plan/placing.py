@@ -35,7 +35,7 @@ class Span:
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Spans:
     """The span of every group that exchanges. replicas: all that hold the same part; states: that divide the state of
-    training; outer: that hold the same share of it; experts' copies: `expert_copies`."""
+    training; outer: that hold the same share of it; expert_copies, expert_outer: replicas and outer of experts."""
 
     tp: Span
     cp: Span
@@ -44,6 +44,7 @@ class Spans:
     outer: Span
     replicas: Span
     expert_copies: Span
+    expert_outer: Span
     pipeline_crosses: bool  # whether any stage sends to another host
 
 
@@ -63,6 +64,7 @@ def spans_of(layout: Layout, cluster: Cluster, *, order: Sequence[str] = ORDER) 
         "outer": ("cp", "ep", "dp"),
         "replicas": ("cp", "ep", "fsdp", "dp"),
         "expert_copies": ("cp", "fsdp", "dp"),
+        "expert_outer": ("cp", "dp"),
     }
     joined = tuple(link.ranks for link in cluster.links)
     spans = {name: _span(axes, degree, order, joined) for name, axes in groups.items()}

@@ -10,45 +10,57 @@ modules and how a layout is applied.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from shardwise.describe.cluster import Cluster, Overheads
+from shardwise.describe.cluster import Cluster
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
 from shardwise.plan.alike_pipelines import alive_of
-from shardwise.plan.compute import FloatArray
 from shardwise.plan.in_flight import kept_micro_batches
 from shardwise.plan.job import Job
 from shardwise.plan.lines import MemoryLines, TimeLines
 from shardwise.plan.memory import memory_lines
 from shardwise.plan.pipeline_time import costs_of_row, generated, pipeline_seconds
 from shardwise.plan.placing import ORDER, send_level, spans_of
+from shardwise.plan.price_lines import time_lines, utilisation_of
+from shardwise.plan.room import has_room
+from shardwise.plan.shared_cores import at_least_s, shared_seconds
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
-from shardwise.plan.steps import Steps, ranks_of, steps_of, times_of
+from shardwise.plan.steps import Steps, ranks_of, steps_of
 from shardwise.schedule import GENERATORS, Timeline, simulate
 
 MOST_SIMULATED = 4096  # forwards of a step, which is simulated whole if it has no more
 
-__all__ = ["Price", "placed_stages", "price"]
+__all__ = ["Price", "in_flight_of", "placed_stages", "price"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Price:
-    """What a step takes and holds. time, memory: of each place of the pipeline; `fits`: whether the memory of each of
-    its devices does; mfu: flops of the model, recomputation left out, over what the devices are promised."""
+    """What a step takes and holds. time, memory: of each place of the pipeline; room: the share of its device's memory
+    that the fullest place leaves free, below 0 where it lacks some; mfu: flops of the model, recomputation left out,
+    over what the devices are promised."""
 
     step_s: float
     time: tuple[TimeLines, ...]
     memory: tuple[MemoryLines, ...]
-    fits: bool
+    room: float
     mfu: float
     bubble_fraction: float
     timeline: Timeline | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every place fits into the memory of its device."""
+        return self.room >= 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it leaves as much free as one that is chosen has to (see `plan.room`)."""
+        return has_room(self.room)
 
     @property
     def peak_bytes(self) -> float:
@@ -84,7 +96,10 @@ def price(
     counts = np.array([float(num_micro_batches)])
     ranks = ranks_of(layout)
     timeline = schedule = None
-    steps = steps_of(rows, counts, layout, cluster.overheads, overlap=job.overlap_replicas)
+    crowd = max(hosts.crowd for hosts in cluster.hosts)
+    steps = steps_of(
+        rows, counts, layout, cluster.overheads, overlap=job.overlap_replicas, step_kernels=job.step_kernels
+    )
     if exact or layout.schedule not in GENERATORS:
         source = source_of(layout)
         if source is None:
@@ -96,12 +111,17 @@ def price(
             schedule = source(few)
         timeline = simulate(schedule, costs=costs_of_row(steps.times, 0))
         seconds_of_few = timeline.seconds
+        if crowd > 1 and layout.pp > 1:
+            seconds_of_few = shared_seconds(schedule, costs_of_row(steps.times, 0), crowd=crowd)
         if few < num_micro_batches:
             chunks = layout.num_stages // layout.pp
             fewer = pipeline_seconds(steps.times, np.array([float(few)]), schedule=layout.schedule, chunks=chunks)
             seconds_of_few += float(steps.pipeline[0] - fewer[0])
             timeline = None
         steps = _with_pipeline(steps, seconds_of_few)
+    elif crowd > 1 and layout.pp > 1:
+        work = float((steps.times.forward + steps.times.backward).sum()) * num_micro_batches
+        steps = _with_pipeline(steps, at_least_s(work / layout.pp, float(steps.pipeline[0]), crowd=crowd))
     alive = (
         in_flight_of(stages, layout, num_micro_batches) if schedule is None else kept_micro_batches(schedule, stages)
     )
@@ -118,17 +138,17 @@ def price(
         for place in places
     )
     shown = tuple(ranks[place] for place in places)
-    time = _time_lines(rows, steps, shown, num_micro_batches, cluster.overheads)
+    time = time_lines(rows, steps, shown, num_micro_batches, cluster.overheads)
     step_s = float(steps.step_s[0])
     return Price(
         step_s=step_s,
         time=time,
         memory=memory,
-        fits=all(
-            lines.total <= cluster.device_of(min(_first_rank(layout, place), cluster.num_devices - 1)).memory_bytes
+        room=min(
+            1.0 - lines.total / cluster.device_of(min(_first_rank(layout, place), cluster.num_devices - 1)).memory_bytes
             for place, lines in zip(places, memory, strict=True)
         ),
-        mfu=_mfu(stages, layout, cluster, num_micro_batches, step_s),
+        mfu=utilisation_of(stages, layout, cluster, num_micro_batches, step_s),
         bubble_fraction=float(np.mean([lines.bubble + lines.pipeline for lines in time]) / step_s) if step_s else 0.0,
         timeline=timeline,
     )
@@ -218,59 +238,3 @@ def _outlined(
         if alike not in fullest or kept > fullest[alike][0]:
             fullest[alike] = (kept, place)
     return tuple(sorted(place for _, place in fullest.values()))
-
-
-def _time_lines(
-    rows: StageSeconds,
-    steps: Steps,
-    ranks: tuple[tuple[int, ...], ...],
-    num_micro_batches: int,
-    overheads: Overheads,
-) -> tuple[TimeLines, ...]:
-    """Of every place of the pipeline; what is neither its own work nor a message on its way is the bubble."""
-    found: list[TimeLines] = []
-    nothing = np.zeros_like(rows.forward)
-    whole = times_of(dataclasses.replace(rows, unshard_forward=nothing, unshard_backward=nothing), overheads)
-    for own in ranks:
-        chosen = list(own)
-
-        def of(values: FloatArray, chosen: list[int] = chosen) -> float:
-            return float(values[0, chosen].sum() * num_micro_batches)
-
-        axes = {axis: of(pair[0]) + of(pair[1]) for axis, pair in rows.exchanges.items()}
-        compute = of(rows.forward) + of(rows.input) + of(rows.weight)
-        recompute = of(rows.recompute)
-        busy = of(steps.times.forward) + of(steps.times.backward)
-        gathered = max(0.0, busy - of(whole.forward) - of(whole.backward))  # of divided parameters, what shows
-        host = max(0.0, busy - gathered - compute - recompute - sum(axes.values()))
-        waits = max(0.0, float(steps.pipeline[0]) - busy)
-        sent = min(waits, float((rows.send + rows.back)[0].sum()))
-        found.append(
-            TimeLines(
-                compute=compute,
-                recompute=recompute,
-                pipeline=sent,
-                bubble=waits - sent,
-                replicas=float(steps.replicas[0]) + gathered,
-                optimizer=float(steps.optimizer[0]),
-                host=host + overheads.step_s,
-                **axes,
-            )
-        )
-    return tuple(found)
-
-
-def _mfu(stages: Sequence[StageWork], layout: Layout, cluster: Cluster, num_micro_batches: int, step_s: float) -> float:
-    """Flops of a step of one replica's ranks over what their devices are promised in its time, by dtype."""
-    alike = Counter(id(work.kernels) for work in stages)
-    distinct = {id(work.kernels): work for work in stages}
-    promised = {
-        dtype: sum(hosts.device.rate(dtype) * hosts.num_devices for hosts in cluster.hosts) / cluster.num_devices
-        for dtype in {kernel.dtype for work in distinct.values() for kernel in work.kernels}
-    }
-    seconds = sum(
-        alike[own] * kernel.flops * kernel.count / promised[kernel.dtype]
-        for own, work in distinct.items()
-        for kernel in work.kernels
-    )
-    return seconds * num_micro_batches / (layout.pp * step_s) if step_s else 0.0

@@ -17,6 +17,7 @@ __all__ = ["differences", "memory_table", "time_table", "worst_lines"]
 _COLUMNS = 6  # places of the pipeline that a table shows
 _CLOSE = 0.002  # of the total: places that differ by less are one column
 _LABEL = 14
+_ROUNDING = 1e-9  # of the total: what is left of differences that are none
 
 Lines = MemoryLines | TimeLines
 
@@ -64,10 +65,11 @@ def _table(ranks: Sequence[Lines], text: Callable[[float], str]) -> list[str]:
     columns = _columns(ranks)
     head = [_place(first, last) for first, last in columns]
     rows: list[tuple[str, list[str]]] = []
+    least = _ROUNDING * max(lines.total for lines in ranks)
     for name in _names(ranks):
         numbers = [float(getattr(ranks[first], name)) for first, _ in columns]
-        if any(float(getattr(lines, name)) > 0 for lines in ranks):
-            rows.append((_word(name), [text(number) if number else "-" for number in numbers]))
+        if any(float(getattr(lines, name)) > least for lines in ranks):
+            rows.append((_word(name), [text(number) if number > least else "-" for number in numbers]))
     rows.append(("together", [text(ranks[first].total) for first, _ in columns]))
     widths = [max(len(head[c]), *(len(cells[c]) for _, cells in rows)) for c in range(len(columns))]
     lines = [" " * _LABEL + "  ".join(word.rjust(width) for word, width in zip(head, widths, strict=True))]

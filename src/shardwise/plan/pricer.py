@@ -10,18 +10,21 @@ import dataclasses
 from collections.abc import Sequence
 
 from shardwise.describe.cluster import Cluster, Device
-from shardwise.layout import Layout, StageRule, compress
+from shardwise.layout import Layout, Offload, StageRule, compress
+from shardwise.layout.rules import RECOMPUTE
 from shardwise.plan.coarse import Works
+from shardwise.plan.host_store import host_use
 from shardwise.plan.job import Job
 from shardwise.plan.known_seconds import KnownSeconds
 from shardwise.plan.memory import states_of
 from shardwise.plan.placing import ORDER
-from shardwise.plan.price import placed_stages, price
+from shardwise.plan.price import in_flight_of, placed_stages, price
 from shardwise.plan.ranked import Ranked, room_of
 from shardwise.plan.resize import of_devices, usd_per_second
 from shardwise.plan.space import Limits
 from shardwise.plan.stage_seconds import StageSeconds, StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
+from shardwise.plan.steps import ranks_of
 from shardwise.plan.uneven import Kind, uneven_stages
 from shardwise.schedule import GENERATORS, placement
 
@@ -73,6 +76,7 @@ class Pricer:
             devices=layout.world_size,
             usd=None if rate is None else rate * made.step_s,
             room_bytes=room_of(made, memory),
+            host_lacks_bytes=self._host_lacks_bytes(stages, layout, cluster, count),
             exact=exact,
         )
 
@@ -80,11 +84,13 @@ class Pricer:
         """What every stage does; made once for all layouts that differ in replicas alone."""
         key = (
             *(layout.tp, layout.cp, layout.ep, layout.pp, layout.num_stages, samples, layout.recompute),
-            *(layout.sequence_parallel, layout.offload, layout.stages, layout.schedule if layout.pp > 1 else ""),
+            *(layout.sequence_parallel, layout.stages, layout.schedule if layout.pp > 1 else ""),
             *(layout.context, (layout.micro_batches or 0) > 1),
+            *([] if layout.recompute in RECOMPUTE else [layout.micro_batches]),  # a budget is for those in flight
         )
         if key not in self._stages:
-            self._stages[key] = tuple(self.works(layout, samples))
+            alone = dataclasses.replace(layout, offload=Offload.NONE)  # what waits elsewhere is computed all the same
+            self._stages[key] = tuple(self.works(alone, samples))
         return self._stages[key]
 
     def usd_rate(self, devices: int) -> float | None:
@@ -94,6 +100,14 @@ class Pricer:
     def memory_of(self, devices: int) -> int:
         """Bytes of the largest device among the first so many."""
         return max(hosts.device.memory_bytes for hosts in self._cluster(devices)[0].hosts)
+
+    def _host_lacks_bytes(
+        self, stages: tuple[StageWork, ...], layout: Layout, cluster: Cluster, num_micro_batches: int
+    ) -> float:
+        if layout.offload is Offload.NONE:
+            return 0.0
+        alive = in_flight_of(stages, layout, num_micro_batches)
+        return host_use(ranks_of(layout), stages, layout, cluster, self.job, alive).lacks_bytes
 
     def _seconds(self, stages: tuple[StageWork, ...], layout: Layout, cluster: Cluster) -> StageSeconds:
         known = self._known.setdefault(cluster.num_devices, KnownSeconds(cluster, self.job))

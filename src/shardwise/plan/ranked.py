@@ -31,6 +31,7 @@ class Rule(enum.StrEnum):
 
     MEMORY_BOUND = "does not fit, by a lower bound"
     MEMORY = "does not fit"
+    ROOM = "leaves too little memory"
     DOMINATED = "computes again what fits"
     SLOWER = "is slower"
     BEHIND = "is slower, by an estimate"
@@ -46,6 +47,7 @@ class Ranked:
     devices: int
     usd: float | None  # of a step
     room_bytes: float  # that the fullest rank has left; less than 0: that it lacks
+    host_lacks_bytes: float = 0.0  # of the host's memory, where that has no room for what waits there
     margin: float = 0.0
     exact: bool = False  # priced by a simulation of the schedule, not by its closed form
 
@@ -53,6 +55,16 @@ class Ranked:
     def peak_bytes(self) -> float:
         """Of the fullest rank."""
         return max(lines.total for lines in self.price.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank, and its host, have room."""
+        return self.room_bytes >= 0 and not self.host_lacks_bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it leaves what a layout has to leave that is chosen before others (see `plan.room`)."""
+        return self.fits and self.price.has_room
 
     def __str__(self) -> str:
         money = "" if self.usd is None else f", ${self.usd:.3g}"

@@ -13,13 +13,16 @@ from shardwise.describe.flow import Dataflow
 from shardwise.describe.profile import ModelProfile
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout
+from shardwise.layout.rules import RECOMPUTE
 from shardwise.plan.coarse import Works
-from shardwise.plan.cut import cut_stages
+from shardwise.plan.cut import Cut, cut_stages
 from shardwise.plan.partition import place
-from shardwise.plan.recompute import computed_again
+from shardwise.plan.recompute import How, computed_again, plan_recompute
+from shardwise.plan.sources import source_of
 from shardwise.plan.space import Limits
 from shardwise.plan.stage_work import StageWork
 from shardwise.plan.works import stage_works
+from shardwise.quantities import parse_bytes
 
 __all__ = ["ProfileWorks", "ScaledWorks", "part_names", "scaled_work", "traced_samples"]
 
@@ -33,7 +36,7 @@ class ScaledWorks:
     def __call__(self, layout: Layout, samples: int) -> tuple[StageWork, ...]:
         """The stages of a layout, scaled. Raises what tracing them raises."""
         factor = samples / self.traced
-        return tuple(scaled_work(work, factor) for work in self.works(layout, self.traced))
+        return tuple(scaled_work(work, factor) for work in self.works(_budgeted(layout, factor), self.traced))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class ProfileWorks:
         """What can be divided: the row of unit calls."""
         names = part_names(self.profile)
         count = sum(bool(node.parameters) for node in self.profile.flow.calls)
-        return Limits(stages=max(1, count), names=names if len(names) == count else ())
+        return Limits(stages=max(1, count), names=names if len(names) == count else (), budgets=True)
 
     def __call__(self, layout: Layout, samples: int) -> tuple[StageWork, ...]:
         """The stages of a layout."""
@@ -59,10 +62,28 @@ class ProfileWorks:
                 "model itself, or use tp=1, cp=1 and ep=1"
             )
         cut = cut_stages(self.profile.flow, place(self.profile, layout), layout.num_stages)
-        again = computed_again(self.profile, cut, layout.recompute)
-        several = (layout.micro_batches or 1) > 1
         scale = samples / self.traced
+        again = _again(self.profile, cut, _budgeted(layout, scale))
+        several = (layout.micro_batches or 1) > 1
         return stage_works(self.profile, cut, recompute=again, scale=scale, accumulates=several)
+
+
+def _budgeted(layout: Layout, factor: float) -> Layout:
+    """Bytes that a rank may keep of activations, for micro-batches of 1 / `factor` of the samples."""
+    if layout.recompute in RECOMPUTE or factor == 1:
+        return layout
+    return dataclasses.replace(layout, recompute=f"{int(parse_bytes(layout.recompute) / factor)}B")
+
+
+def _again(profile: ModelProfile, cut: Cut, layout: Layout) -> dict[str, How]:
+    """How units are computed again. Raises `LayoutError` where a budget suffices for none of it."""
+    if layout.recompute in RECOMPUTE:
+        return computed_again(profile, cut, layout.recompute)
+    source = source_of(layout)
+    if source is None:
+        raise LayoutError(f"recompute={layout.recompute} follows from a schedule, and {layout} has none; name one")
+    count = layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
+    return dict(plan_recompute(profile, cut, source(count), layout.recompute).units)
 
 
 def part_names(profile: ModelProfile) -> tuple[str, ...]:
@@ -91,6 +112,7 @@ def scaled_work(work: StageWork, factor: float) -> StageWork:
             dataclasses.replace(exchange, nbytes=round(exchange.nbytes * factor)) for exchange in work.exchanges
         ),
         saved_bytes=work.saved_bytes * factor,
+        unit_saved_bytes=work.unit_saved_bytes * factor,
         weight_bytes=work.weight_bytes * factor,
         transient_bytes=work.transient_bytes * factor,
         logits_bytes=work.logits_bytes * factor,

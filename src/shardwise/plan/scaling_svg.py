@@ -17,6 +17,7 @@ from shardwise.schedule.svg_style import style_sheet
 __all__ = ["scaling_svg"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 96.0, 34.0, 40.0
+_FEW = 4  # powers of ten
 _SHADES = (("f0", "F", 0), ("w0", "W", 0))
 
 
@@ -70,13 +71,15 @@ def _scale(values: Sequence[float], start: float, end: float) -> _Axis:
 
 
 def _ticks(values: Sequence[float], *, base: int) -> list[float]:
-    """Powers of the base within the values; both ends where there are fewer than two."""
+    """Powers of the base within the values, of ten twice and five times these where they are few; both ends where there
+    are fewer than two."""
     low, high = min(values), max(values)
-    powers = [
-        float(base**n)
-        for n in range(math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9) + 1)
-    ]
-    return powers if len(powers) > 1 else sorted({float(f"{low:.3g}"), float(f"{high:.3g}")})
+    first, last = math.floor(math.log(low, base) + 1e-9), math.floor(math.log(high, base) + 1e-9)
+    powers = [float(base) ** n for n in range(first, last + 1)]
+    between = (1, 2, 5) if base == 10 and len(powers) < _FEW else (1,)
+    ticks = [power * times for power in powers for times in between]
+    ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+    return ticks if len(ticks) > 1 else sorted({float(f"{low:.3g}"), float(f"{high:.3g}")})
 
 
 def _line(scaling: Scaling, shade: str, across: _Axis, up: _Axis) -> list[str]:

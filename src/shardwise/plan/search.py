@@ -10,6 +10,7 @@ and what a stage does, is given.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from shardwise.plan.job import Job
 from shardwise.plan.pricer import Pricer
 from shardwise.plan.ranked import Objective, Ranked, Rejected, Rule, value_of
 from shardwise.plan.resize import halves
+from shardwise.plan.room import LEAST_ROOM
 from shardwise.plan.space import Axes, Limits, space_of
 from shardwise.quantities import format_bytes, format_seconds
 
@@ -111,7 +113,7 @@ class Search(Sequence[Plan]):
             examples.setdefault(refused.rule, Rejected(axes=refused.axes, rule=refused.rule, reason=refused.reason))
         for rule, rows in self._rows_by_rule():
             counts[rule] += len(rows)
-            examples[rule] = self._rejected(rows[0], rule)
+            examples[rule] = self._rejected(self._nearest(rows, rule), rule)
         return tuple((rule, count, examples[rule]) for rule, count in counts.most_common())
 
     def rejections(self, rule: str | None = None) -> Iterator[Rejected]:
@@ -136,8 +138,25 @@ class Search(Sequence[Plan]):
             rules.setdefault(explorer.rule_of(row), []).append(row)
         return list(rules.items())
 
+    def _nearest(self, rows: list[int], rule: Rule) -> int:
+        """The row that would have been next."""
+        explorer = self.explorer
+        if rule in (Rule.BEHIND, Rule.MEMORY_BOUND):
+            key = self._expected_s if rule is Rule.BEHIND else explorer.coarse.at_least_bytes
+            return rows[int(key[np.array(rows)].argmin())]
+        if rule is Rule.MEMORY:
+            return max(rows, key=lambda row: explorer.priced[row].room_bytes)
+        if rule in (Rule.SLOWER, Rule.ROOM):
+            return min(rows, key=lambda row: explorer.priced[row].price.step_s)
+        return rows[0]
+
+    @functools.cached_property
+    def _expected_s(self) -> np.ndarray:
+        return self.explorer.expected_s()
+
     def _rejected(self, row: int, rule: Rule) -> Rejected:
-        reason, numbers = _reason(self, row, rule)
+        expected_s = float(self._expected_s[row]) if rule is Rule.BEHIND else 0.0
+        reason, numbers = _reason(self, row, rule, expected_s)
         return Rejected(axes=str(self.explorer.space.layout(row)), rule=rule, reason=reason, numbers=numbers)
 
 
@@ -175,12 +194,15 @@ def search_layouts(
             f"cost needs the price of a device, but {cluster.name or 'the cluster'} has none; give usd_per_hour"
         )
     ranking, complete = best_of(explorer, objective, top=top, most=most)
+    if not ranking and any(ranked.fits for ranked in explorer.priced.values()):
+        explorer.take_what_fits()
+        ranking, complete = best_of(explorer, objective, top=top, most=most)
     if not ranking:
         raise LayoutError(_too_large(explorer))
     return Search(ranking=ranking, objective=objective, explorer=explorer, complete=complete)
 
 
-def _reason(search: Search, row: int, rule: Rule) -> tuple[str, dict[str, float]]:
+def _reason(search: Search, row: int, rule: Rule, expected_s: float) -> tuple[str, dict[str, float]]:
     explorer, best = search.explorer, search.ranking[0]
     place = explorer.space.places[explorer.space.place[row]]
     memory = float(explorer.pricer.memory_of(place.mesh.devices))
@@ -191,19 +213,28 @@ def _reason(search: Search, row: int, rule: Rule) -> tuple[str, dict[str, float]
         text = f"the fullest rank needs at least {format_bytes(needs)} of {format_bytes(memory)}"
         return text, {"needs_bytes": needs, "memory_bytes": memory}
     if rule is Rule.DOMINATED:
-        word = explorer.space.axes.recompute[explorer.dominated[row]]
-        return f"the same with recompute={word} fits, and computes less", {}
+        other = explorer.space.layout(explorer.dominated[row])
+        told = f"recompute={other.recompute}" + (f" and offload={other.offload}" if explorer.moves else "")
+        return f"the same with {told} fits, and computes or moves less", {}
     if rule is Rule.BEHIND:
-        about = float(explorer.coarse.seconds[row])
         return (
-            f"about {format_seconds(about)} by an estimate, the best {format_seconds(best.price.step_s)}",
-            {"about_s": about, "best_s": best.price.step_s},
+            f"about {format_seconds(expected_s)} by an estimate, the best {format_seconds(best.price.step_s)}",
+            {"about_s": expected_s, "best_s": best.price.step_s},
         )
     ranked = explorer.priced[row]
     if rule is Rule.MEMORY:
+        if ranked.room_bytes >= 0:
+            lacks = ranked.host_lacks_bytes
+            return f"its host lacks {format_bytes(lacks)} for what waits there", {"host_lacks_bytes": lacks}
         lacks = -ranked.room_bytes
         text = f"{format_bytes(ranked.peak_bytes)} of {format_bytes(memory)}: {format_bytes(lacks)} too much"
         return text, {"needs_bytes": ranked.peak_bytes, "memory_bytes": memory, "lacks_bytes": lacks}
+    if rule is Rule.ROOM:
+        text = (
+            f"{format_bytes(ranked.peak_bytes)} of {format_bytes(memory)} leave {format_bytes(ranked.room_bytes)} "
+            f"({ranked.price.room:.1%}) free, and {LEAST_ROOM:.0%} is the least where another layout leaves that"
+        )
+        return text, {"room": ranked.price.room, "least": LEAST_ROOM}
     objective = Objective.TIME if search.objective.startswith("pareto") else search.objective
     margin = value_of(ranked, objective) / value_of(best, objective) - 1
     told = f"{format_seconds(ranked.price.step_s)} and {format_bytes(ranked.peak_bytes)}"
@@ -229,7 +260,12 @@ def _too_large(explorer: Explorer) -> str:
             f"no layout fits: a rank needs {format_bytes(least)} at the very least, with {layout}, and a device has "
             f"{format_bytes(memory)}; use more devices, or larger ones"
         )
-    nearest = max(explorer.priced.values(), key=lambda ranked: ranked.room_bytes)
+    nearest = max(explorer.priced.values(), key=lambda ranked: min(ranked.room_bytes, -ranked.host_lacks_bytes))
+    if nearest.room_bytes >= 0:
+        return (
+            f"no layout that was priced fits: the nearest is {nearest.layout}, for which its host has "
+            f"{format_bytes(nearest.host_lacks_bytes)} too little; use more devices, or larger ones"
+        )
     memory = explorer.pricer.memory_of(nearest.devices)
     return (
         f"no layout that was priced fits: the nearest is {nearest.layout}, which needs "

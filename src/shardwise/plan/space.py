@@ -4,8 +4,8 @@ A layout is made of a row only when somebody asks for it: a cluster of 16,384 de
 the rules refuse is kept with the numbers that broke them. Knows rules and divisors; refuses to know seconds and bytes.
 
     Mesh    devices = dp · fsdp · ep · cp · tp · pp
-    Place   a mesh, what replicas divide among them, and samples of a micro-batch
-    row     a place, a schedule with its stages a rank, recompute, sequence parallel, offload
+    Place   a mesh, what replicas divide among them and for how long, and samples of a micro-batch
+    row     a place, a schedule with its stages a rank, recompute, sequence parallel, offload, how cp attends
 """
 
 from __future__ import annotations
@@ -16,87 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from shardwise.describe.cluster import Cluster
 from shardwise.describe.tensor import SequenceParallel
-from shardwise.errors import LayoutError
 from shardwise.layout import Layout, Offload, Unshard
+from shardwise.plan.axes import Axes, Limits, divisors
 from shardwise.schedule import GENERATORS
 
 __all__ = ["Axes", "Limits", "Mesh", "Place", "Refused", "Space", "broken_rule", "divisors", "space_of"]
-
-_MOST_SHARDS, _MOST_CONTEXTS, _MOST_PLACES = 64, 32, 64  # larger ones exchange or wait more than they compute
-_LEAST_TOKENS = 512  # of a sample, of each rank that divides it
-_FLUSHED = ("1f1b", "zb-h1", "zb-h2", "interleaved", "zb-v", "zb-v-half", "zb-v-min", "dualpipe-v")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What of a model can be divided, by the names that messages use.
-
-    stages: consecutive parts with parameters, at most. tensor, context: numbers that tp and cp divide, such as
-    {"heads": 32, "heads of keys and values": 8} and {"tokens": 4096}; an empty `tensor` or `context`: the axis stays 1.
-    experts: what ep divides; 0: there are none. sequence_parallel: whether shards can deal out tokens between layers.
-    recompute: the words that the model can do. names: of the parts, in order, by which a layout lists stages; empty:
-    stages are balanced as the layout's rule says, also where devices are not equal.
-    """
-
-    stages: int
-    tensor: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    context: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    sizes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    experts: int = 0
-    sequence_parallel: bool = True
-    recompute: tuple[str, ...] = ("none", "selective", "full")
-    names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.stages < 1:
-            raise LayoutError(f"a model has at least one stage, but stages={self.stages}; count its unit calls")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Axes:
-    """The values that are tried. devices: of the whole layout; ways: (schedule, stages a rank); samples: of a
-    micro-batch; states: how replicas divide the state of training: 0 not, 1 to 3 ZeRO's stages among all of them,
-    "hybrid": stage 3 inside a host."""
-
-    devices: tuple[int, ...]
-    tp: tuple[int, ...]
-    cp: tuple[int, ...]
-    ep: tuple[int, ...]
-    pp: tuple[int, ...]
-    samples: tuple[int, ...] = (1, 2, 4, 8)
-    ways: tuple[tuple[str, int], ...] = ()
-    states: tuple[int | str, ...] = (0, 1, 2, 3, "hybrid")
-    recompute: tuple[str, ...] = ("none", "selective", "full")
-    sequence_parallel: tuple[SequenceParallel, ...] = (SequenceParallel.OFF, SequenceParallel.ON)
-    offload: tuple[Offload, ...] = (Offload.NONE,)
-
-    def __post_init__(self) -> None:
-        if not self.ways:
-            object.__setattr__(self, "ways", _ways(max(self.pp, default=1), 1))
-        for name in ("devices", "tp", "cp", "ep", "pp", "samples", "states", "recompute", "offload"):
-            if not getattr(self, name):
-                raise LayoutError(f"a search tries at least one value of every axis, but {name} has none; name one")
-
-    @classmethod
-    def of(cls, limits: Limits, cluster: Cluster, *, devices: int | None = None, global_batch: int) -> Axes:
-        """All that may be worth it: every divisor of the number of devices, every schedule that flushes."""
-        count = cluster.num_devices if devices is None else devices
-        sizes = divisors(count)
-        deepest = min(limits.stages, count, _MOST_PLACES)
-        contexts = min(_MOST_CONTEXTS, min(limits.context.values(), default=1) // _LEAST_TOKENS)
-        return cls(
-            devices=(count,),
-            tp=_tried(limits, "tp", sizes, _MOST_SHARDS if limits.tensor else 1),
-            cp=_tried(limits, "cp", sizes, max(1, contexts) if limits.context else 1),
-            ep=_tried(limits, "ep", sizes, max(1, limits.experts)),
-            pp=tuple(n for n in sizes if n <= deepest),
-            samples=tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(global_batch, _samples(count))),
-            ways=_ways(deepest, limits.stages),
-            recompute=limits.recompute,
-            sequence_parallel=(SequenceParallel.OFF, SequenceParallel.ON)[: 1 + limits.sequence_parallel],
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +75,7 @@ class Space:
     recompute: np.ndarray
     sequence: np.ndarray
     offload: np.ndarray
+    context: np.ndarray
     refused: tuple[Refused, ...]
 
     def __len__(self) -> int:
@@ -176,6 +102,7 @@ class Space:
             recompute=self.axes.recompute[self.recompute[row]],
             sequence_parallel=self.axes.sequence_parallel[self.sequence[row]],
             offload=self.axes.offload[self.offload[row]],
+            context=self.axes.context[self.context[row]],
         )
 
     def of_places(self, name: str) -> np.ndarray:
@@ -193,8 +120,8 @@ def space_of(limits: Limits, axes: Axes, *, global_batch: int, per_host: int) ->
         for place in _places(mesh, axes, global_batch=global_batch, per_host=per_host, refused=refused)
     ]
     ways = {mesh: _ways_of(mesh, limits, axes, refused) for mesh in dict.fromkeys(place.mesh for place in places)}
-    columns = [_rows(index, place, ways[place.mesh], axes) for index, place in enumerate(places)]
-    table = np.concatenate(columns) if columns else np.zeros((0, 5), dtype=np.int32)
+    choices = {mesh: _choices(mesh, own, axes, refused) for mesh, own in ways.items()}
+    table = _table(places, choices)
     return Space(
         axes=axes,
         places=tuple(places),
@@ -203,37 +130,9 @@ def space_of(limits: Limits, axes: Axes, *, global_batch: int, per_host: int) ->
         recompute=table[:, 2],
         sequence=table[:, 3],
         offload=table[:, 4],
+        context=table[:, 5],
         refused=tuple(refused),
     )
-
-
-def divisors(number: int) -> tuple[int, ...]:
-    """Ascending."""
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    return tuple(sorted({*small, *(number // n for n in small)}))
-
-
-def _samples(devices: int) -> int:
-    """Of a micro-batch, at most: few devices have small models, whose micro-batches may be large."""
-    return 64 if devices <= 64 else 8
-
-
-def _tried(limits: Limits, axis: str, sizes: Sequence[int], most: int) -> tuple[int, ...]:
-    """What was found to divide the model; else all up to `most`."""
-    found = limits.sizes.get(axis)
-    return tuple(n for n in sizes if (n <= most if found is None else n == 1 or n in found))
-
-
-def _ways(deepest: int, stages: int) -> tuple[tuple[str, int], ...]:
-    """Schedules with each number of stages a rank, up to eight."""
-    ways: list[tuple[str, int]] = []
-    for name in _FLUSHED:
-        fewest, most = GENERATORS[name].chunks
-        counts = [chunks for chunks in (1, 2, 4, 8) if chunks >= fewest and (most is None or chunks <= most)]
-        if name == "zb-h1":
-            counts = [1]
-        ways += [(name, chunks) for chunks in counts if deepest > 1 and 2 * chunks <= max(stages, 2)]
-    return tuple(ways) or (("1f1b", 1),)
 
 
 def _meshes(limits: Limits, axes: Axes, refused: list[Refused]) -> Iterator[Mesh]:
@@ -291,19 +190,25 @@ _State = tuple[int, int, int, Unshard | None]
 
 
 def _states(mesh: Mesh, axes: Axes, per_host: int) -> list[_State]:
-    """(dp, fsdp, zero, unshard): the ways to divide the state among the replicas of a mesh, each once."""
+    """(dp, fsdp, zero, unshard): the ways to divide the state among the replicas of a mesh, each once. Gradients
+    that are divided once a step (zero=2) are whole until then, as at zero=1."""
     outer = mesh.outer
     inside = per_host // (mesh.tp * mesh.cp * mesh.ep) if outer > 1 else 1
-    streamed = Unshard.MICRO_BATCH if mesh.pp > 1 else None
     found: dict[_State, None] = {}
-    for state in axes.states:
+    for state, unshard in itertools.product(axes.states, axes.unshard):
+        by_step = unshard is Unshard.STEP
+        default = by_step == (mesh.pp > 1)  # what a layout means that does not say it
+        told = None if default else unshard
         if state == 0 or outer == 1:
             found[(outer, 1, 3, None)] = None
-        elif isinstance(state, int):
-            if mesh.pp == 1 or state != 2:
-                found[(1, outer, state, streamed if state > 1 else None)] = None
-        elif 1 < inside < outer and outer % inside == 0:
-            found[(outer // inside, inside, 3, streamed)] = None
+        elif state == 1:
+            found[(1, outer, 1, None)] = None
+        elif state == 2 and not by_step:
+            found[(1, outer, 2, told)] = None
+        elif state == 3:
+            found[(1, outer, 3, told)] = None
+        elif state == "hybrid" and 1 < inside < outer and outer % inside == 0:
+            found[(outer // inside, inside, 3, told)] = None
     return list(found)
 
 
@@ -321,10 +226,27 @@ def _ways_of(mesh: Mesh, limits: Limits, axes: Axes, refused: list[Refused]) -> 
     return fitting
 
 
-def _rows(index: int, place: Place, ways: list[int], axes: Axes) -> np.ndarray:
-    """(rows, 5): place, way, recompute, sequence, offload."""
-    mesh = place.mesh
+def _table(places: Sequence[Place], choices: Mapping[Mesh, np.ndarray]) -> np.ndarray:
+    """(rows, 6): a place, and what can be chosen there."""
+    if not places:
+        return np.zeros((0, 6), dtype=np.int32)
+    own = [choices[place.mesh] for place in places]
+    index = np.repeat(np.arange(len(places), dtype=np.int32), [len(each) for each in own])
+    return np.concatenate([index[:, None], np.concatenate(own)], axis=1)
+
+
+def _choices(mesh: Mesh, ways: list[int], axes: Axes, refused: list[Refused]) -> np.ndarray:
+    """(choices, 5): way, recompute, sequence, offload, context."""
     dealt = mesh.tp > 1 and mesh.cp == 1 and mesh.ep == 1
     sequences = [i for i, word in enumerate(axes.sequence_parallel) if dealt or word is SequenceParallel.OFF]
-    grid = np.meshgrid([index], ways, range(len(axes.recompute)), sequences, range(len(axes.offload)), indexing="ij")
-    return np.stack([column.ravel() for column in grid], axis=1).astype(np.int32)
+    contexts = range(len(axes.context) if mesh.cp > 1 else 1)
+    grid = np.meshgrid(ways, range(len(axes.recompute)), sequences, range(len(axes.offload)), contexts, indexing="ij")
+    rows = np.stack([column.ravel() for column in grid], axis=1).astype(np.int32)
+    away = np.array([word in (Offload.ACTIVATIONS, Offload.BOTH) for word in axes.offload])
+    again = np.array([word != "none" for word in axes.recompute])
+    split = np.array([bool(word) for word in axes.sequence_parallel])
+    broken = away[rows[:, 3]] & again[rows[:, 1]] & split[rows[:, 2]]
+    if broken.any():
+        reason = f"recompute of tokens that {mesh.tp} shards deal out keeps its inputs on the device"
+        refused.append(Refused(axes=f"{mesh},sequence_parallel=on,offload=…", rule="what is put away", reason=reason))
+    return np.asarray(rows[~broken])

@@ -43,14 +43,13 @@ def steps_of(
     overheads: Overheads,
     *,
     overlap: bool,
+    step_kernels: FloatArray | float = 0.0,
 ) -> Steps:
-    """Steps of many rows with the stages, schedule and chunks of `layout`. Arrays of `seconds`: (rows, stages)."""
-    times, crowded = times_of(seconds, overheads), times_of(seconds, overheads, crowded=True)
+    """Steps of many rows with the stages, schedule and chunks of `layout`. Arrays of `seconds`: (rows, stages);
+    step_kernels: (rows,), see `Job`."""
+    times = times_of(seconds, overheads)
     chunks = layout.num_stages // layout.pp
     pipeline = pipeline_seconds(times, num_micro_batches, schedule=_formula(layout), chunks=chunks)
-    # Messages crowd what computes once forwards and backwards pass each other, not the first and the last.
-    paces = [times.by_rank(one.forward + one.backward, ranks_of(layout)).max(axis=1) for one in (crowded, times)]
-    pipeline = pipeline + (num_micro_batches - 1) * (paces[0] - paces[1])
     # The last backward of a stage ends before the pipeline does, by the backwards of the stages before it.
     early = np.cumsum(times.backward + times.back, axis=1) - (times.backward + times.back)
     if overlap:
@@ -61,6 +60,7 @@ def steps_of(
     shown = np.maximum((left - early).max(axis=1), 0.0) + seconds.shared.max(axis=1)
     per_rank = [times.by_rank(part, ranks_of(layout)).max(axis=1) for part in (seconds.optimizer, seconds.gather)]
     optimizer, gather = per_rank
+    optimizer = np.maximum(optimizer, step_kernels * overheads.kernel_s)
     return Steps(
         step_s=pipeline + shown + optimizer + gather + overheads.step_s,
         pipeline=pipeline,
@@ -77,23 +77,26 @@ def _formula(layout: Layout) -> str:
     return "gpipe" if layout.num_stages == layout.pp else "looped-bfs"
 
 
-def times_of(seconds: StageSeconds, overheads: Overheads, *, crowded: bool = False) -> PipelineTimes:
-    """Of every stage a forward and a backward of one micro-batch; crowded: while messages of others cross hosts."""
+def times_of(seconds: StageSeconds, overheads: Overheads) -> PipelineTimes:
+    """Of every stage a forward and a backward of one micro-batch. Where the forward is computed again a backward is two
+    phases: in each the host runs ahead of the device, and the slower of the two sets the pace of that phase."""
     shows = 1.0 - overheads.overlap
     slower = 1.0 + overheads.beside
     waits_forward = sum((pair[0] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
     waits_backward = sum((pair[1] for pair in seconds.exchanges.values()), np.zeros_like(seconds.forward))
-    backward = seconds.recompute + seconds.input + seconds.weight
+    again_s = seconds.recompute + seconds.again
+    backward_s = again_s + seconds.input + seconds.weight + waits_backward - seconds.again
     forward_s = _beside(
         seconds.forward + waits_forward, seconds.hidden_forward + seconds.unshard_forward, shows, slower
     )
-    backward_s = _beside(backward + waits_backward, seconds.hidden_backward + seconds.unshard_backward, shows, slower)
-    host_forward, host_backward = seconds.host_forward, seconds.host_backward
-    if crowded:
-        host_forward, host_backward = host_forward + seconds.crowded_forward, host_backward + seconds.crowded_backward
+    backward_s = _beside(backward_s, seconds.hidden_backward + seconds.unshard_backward, shows, slower)
+    forward_s = _beside(forward_s, seconds.offload, shows, slower)  # over a link of its own
+    backward_s = _beside(backward_s, seconds.offload, shows, slower)
     return PipelineTimes(
-        forward=_longer(forward_s, host_forward) + overheads.action_s,
-        backward=_longer(backward_s, host_backward) + overheads.action_s,
+        forward=_longer(forward_s, seconds.host_forward) + overheads.action_s,
+        backward=_longer(again_s, seconds.host_again)
+        + _longer(np.maximum(backward_s - again_s, 0.0), seconds.host_backward)
+        + overheads.action_s,
         weight=seconds.weight,
         send=seconds.send,
         back=seconds.back,

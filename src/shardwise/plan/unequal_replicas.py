@@ -68,8 +68,10 @@ def shares_of(pricer: Pricer, layout: Layout) -> Shares:
 
 def _busy_s(pricer: Pricer, layout: Layout, hosts: Hosts) -> float:
     """Of one replica on hosts of one kind, for as many micro-batches as equal shares are."""
-    count = -(-layout.world_size // hosts.devices)
-    alone = dataclasses.replace(pricer.cluster, hosts=(dataclasses.replace(hosts, count=count),))
+    count, rest = divmod(layout.world_size, hosts.devices)
+    sizes = ((hosts.devices, count), (rest, 1))
+    alike = tuple(dataclasses.replace(hosts, devices=n, count=times) for n, times in sizes if n and times)
+    alone = dataclasses.replace(pricer.cluster, hosts=alike)
     priced = Pricer(pricer.works, alone, pricer.job, pricer.limits)(layout)
     return max(_computing(lines) for lines in priced.price.time)
 

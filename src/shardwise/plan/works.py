@@ -17,7 +17,9 @@ from shardwise.plan.cut import Cut, StageCut
 from shardwise.plan.recompute import How, kept_bytes
 from shardwise.plan.stage_work import StageWork
 
-__all__ = ["stage_works"]
+__all__ = ["ADDED_IN_PLACE", "stage_works"]
+
+ADDED_IN_PLACE = 2**17  # elements of a parameter from which products sum its gradient where it lives
 
 _NOTHING: Mapping[str, How] = MappingProxyType({})
 
@@ -73,11 +75,13 @@ def _work(
         expert_parameters=_elements(parameter for name, parameter in held.items() if name in experts),
         expert_trained=_elements(parameter for name, parameter in trained.items() if name in experts),
         shared_parameters=_elements(parameter for name, parameter in trained.items() if len(holders[name]) > 1),
+        small_trained=_elements(each for name, each in trained.items() if not _is_added_in_place(name, each)),
         unit_parameters=_of_units(profile, calls),
-        kernels=(*kernels, *_accumulation(trained.values())) if accumulates else kernels,
+        kernels=(*kernels, *_accumulation(trained)) if accumulates else kernels,
         recomputed=_merged(again, scale),
         exchanges=_scaled(exchanges, scale),
         saved_bytes=scale * saved,
+        unit_saved_bytes=scale * max((_kept(part, how) for part in parts), default=0),
         weight_bytes=scale * sum(_for_weights(call) for call in calls),
         transient_bytes=scale * transient,
         logits_bytes=scale * logits,
@@ -113,13 +117,20 @@ def _elements(parameters: Iterable[ParameterProfile]) -> int:
     return sum(parameter.num_elements for parameter in parameters)
 
 
-def _accumulation(parameters: Iterable[ParameterProfile]) -> tuple[Kernel, ...]:
-    """A gradient is read, and the sum of those before it read and written."""
+def _is_added_in_place(name: str, parameter: ParameterProfile) -> bool:
+    """Whether the product that makes a gradient adds it to the sum of those before it: of large weights of layers (as
+    `execute.weight_sums` has it), not of parameters that a model's own code multiplies with, as experts'."""
+    return parameter.num_elements >= ADDED_IN_PLACE and name.rpartition(".")[2] == "weight"
+
+
+def _accumulation(parameters: Mapping[str, ParameterProfile]) -> tuple[Kernel, ...]:
+    """Where the product adds, the sum before it is read; elsewhere a gradient is read, and that sum read and
+    written."""
     totals: collections.Counter[str] = collections.Counter()
-    for parameter in parameters:
-        totals[parameter.dtype] += parameter.nbytes
+    for name, parameter in parameters.items():
+        totals[parameter.dtype] += (1 if _is_added_in_place(name, parameter) else 3) * parameter.nbytes
     return tuple(
-        Kernel(kind=KernelKind.MEMORY, phase=Phase.WEIGHT, dtype=dtype, nbytes=3 * nbytes, batch_bytes=0)
+        Kernel(kind=KernelKind.MEMORY, phase=Phase.WEIGHT, dtype=dtype, nbytes=nbytes, batch_bytes=0)
         for dtype, nbytes in totals.items()
     )
 
@@ -159,7 +170,7 @@ def _forward(exchanges: Iterable[Exchange]) -> list[Exchange]:
 
 
 def _later(exchange: Exchange) -> Exchange:
-    return dataclasses.replace(exchange, phase=Phase.INPUT)
+    return dataclasses.replace(exchange, phase=Phase.INPUT, again=True)
 
 
 def _scaled(exchanges: Iterable[Exchange], scale: float) -> tuple[Exchange, ...]:

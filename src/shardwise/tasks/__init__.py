@@ -1,8 +1,12 @@
 """Tasks: samples, losses, weights and metrics. They know no parallelism; see `Task` for what one gives."""
 
+from shardwise.tasks.by_step import Augmented, Ordered, alike_indices, indices_at, samples_at
+from shardwise.tasks.head import Headed, ModelHead
+from shardwise.tasks.images import ImageClassification
 from shardwise.tasks.language_modelling import CorpusOptions, EncodedCorpus, LanguageModelling
-from shardwise.tasks.registry import prepare_task, task_from
+from shardwise.tasks.registry import head_of_kind, may_have_head, prepare_task, task_from, wanted_of_run
 from shardwise.tasks.sampler import sample_indices
+from shardwise.tasks.scored import Answers, Score, Scored
 from shardwise.tasks.synthetic import RandomTokens
 from shardwise.tasks.task import (
     IGNORED_LABEL,
@@ -11,28 +15,48 @@ from shardwise.tasks.task import (
     Split,
     Task,
     batch_size,
+    class_loss,
     label_count,
+    logits_of,
     loss_of,
     next_token_loss,
     perplexity,
 )
+from shardwise.tasks.token_classification import TokenClassification
 
 __all__ = [
     "IGNORED_LABEL",
     "SPLITS",
+    "Answers",
+    "Augmented",
     "Batch",
     "CorpusOptions",
     "EncodedCorpus",
+    "Headed",
+    "ImageClassification",
     "LanguageModelling",
+    "ModelHead",
+    "Ordered",
     "RandomTokens",
+    "Score",
+    "Scored",
     "Split",
     "Task",
+    "TokenClassification",
+    "alike_indices",
     "batch_size",
+    "class_loss",
+    "head_of_kind",
+    "indices_at",
     "label_count",
+    "logits_of",
     "loss_of",
+    "may_have_head",
     "next_token_loss",
     "perplexity",
     "prepare_task",
     "sample_indices",
+    "samples_at",
     "task_from",
+    "wanted_of_run",
 ]

@@ -18,11 +18,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from shardwise.errors import ConfigError
 from shardwise.tasks.faults import fault_text, unknown_text
+from shardwise.tasks.head import ModelHead
+from shardwise.tasks.images import FAMILY as TELLS_IMAGES
+from shardwise.tasks.images import Augment, ImageClassification, ImageOptions
 from shardwise.tasks.language_modelling import CorpusOptions, LanguageModelling
 from shardwise.tasks.synthetic import RandomTokens
 from shardwise.tasks.task import Task
+from shardwise.tasks.token_classification import FAMILY as TAGS_WORDS
+from shardwise.tasks.token_classification import TaggedOptions, TokenClassification
 
-__all__ = ["KINDS", "TaskKind", "prepare_task", "task_from"]
+__all__ = ["KINDS", "TaskKind", "head_of_kind", "may_have_head", "prepare_task", "task_from", "wanted_of_run"]
 
 Options = Mapping[str, object]
 
@@ -40,6 +45,8 @@ class TaskKind:
 
     prepare: Callable[[Options], dict[str, object]]
     open: Callable[[Options], Task]
+    family: str = ""  # see `ModelHead`; empty: the task has no head of its own
+    wants: frozenset[str] = frozenset()  # what the run knows: "cache", a folder, "tokenizer", where its model is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,24 @@ class PreparedCorpus:
 
     folder: str
     sequence_length: int  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTags:
+    """What a rank needs to open prepared sentences with tags."""
+
+    folder: str
+    pad_to: int
+    alike: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImages:
+    """What a rank needs to open prepared images."""
+
+    folder: str
+    flip: bool
+    shift: int
 
 
 def prepare_task(kind: str, options: Options) -> dict[str, object]:
@@ -67,6 +92,22 @@ def task_from(kind: str, options: Options) -> Task:
     prepared.
     """
     return _kind(kind).open(options)
+
+
+def head_of_kind(kind: str) -> ModelHead | None:
+    """The head of a kind of task, as far as it is known without its data. Raises ConfigError for an unknown kind."""
+    family = _kind(kind).family
+    return ModelHead(family=family) if family else None
+
+
+def may_have_head(kind: str) -> bool:
+    """Whether a task of this kind may be `Headed`: what a factory makes is known when it has been called."""
+    return kind not in KINDS or bool(KINDS[kind].family)
+
+
+def wanted_of_run(kind: str) -> frozenset[str]:
+    """Options that the run fills in where nobody says them: "cache", "tokenizer". None for an unknown kind."""
+    return KINDS[kind].wants if kind in KINDS else frozenset()
 
 
 def _kind(kind: str) -> TaskKind:
@@ -93,6 +134,30 @@ def _open_corpus(options: Options) -> Task:
         )
     prepared = _checked(PreparedCorpus, options)
     return LanguageModelling.open(Path(prepared.folder), sequence_length=prepared.sequence_length)
+
+
+def _prepare_tags(options: Options) -> dict[str, object]:
+    wanted = _checked(TaggedOptions, options)
+    folder = TokenClassification.prepare(wanted)
+    return asdict(PreparedTags(folder=str(folder), pad_to=wanted.pad_to, alike=wanted.alike))
+
+
+def _open_tags(options: Options) -> Task:
+    prepared = _checked(PreparedTags, options)
+    return TokenClassification.open(Path(prepared.folder), pad_to=prepared.pad_to, alike=prepared.alike)
+
+
+def _prepare_images(options: Options) -> dict[str, object]:
+    wanted = _checked(ImageOptions, options)
+    Augment(flip=wanted.flip, shift=wanted.shift)  # refused before anything is read
+    folder = ImageClassification.prepare(wanted)
+    return asdict(PreparedImages(folder=str(folder), flip=wanted.flip, shift=wanted.shift))
+
+
+def _open_images(options: Options) -> Task:
+    prepared = _checked(PreparedImages, options)
+    augment = Augment(flip=prepared.flip, shift=prepared.shift)
+    return ImageClassification.open(Path(prepared.folder), augment=augment)
 
 
 def _prepare_random_tokens(options: Options) -> dict[str, object]:
@@ -134,7 +199,14 @@ def _fault(fault: Mapping[str, Any]) -> str:
 
 KINDS: Mapping[str, TaskKind] = MappingProxyType(
     {
-        "language_modelling": TaskKind(prepare=_prepare_corpus, open=_open_corpus),
+        "language_modelling": TaskKind(prepare=_prepare_corpus, open=_open_corpus, wants=frozenset({"cache"})),
         "random_tokens": TaskKind(prepare=_prepare_random_tokens, open=_open_random_tokens),
+        "images": TaskKind(prepare=_prepare_images, open=_open_images, family=TELLS_IMAGES, wants=frozenset({"cache"})),
+        "token_classification": TaskKind(
+            prepare=_prepare_tags,
+            open=_open_tags,
+            family=TAGS_WORDS,
+            wants=frozenset({"cache", "tokenizer"}),
+        ),
     }
 )

@@ -23,7 +23,9 @@ __all__ = [
     "Task",
     "batch_size",
     "check_indices",
+    "class_loss",
     "label_count",
+    "logits_of",
     "loss_of",
     "next_token_loss",
     "perplexity",
@@ -117,6 +119,34 @@ def next_token_loss(outputs: object, batch: Batch) -> Tensor:
     scores = logits[:, :-1].flatten(0, 1)  # (batch * (tokens - 1), vocabulary)
     total = torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (targets != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def class_loss(outputs: object, batch: Batch) -> Tensor:
+    """Scalar loss of a model that tells classes apart: the one it returned, else cross entropy of its logits.
+
+    Logits are (batch, …, classes), see `logits_of`; labels are (batch, …), of which IGNORED_LABEL does not count. Half
+    precision is computed in float32. The loss is 0, not NaN, where no label counts.
+    """
+    if _returned_loss(outputs) is not None:
+        return loss_of(outputs)
+    logits = logits_of(outputs)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    targets = batch["labels"].to(logits.device).flatten()
+    scores = logits.reshape(-1, logits.shape[-1])
+    total = torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (targets != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def logits_of(outputs: object) -> Tensor:
+    """The logits that a model returned: `outputs` itself, `outputs.logits` or `outputs["logits"]`.
+
+    Raises ConfigError where there are none.
+    """
+    logits = _returned_logits(outputs)
+    if logits is None:
+        raise ConfigError(f"a model that tells classes apart returns logits; got {type(outputs).__name__}; return them")
+    return logits
 
 
 def label_count(batch: Batch, *, shifted: bool = False) -> float:

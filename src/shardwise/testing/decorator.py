@@ -11,17 +11,25 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from shardwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shardwise.launch import RankStarter  # which imports torch
 
 __all__ = ["RunsTests", "on_ranks"]
 
 
 class RunsTests(Protocol):
     """What the fixture `rank_pools` gives a test."""
+
+    @property
+    def starter(self) -> RankStarter:
+        """What its ranks are forked from: for pools of a test's own."""
+        ...
 
     def run_test(
         self,

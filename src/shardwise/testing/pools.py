@@ -75,10 +75,12 @@ class RankPools:
             world_size,
             process_group_timeout_s=_COLLECTIVE_TIMEOUT_S,
             num_threads=1,
-            starter=self._starter(),
+            starter=self.starter,
         )
 
-    def _starter(self) -> RankStarter:
+    @property
+    def starter(self) -> RankStarter:
+        """The process that ranks are forked from, alive."""
         if not self._starters or not self._starters[-1].alive:
             self._starters.append(RankStarter(preload=self._preload))
             self._pools.clear()  # their ranks ended with the last starter

@@ -23,10 +23,11 @@ from shardwise.trace.record import DataDependent, GlueLooks, Recorder, glue_key
 from shardwise.trace.tape import Tape
 from shardwise.trace.units import choose_units
 
-__all__ = ["Captured", "Faked", "capture", "own", "recorded", "without_values"]
+__all__ = ["Captured", "Compute", "Faked", "Watch", "capture", "own", "recorded", "without_values"]
 
 _TABLES = frozenset(vars(nn.Module()))  # of parameters, children, hooks: torch's own
 Watch = Callable[[Recorder], contextlib.AbstractContextManager[None]]
+Compute = Callable[[nn.Module, Any, LossFunction | None], torch.Tensor]
 
 
 class Captured:
@@ -48,8 +49,10 @@ def capture(
     scope: Scope | None = None,
     watch: Watch | None = None,
     backward: bool = True,
+    compute: Compute = objective,
 ) -> Captured:
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
+    `compute(model, batch, loss)` is what is recorded: as often as an attempt is made.
 
     Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
     where that does not help. A forward in which units are found to look at what they compute is recorded again. With
@@ -63,7 +66,7 @@ def capture(
         copy = own(batch)
         try:
             with recorded(model, chosen, scope=scope, looking=looking) as recorder:
-                captured = _run(model, copy, loss, recorder, chosen, watch, backward)
+                captured = _run(model, copy, loss, recorder, chosen, watch, backward, compute)
             if looking == known:
                 return captured
         except GlueLooks as looks:
@@ -88,11 +91,12 @@ def _run(
     units: Mapping[str, nn.Module],
     watch: Watch | None,
     backward: bool,
+    compute: Compute,
 ) -> Captured:
     """One forward, and a backward if it is watched and wanted."""
     with python_streams(glue_key(recorder.scope)), watch(recorder) if watch else contextlib.nullcontext():
         before = _host_state()
-        value = objective(model, batch, loss)
+        value = compute(model, batch, loss)
         captured = Captured(recorder, units, value)
         captured.tape.host_random = not _same(before, _host_state())
         captured.tape.memos = memos_of(model)

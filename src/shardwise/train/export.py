@@ -70,10 +70,11 @@ def describe(run: Run, *, model: nn.Module, task: Task) -> None:
     folder = Path(run.folder) / MODEL_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     write_model(folder, model)
-    if isinstance(task, LanguageModelling):
-        given = run.task_options.get("tokenizer")
-        source = Path(str(given)).expanduser() if given else task.folder
-        write_tokenizer(folder, source, trained_here=not given)
+    given = run.task_options.get("tokenizer")
+    if given:
+        write_tokenizer(folder, Path(str(given)).expanduser(), trained_here=False)
+    elif isinstance(task, LanguageModelling):
+        write_tokenizer(folder, task.folder, trained_here=True)
 
 
 def _step_folder(checkpoints: Path, step: int | None) -> Path:

@@ -9,6 +9,7 @@ from shardwise.checkpoint.save import Shard
 from shardwise.execute.program import StepResult
 from shardwise.train.asynchronous.saved import shards_of_worker, state_of_workers
 from shardwise.train.build import World
+from shardwise.train.evaluate import evaluate
 from shardwise.train.memory import PeakMemory
 from shardwise.train.state import save
 from shardwise.train.steps import Done, steps_of
@@ -20,17 +21,19 @@ __all__ = ["Emit", "evaluate", "run_steps"]
 Emit = Callable[..., None]  # emit(kind, step=..., **data)
 
 
-def run_steps(world: World, emit: Emit) -> list[float]:
-    """All steps from `world.first_step`; returns their losses, the same on every rank and every layout."""
+def run_steps(world: World, emit: Emit, *, until: int | None = None) -> list[float]:
+    """All steps from `world.first_step`, or those before `until`; returns their losses, the same on every rank and
+    every layout. Nothing is under way behind the last one."""
     options = world.run.training
     losses: list[float] = []
+    end = options.steps if until is None else min(until, options.steps)
 
     def pauses(step: int) -> bool:
         every = (options.evaluate_every, world.run.checkpoint.every)
-        return any(_due(each, step, options.steps) for each in every)
+        return step + 1 == end or any(_due(each, step, options.steps) for each in every)
 
     peak = PeakMemory(world.device)
-    for done in steps_of(world, pauses=pauses):
+    for done in steps_of(world, end=end, pauses=pauses):
         step, result = done.step, done.result
         recorded = world.run.timeline.wants(step, options.steps) and world.stream is None
         losses.append(result.loss)
@@ -114,26 +117,6 @@ def record_step(world: World, result: StepResult, emit: Emit, step: int) -> None
         clock_error_s=recording.clock_error_s,
         recording_s=time.perf_counter() - start,
     )
-
-
-def evaluate(world: World, emit: Emit, step: int) -> None:
-    """The mean loss over held-out samples, up to `evaluate_batches` global batches; nothing where there are none."""
-    options, program = world.run.training, world.program
-    available = world.task.num_samples("held_out")
-    size = min(options.global_batch, available)
-    if size < world.run.layout.num_replicas:
-        return
-    total = weight = 0.0
-    modes = [(module, module.training) for module in program.model.modules()]
-    program.model.eval()
-    with world.averaged():
-        for number in range(min(options.evaluate_batches, available // size)):
-            result = program.evaluate(world.held_out(number, size), step=step)
-            total, weight = total + result.loss * result.weight, weight + result.weight
-    for module, training in modes:
-        module.training = training
-    loss, weight = world.mean_over_workers(total / weight if weight else 0.0, weight)
-    emit("evaluation", step=step, loss=loss, weight=weight, **world.task.metrics(loss))
 
 
 def save_world(world: World, emit: Emit, steps: int) -> None:

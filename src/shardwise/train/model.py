@@ -18,24 +18,34 @@ import torch.nn as nn
 
 from shardwise.checkpoint.source import Source
 from shardwise.errors import ConfigError
+from shardwise.tasks import ModelHead
 from shardwise.trace.model_config import read_config
 from shardwise.train.run_tables import ModelOptions
 from shardwise.train.saved_values import SavedValues, names_in
 
 __all__ = ["Values", "model_factory", "names_in", "sizes_of", "values_of"]
 
+_CAUSAL = "AutoModelForCausalLM", "causal language model"
+
 Values = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 
 
-def model_factory(options: ModelOptions) -> Callable[[], nn.Module]:
+def model_factory(options: ModelOptions, head: ModelHead | None = None) -> Callable[[], nn.Module]:
     """A function that builds the model, in training mode. Nothing is built here, but names and config are checked.
+
+    `head` is what the task wants of a transformers model: the class for it, where [model] names none, and keys of the
+    config that [model] does not write.
 
     Raises ConfigError for an unknown module, function, class or config, or where nothing says what to build.
     """
     if options.factory is not None:
         return functools.partial(_from_factory, _found(options.factory), dict(options.options), options.factory)
     read = _config_of(options)
-    return functools.partial(_from_config, _class_of(read, options.class_name), read, getattr(torch, options.dtype))
+    if head is not None:
+        _fit(read, head, options)
+    return functools.partial(
+        _from_config, _class_of(read, options.class_name, head), read, getattr(torch, options.dtype)
+    )
 
 
 def sizes_of(options: ModelOptions) -> tuple[int | None, int | None]:
@@ -46,9 +56,10 @@ def sizes_of(options: ModelOptions) -> tuple[int | None, int | None]:
     return rows, places
 
 
-def values_of(source: Source, model: nn.Module) -> SavedValues:
-    """The values of a model out of a source. Take it while the model still has its shapes."""
-    return SavedValues(source, model)
+def values_of(source: Source, model: nn.Module, initial: Values | None = None) -> SavedValues:
+    """The values of a model out of a source. Take it while the model still has its shapes. A head that the source does
+    not have is given `initial` values."""
+    return SavedValues(source, model, initial)
 
 
 def _config_of(options: ModelOptions) -> Any:
@@ -84,15 +95,24 @@ def _from_factory(factory: Callable[..., object], options: Mapping[str, Any], na
     return model.train()
 
 
-def _class_of(config: Any, name: str | None) -> Any:
+def _fit(config: Any, head: ModelHead, options: ModelOptions) -> None:
+    """Set what follows from the data; what a run writes by hand stays. A file's own is that of another head."""
+    written = options.config if isinstance(options.config, Mapping) else {}
+    inputs = head.inputs if options.path is None else {}
+    for name, value in {**head.config, **{name: v for name, v in inputs.items() if name in vars(config)}}.items():
+        if name not in written:
+            setattr(config, name, value)
+
+
+def _class_of(config: Any, name: str | None, head: ModelHead | None) -> Any:
     import transformers
 
     if name is None:
-        models = transformers.AutoModelForCausalLM._model_mapping
+        family, what = _CAUSAL if head is None else (head.family, head.family)
+        models = getattr(transformers, family)._model_mapping
         if type(config) not in models:
             raise ConfigError(
-                f"transformers has no causal language model for {type(config).__name__}; name the class: "
-                'model.class = "…"'
+                f'transformers has no {what} for {type(config).__name__}; name the class: model.class = "…"'
             )
         return models[type(config)]
     found = getattr(transformers, name, None)

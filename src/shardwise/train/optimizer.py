@@ -21,8 +21,23 @@ from shardwise.train.optimizers.hidden import hidden_matrices
 from shardwise.train.optimizers.host_adamw import HostAdamW
 from shardwise.train.optimizers.matrices import matrices_of
 from shardwise.train.optimizers.muon import Muon
+from shardwise.train.run_tables import TrainingOptions
 
-__all__ = ["optimizer_of", "optimizer_over", "set_rate"]
+__all__ = ["optimizer_for", "optimizer_of", "optimizer_over", "set_rate"]
+
+
+def optimizer_for(program: Program, options: TrainingOptions, *, on_host: bool = False) -> torch.optim.Optimizer | None:
+    """The optimizer that a run asks for, over a program's states; see `optimizer_of`."""
+    return optimizer_of(
+        program,
+        name=options.optimizer,
+        betas=options.betas,
+        epsilon=options.epsilon,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        on_host=on_host,
+    )
 
 
 def optimizer_over(

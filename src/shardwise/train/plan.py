@@ -216,8 +216,8 @@ def statistics_note(model: nn.Module, layout: Layout) -> str:
     if layout.num_replicas == 1 or not any(_has_statistics(module) for module in model.modules()):
         return ""
     return (
-        "\nnote          BatchNorm takes its statistics over each micro-batch; every replica keeps running statistics\n"
-        "              of its own and evaluates with them; replica 0's are saved (docs/correctness.md)"
+        "\nnote          BatchNorm normalises each micro-batch of a replica by itself, or with batch_norm = "
+        '"synchronised"\n              those of all together; running statistics are equal on all (docs/tasks.md)'
     )
 
 

@@ -9,6 +9,7 @@ measure; refuses to know what is fitted to it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import statistics
@@ -20,18 +21,20 @@ import psutil
 import torch
 
 from shardwise.describe.kernels import ExchangeKind
-from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes, ProgramTime
+from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes, PeakBytes, ProgramTime
 from shardwise.errors import ConfigError
+from shardwise.execute.probe_model import TOKENS, ModelRun, model_kernels
 from shardwise.execute.probe_program import Programmed
 from shardwise.launch import RankPool, RankStarter
 from shardwise.trace.probe_blocks import block_kernels, block_shapes
 from shardwise.trace.probe_kernels import cases
-from shardwise.train.probe_rank import Round, Thoroughness, measured, programmed
+from shardwise.train.probe_rank import Round, Thoroughness, measured, modelled, programmed
 
 __all__ = ["default_ranks", "probe"]
 
 _DEADLINE_S = 300.0
 _PRELOAD = ("shardwise.train.probe_rank",)
+_MODEL_WEIGHT = 4.0  # of its seconds, beside a block's: it is what is priced, and there are few
 
 
 def probe(
@@ -39,9 +42,12 @@ def probe(
     *,
     device: str = "cpu",
     how: Thoroughness | None = None,
+    preload: Sequence[str] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[MachineTimes, ...]:
     """What this machine does with each number of `ranks`. `tell` hears what is measured now.
+
+    preload: modules that ranks of a run have imported besides (those of its model), which belong to a rank's memory.
 
     Raises `ConfigError` where there are no ranks or too few GPUs; `LaunchError` where ranks cannot be started.
     """
@@ -50,13 +56,15 @@ def probe(
     tell("starting ranks")
     begun = time.perf_counter()
     found: list[MachineTimes] = []
-    with RankStarter(preload=_PRELOAD) as starter:
+    with RankStarter(preload=(*_PRELOAD, *preload)) as starter:
         for number, count in enumerate(ranks, start=1):
             with _pool(count, device, starter) as pool:
                 pool.start()
                 if not found:  # once: the starter, and the first ranks
                     start_s = time.perf_counter() - begun
                 found.append(_with(pool, device, how, start_s, begun + how.budget_s * number / len(ranks), tell))
+            if device == "cpu" and how.models:
+                found[-1] = _with_models(found[-1], how, starter, tell)
     return tuple(found)
 
 
@@ -98,6 +106,29 @@ def _with(
     )
 
 
+def _with_models(
+    times: MachineTimes, how: Thoroughness, starter: RankStarter, tell: Callable[[str], None]
+) -> MachineTimes:
+    """With steps of models, each on new ranks: what one has left in a process is not counted for the next."""
+    peaks: list[PeakBytes] = []
+    blocks: list[BlockTime] = []
+    for tokens in TOKENS:
+        runs: list[list[ModelRun]] = []
+        for _ in range(how.models):
+            tell(f"{times.ranks} ranks: steps of {tokens} tokens")
+            with _pool(times.ranks, "cpu", starter) as pool:
+                runs.append(pool.run(modelled, tokens, timeout_s=_DEADLINE_S))
+        peaks.append(max((each.peak for ranks in runs for each in ranks), key=lambda peak: peak.measured))
+        for way, kernels in zip(("forward", "backward"), model_kernels(tokens), strict=True):
+            seconds = tuple(
+                statistics.fmean(each.forward_s if way == "forward" else each.backward_s for each in ranks)
+                for ranks in runs
+            )
+            what = f"{way} of a model, {tokens} tokens"
+            blocks.append(BlockTime(what=what, kernels=kernels, seconds=seconds, weight=_MODEL_WEIGHT))
+    return dataclasses.replace(times, peaks=tuple(peaks), blocks=(*times.blocks, *blocks))
+
+
 def _pool(count: int, device: str, starter: RankStarter) -> RankPool:
     """Ranks with one thread each; those of GPUs make their process group themselves."""
     timeout_s = 60.0 if device == "cpu" else None
@@ -135,10 +166,9 @@ def _block_times(how: Thoroughness, rounds: Sequence[Sequence[Round]]) -> tuple[
     """The mean of the ranks."""
     found: list[BlockTime] = []
     for shape in block_shapes(quick=how.quick):
-        tokens, width, _ = shape
         for way, kernels in zip(("forward", "backward"), block_kernels(shape), strict=True):
             means = tuple(statistics.fmean(rank.blocks[len(found)] for rank in ranks) for ranks in rounds)
-            found.append(BlockTime(what=f"{way} of {tokens} x {width}", kernels=kernels, seconds=means))
+            found.append(BlockTime(what=f"{way} of {shape}", kernels=kernels, seconds=means))
     return tuple(found)
 
 

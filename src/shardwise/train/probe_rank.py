@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all, hidden_share
-from shardwise.execute.probe_program import Programmed, program_seconds, resident_bytes
+from shardwise.execute.probe_model import ModelRun, model_run
+from shardwise.execute.probe_program import Programmed, held_bytes, program_seconds
 from shardwise.launch import RankContext, init_process_group
 from shardwise.trace.probe_blocks import block_seconds, block_shapes
 from shardwise.trace.probe_kernels import seconds_of_all
 
-__all__ = ["Round", "Thoroughness", "measured", "programmed"]
+__all__ = ["Round", "Thoroughness", "measured", "modelled", "programmed"]
 
 _PROGRAM_ROUNDS = 5
 
@@ -25,7 +26,8 @@ _PROGRAM_ROUNDS = 5
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Thoroughness:
     """Rounds of everything, fewer where they would end after `budget_s`; seconds in which one kernel, one exchange is
-    repeated in a round; bytes of exchanges."""
+    repeated in a round; bytes of exchanges; ranks that are started anew for each model whose steps are taken (0: none
+    are, and what an allocator holds besides tensors is not known)."""
 
     rounds: int = 5
     kernel_s: float = 0.012
@@ -33,11 +35,14 @@ class Thoroughness:
     sizes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
     quick: bool = False
     budget_s: float = 50.0
+    models: int = 3
 
     @classmethod
     def quickly(cls) -> Thoroughness:
         """A few seconds, for a first look."""
-        return cls(rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True, budget_s=20.0)
+        return cls(
+            rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True, budget_s=20.0, models=1
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +93,12 @@ def measured(context: RankContext, kind: str, how: Thoroughness, first: bool) ->
     return Round(kernels=tuple(kernels), blocks=tuple(blocks), exchanges=tuple(exchanged), hidden=hidden)
 
 
+def modelled(context: RankContext, tokens: int) -> ModelRun:
+    """Of a rank that has done nothing before."""
+    torch.set_num_threads(1)
+    return model_run(tokens)
+
+
 def programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Programmed, int]:
     """All rounds of a program, and the bytes that the rank holds behind it: what is loaded at first use is there."""
     device = _device_of(context, kind)
@@ -95,4 +106,4 @@ def programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Prog
     made = program_seconds(
         rounds=min(how.rounds, _PROGRAM_ROUNDS), steps=3 if how.quick else 10, device=device, together=together
     )
-    return made, resident_bytes(device)
+    return made, held_bytes(device)

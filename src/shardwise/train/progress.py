@@ -38,7 +38,7 @@ class ProgressSink:
         match event.kind:
             case "plan":
                 self._print(str(data["text"]) + "\n")
-            case "estimate":
+            case "estimate" | "layout" | "relayout" | "measured" | "refused":
                 self._print(str(data["text"]))
             case "start":
                 self._start(data)
@@ -48,9 +48,7 @@ class ProgressSink:
                 for note in data["notes"]:
                     self._print(f"rank 0: {note}")
             case "evaluation":
-                figures = [f"{k} {v:.2f}" for k, v in data.items() if k not in ("loss", "weight")]
-                told = "".join(f"  {figure}" for figure in figures)
-                self._print(f"evaluation after step {_number(event)}: held-out loss {data['loss']:.4f}{told}")
+                self._evaluation(_number(event), data)
             case "checkpoint":
                 self._print(
                     f"checkpoint of step {_number(event)} in {data['folder']} ({format_seconds(data['step_s'])})"
@@ -107,6 +105,15 @@ class ProgressSink:
         if step == self._first or last or now - self._printed_s >= self._plain_every_s:
             self._printed_s = now
             self._print(text)
+
+    def _evaluation(self, number: int, data: Mapping[str, Any]) -> None:
+        own = ("loss", "weight", "samples", "figures", "report")
+        figures = [f"{k} {v:.2f}" for k, v in data.items() if k not in own]
+        figures += [f"{k} {v:.4f}" for k, v in data.get("figures", {}).items()]
+        told = "".join(f"  {figure}" for figure in figures)
+        self._print(f"evaluation after step {number}: held-out loss {data['loss']:.4f}{told}")
+        if data.get("report"):
+            self._print(str(data["report"]))
 
     def _end(self, data: Mapping[str, Any]) -> None:
         self.close()

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,27 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from shardwise.checkpoint.source import open_checkpoint
-from shardwise.errors import ConfigError, LayoutError
+from shardwise.errors import LayoutError
 from shardwise.events import Event, JsonlSink, Sink
-from shardwise.execute.compiled import check_backend
 from shardwise.execute.split_proof import in_words
-from shardwise.launch import RankContext, context_of_world, init_process_group, read_world, run_ranks
-from shardwise.launch.context import store_of
+from shardwise.launch import RankContext, init_process_group, read_world, run_ranks
 from shardwise.launch.worker import join_worker, tell_all
-from shardwise.tasks import Task, prepare_task
+from shardwise.tasks import Task
+from shardwise.train.asked import Asked
 from shardwise.train.build import Job, ModelLike, about, build
-from shardwise.train.checks import check_experts, check_path, check_stages, check_task, check_tensor, make_folder
+from shardwise.train.checks import check_experts, check_stages, check_tensor, make_folder
 from shardwise.train.divided import num_elements
 from shardwise.train.export import describe
-from shardwise.train.loop import run_steps
-from shardwise.train.model import model_factory
+from shardwise.train.layout_search import Choice
+from shardwise.train.measured_layouts import run_and_measure
+from shardwise.train.meeting import Meeting, backend_of, check_own_ranks, meet
+from shardwise.train.prepare import Start, found_for, prepare
 from shardwise.train.progress import ProgressSink
-from shardwise.train.run_file import Run, load_run, run_from
+from shardwise.train.run_file import Run
 
-__all__ = ["Trained", "prepare", "train", "train_on_rank"]
+__all__ = ["Trained", "found_for", "prepare", "train", "train_on_rank"]
 
 _LAST = 10  # steps whose mean loss is told at the end
-_PREPARED_WITHIN = timedelta(minutes=30)  # the data, where ranks meet without a process group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +58,7 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
+    search: bool = False,
     progress: Sink | None = None,
 ) -> Trained:
     """Train a run: a `Run`, a mapping that reads like a run file, or the path of one.
@@ -68,60 +67,33 @@ def train(
     task       instead of the run's
     resume     go on from the latest checkpoint of the run
     overwrite  begin anew where the run's folder holds checkpoints: they are deleted
+    search     of layout = "auto", resumed: search again, instead of the layout that was found before
     progress   who is shown events; a bar or plain lines if not given
 
     Callable from a script without a main guard. Raises ConfigError before anything is started, and the error of
     the first rank that fails.
     """
-    if not isinstance(run, Run):
-        run = run_from(run, overrides) if isinstance(run, Mapping) else load_run(run, overrides)
+    asked = Asked.of(run, overrides, search=search)
     started_s = time.monotonic()
     world = read_world()
     sink = progress or ProgressSink()
     if overwrite and not resume and (world is None or world.rank == 0):
-        shutil.rmtree(run.checkpoint_folder, ignore_errors=True)
+        shutil.rmtree(asked.run.checkpoint_folder, ignore_errors=True)
+    how = Start(asked=asked, model=model, task=task, resume=resume, started_s=started_s)
     try:
         if world is None:
-            job = prepare(run, model=model, task=task, resume=resume, started_s=started_s)
+            job = how.job(how.choice(None))
+            check_own_ranks(job.run.communication, job.run.layout.world_size, job.run.device)
             check_stages(job)
-            job = dataclasses.replace(job, tensor=check_tensor(job))
-            job = dataclasses.replace(job, experts=check_experts(job))
-            make_folder(run.events_folder)
+            job = dataclasses.replace(job, tensor=job.tensor or check_tensor(job))
+            job = dataclasses.replace(job, experts=job.experts or check_experts(job))
+            make_folder(job.run.events_folder)
             return _on_own_ranks(job, sink)
-        context = context_of_world(world)
-        return _as_one_rank(context, run, model=model, task=task, resume=resume, started_s=started_s, sink=sink)
+        meeting = meet(world, asked.run.communication, asked.run.device)
+        with meeting.ending_together():
+            return _as_one_rank(meeting, how, sink)
     finally:
         sink.close()
-
-
-def prepare(
-    run: Run,
-    *,
-    model: ModelLike | None = None,
-    task: Task | None = None,
-    resume: bool = False,
-    started_s: float = 0.0,
-) -> Job:
-    """Check the run and do the slow part of its task, in one process. Raises ConfigError, CheckpointError."""
-    if model is None:
-        model_factory(run.model)
-        check_path(run.model.path)
-    if run.device == "cuda" and torch.cuda.device_count() == 0:
-        raise ConfigError('device = "cuda" needs a GPU, and torch sees 0 here; use device = "cpu"')
-    if run.compile:
-        check_backend(run.compile)
-    if resume:
-        open_checkpoint(run.checkpoint_folder)
-    elif run.checkpoint.every and (run.checkpoint_folder / "latest").exists():
-        saved = open_checkpoint(run.checkpoint_folder)
-        raise ConfigError(
-            f"a run that starts anew has a folder of its own, but {run.checkpoint_folder} holds a checkpoint of step "
-            f"{saved.manifest.step}; go on from it with --resume, give another folder, or --overwrite it"
-        )
-    options = prepare_task(run.task.kind, run.task_options) if task is None else {}
-    job = Job(run=run, task_options=options, model=model, task=task, resume=resume, started_s=started_s)
-    check_task(job)
-    return job
 
 
 def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *, store: Store | None = None) -> Trained:
@@ -129,12 +101,12 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
 
     `store` is where all ranks have met, if they have without a process group.
     """
-    run, backend = job.run, "nccl" if job.run.device == "cuda" else "gloo"
+    run, backend = job.run, backend_of(job.run.communication, job.run.device)
     worker = None
     if run.num_workers > 1:
         worker = join_worker(context, count=run.num_workers, backend=backend, store=store)
     elif run.layout.world_size > 1:
-        init_process_group(context, backend=backend)
+        init_process_group(context, backend=backend, store=store)
     if not job.resume:
         JsonlSink.path_of(run.events_folder, rank=context.rank).unlink(missing_ok=True)
         if context.rank == 0:
@@ -151,6 +123,8 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
                 tell(event)
 
         inside = context if worker is None else worker.context
+        if job.told:
+            emit("layout", text=job.told, layout=str(run.layout), candidates=[str(c.layout) for c in job.candidates])
         world = build(
             job,
             inside,
@@ -177,7 +151,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
             split_backward=list(in_words(world.program.split_proofs)),
         )
         start = time.monotonic()
-        losses = run_steps(world, emit)
+        world, losses = run_and_measure(world, emit, job.candidates)
         emit(
             "end",
             first_loss=losses[0] if losses else None,
@@ -205,41 +179,29 @@ def _modelling() -> tuple[str, ...]:
     return tuple(name for name in sys.modules if name == "transformers" or name.startswith("transformers.models."))
 
 
-def _as_one_rank(
-    context: RankContext,
-    run: Run,
-    *,
-    model: ModelLike | None,
-    task: Task | None,
-    resume: bool,
-    started_s: float,
-    sink: Sink,
-) -> Trained:
+def _as_one_rank(meeting: Meeting, how: Start, sink: Sink) -> Trained:
     """The process is a rank already. Rank 0 prepares the data for all, on a folder that they share."""
+    context, store = meeting.context, meeting.store
+    if not how.asked.searches:
+        _check_number(how.asked.run, context)
+    if how.asked.run.device == "cpu":
+        torch.set_num_threads(1)
+
+    def prepared() -> tuple[Choice | None, Mapping[str, object]]:
+        choice = how.choice(context.world_size)
+        return choice, how.job(choice).task_options
+
+    job = how.job(*(prepared() if store is None else tell_all(context, store, prepared)))
+    _check_number(job.run, context)
+    trained = train_on_rank(context, job, [sink] if context.rank == 0 else [], store=store)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return trained
+
+
+def _check_number(run: Run, context: RankContext) -> None:
     if context.world_size != run.layout.world_size:
         raise LayoutError(
             f"a layout has as many ranks as were started, but {run.layout} has {run.layout.world_size} and there are "
             f"{context.world_size}; start {run.layout.world_size}, or set layout"
         )
-    if run.device == "cpu":
-        torch.set_num_threads(1)
-
-    def options() -> Mapping[str, object]:
-        return prepare(run, model=model, task=task, resume=resume, started_s=started_s).task_options
-
-    store = None
-    if run.num_workers > 1:
-        store = store_of(context, timeout=_PREPARED_WITHIN)
-        told = tell_all(context, store, options)
-    else:
-        if context.world_size > 1:
-            init_process_group(context, backend="nccl" if run.device == "cuda" else "gloo")
-        of_rank_0: list[Any] = [options() if context.rank == 0 else None]
-        if context.world_size > 1:
-            dist.broadcast_object_list(of_rank_0, src=0)
-        told = of_rank_0[0]
-    job = Job(run=run, task_options=told, model=model, task=task, resume=resume, started_s=started_s)
-    trained = train_on_rank(context, job, [sink] if context.rank == 0 else [], store=store)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return trained

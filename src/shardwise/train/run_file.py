@@ -15,10 +15,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from shardwise.errors import ConfigError, ShardwiseError
+from shardwise.files import read_text
 from shardwise.layout import Layout, StageRule, Techniques
 from shardwise.plan.sources import check_source
 from shardwise.schedule import GENERATORS
+from shardwise.tasks import wanted_of_run
 from shardwise.tasks.faults import fault_text, unknown_text
+from shardwise.train.auto_options import AutoOptions
 from shardwise.train.run_tables import (
     CheckpointOptions,
     ModelOptions,
@@ -59,12 +62,15 @@ class Run(Table):
     compile: str = ""
     cluster: str = ""
     asynchronous: AsynchronousOptions | None = None
+    auto: AutoOptions = AutoOptions()
 
     @field_validator("layout", mode="before")
     @classmethod
     def _parsed(cls, value: object) -> object:
         if value == "auto":
-            raise ValueError('"auto" is for `shardwise plan`, which says the layout to write here; run it first')
+            raise ValueError(
+                '"auto" is found by `shardwise train`, verify and plan; elsewhere write the layout that they tell'
+            )
         if isinstance(value, str):
             return Layout.parse(value)
         if not isinstance(value, Mapping | Layout):
@@ -136,7 +142,10 @@ class Run(Table):
     def techniques(self) -> Techniques:
         """How numbers are kept and sent."""
         return Techniques(
-            precision=self.precision.value(), communication=self.communication.value(), compile=self.compile
+            precision=self.precision.value(),
+            communication=self.communication.value(),
+            compile=self.compile,
+            batch_norm=self.model.batch_norm,
         )
 
     @property
@@ -158,23 +167,28 @@ class Run(Table):
 
     @property
     def task_options(self) -> dict[str, object]:
-        """The task's options; a corpus is cached in the run's folder if nothing else is said."""
-        options = self.task.options
-        if self.task.kind == "language_modelling":
+        """The task's options; data are cached in the run's folder, and tokens are those of the model that is loaded, if
+        nothing else is said."""
+        options, wanted = self.task.options, wanted_of_run(self.task.kind)
+        if "cache" in wanted:
             options.setdefault("cache", str(Path(self.folder) / "data"))
+        if "tokenizer" in wanted and self.model.path is not None:
+            options.setdefault("tokenizer", self.model.path)
         return options
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """The run of a TOML file, with `path=value` overrides. Raises ConfigError, LayoutError."""
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, layout: Layout | None = None) -> Run:
+    """The run of a TOML file, with `path=value` overrides; on `layout` in place of its own, where one is given. Raises
+    ConfigError, LayoutError."""
     path = Path(path)
+    text = read_text(path, what="a run file", repair="correct the path")
     try:
-        written = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"a run file is a readable TOML file; {path}: {error.strerror}; correct the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        written = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"a run file is TOML, but {path} is not: {error}; correct that place") from error
     written.setdefault("folder", str(Path("runs") / path.stem))
+    if layout is not None:
+        written["layout"] = layout
     return run_from(written, overrides, source=str(path))
 
 
@@ -239,4 +253,5 @@ _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("precision", PrecisionOptions),
     ("communication", CommunicationOptions),
     ("asynchronous", AsynchronousOptions),
+    ("auto", AutoOptions),
 )

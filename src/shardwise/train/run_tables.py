@@ -5,11 +5,16 @@ Each is checked by itself when read; which numbers go together across tables is 
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["CheckpointOptions", "ModelOptions", "Table", "TaskOptions", "TimelineOptions", "TrainingOptions"]
+
+
+_IN_PACKAGE = "package:"
 
 
 class Table(BaseModel):
@@ -24,9 +29,11 @@ class ModelOptions(Table):
     config     a transformers config: a table with `model_type`, or the path of a JSON file
     class      the transformers class; without it the one for causal language modelling of that config
     path       a folder with safetensors, whose values are the initial ones; with config.json where `config` is not
-               given
+               given. "package:NAME/FOLDER" is a folder inside an installed Python package
     factory    "module:function" that returns an `nn.Module`, called with `options` as keywords
     dtype      of the parameters of a transformers model
+    batch_norm with what BatchNorm normalises: "own", the micro-batch of a replica, or "synchronised", that of all
+               replicas together
     """
 
     config: dict[str, Any] | str | None = None
@@ -35,6 +42,12 @@ class ModelOptions(Table):
     factory: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    batch_norm: Literal["own", "synchronised"] = "own"
+
+    @field_validator("path", mode="after")
+    @classmethod
+    def _found(cls, value: str | None) -> str | None:
+        return None if value is None else folder_of(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -45,6 +58,18 @@ class ModelOptions(Table):
         if self.options and self.factory is None:
             raise ValueError("options are what a factory is called with, but there is none; give a factory")
         return self
+
+
+def folder_of(path: str) -> str:
+    """A path; "package:NAME/FOLDER" is FOLDER of an installed Python package, which is not imported. Raises ValueError
+    where it is not installed."""
+    if not path.startswith(_IN_PACKAGE):
+        return path
+    name, _, inside = path.removeprefix(_IN_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{path!r} names an installed package, but {name!r} is none; install it with pip")
+    return str(Path(spec.submodule_search_locations[0]) / inside)
 
 
 class TaskOptions(Table):
@@ -73,7 +98,8 @@ class TrainingOptions(Table):
     clip                 the greatest norm of all gradients; 0: not clipped
     seed                 of initial values, dropout and the order of data
     evaluate_every       steps between evaluations on held-out samples; 0: none
-    evaluate_batches     global batches of one evaluation, at most
+    evaluate_batches     global batches of one evaluation, at most; without it 4, or all held-out samples of a task that
+                         is scored by answers
     """
 
     steps: int = Field(ge=1)
@@ -93,7 +119,7 @@ class TrainingOptions(Table):
     clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=0, ge=0)
-    evaluate_batches: int = Field(default=4, ge=1)
+    evaluate_batches: int | None = Field(default=None, ge=1)
 
     @field_validator("betas", mode="before")
     @classmethod

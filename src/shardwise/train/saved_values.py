@@ -6,7 +6,7 @@ layouts: which slices are wanted is said by whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -22,7 +22,7 @@ from shardwise.trace.placing import named_tensors
 from shardwise.train.conversions import Merge, merges_of
 from shardwise.train.divided import regions_of
 
-__all__ = ["SavedValues", "names_in"]
+__all__ = ["SavedValues", "names_in", "new_values_note"]
 
 Cuts = Sequence[tuple[Slice, int]]  # how a tensor is divided, each with the part that is wanted
 
@@ -31,10 +31,16 @@ class SavedValues:
     """Tensors by the model's names; made while the model still has its shapes.
 
     A tied tensor is found under any of its names, a transformers model's also without the prefix of its base model,
-    renamed, or in pieces. Raises CheckpointError, when asked, for what is missing or of another shape.
+    renamed, or in pieces. Where the whole base of a transformers model is there, its head may be missing: it has
+    `initial` values then. Raises CheckpointError, when asked, for what else is missing or of another shape.
     """
 
-    def __init__(self, source: Source, model: nn.Module) -> None:
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        initial: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
         self._source = source
         self._model = model
         self._shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
@@ -46,6 +52,8 @@ class SavedValues:
             plain, merges = merges_of(model, source.manifest.tensors)
             self._merges = {name: merges[name] for name in missing if name in merges}
             self._saved |= {name: plain[name] for name in missing if name in plain and name not in merges}
+        self._initial = initial
+        self.new = () if initial is None else self._heads()  # parameters of a head that has initial values
 
     def __call__(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """Whole tensors, in the dtypes in which they were saved."""
@@ -53,6 +61,9 @@ class SavedValues:
 
     def read(self, name: str, cuts: Cuts) -> torch.Tensor:
         """The part of a tensor that `cuts` say, of which only the bytes are read."""
+        if name in self.new:
+            assert self._initial is not None
+            return _cut(self._initial([name])[name], cuts)
         merge = self._merges.get(name)
         if merge is not None:
             return self._merged(name, merge, cuts)
@@ -72,6 +83,24 @@ class SavedValues:
             targets.append(Target(name=name, global_shape=shape, region=region, out=view))
         load_into(source, targets)
         return out
+
+    def _heads(self) -> tuple[str, ...]:
+        """Parameters outside of a transformers model's base that are not saved, or in another shape; none where of the
+        base itself one is missing."""
+        base = f"{getattr(self._model, 'base_model_prefix', '')}."
+        names = [name for name, _ in self._model.named_parameters()]
+        if not any(name.startswith(base) for name in names):  # no transformers model, or one without a head
+            return ()
+        known = [name for name in names if name in self._saved or name in self._merges]
+        if any(name.startswith(base) and name not in known for name in names):
+            return ()
+        return tuple(name for name in names if not name.startswith(base) and not self._fits(name))
+
+    def _fits(self, name: str) -> bool:
+        if name in self._merges:
+            return True
+        saved = self._saved.get(name)
+        return saved is not None and tuple(self._source.entry(saved).global_shape) == self._shapes[name]
 
     def _whole(self, source: Source, name: str) -> torch.Tensor:
         shape = self._shapes[name]
@@ -101,6 +130,12 @@ class SavedValues:
     def _make(self, merge: Merge) -> dict[str, torch.Tensor]:
         wanted = {saved: TensorSlice.whole(self._source.entry(saved).global_shape) for _, saved in merge.sources}
         return merge.make(load_slices(self._source, wanted), self._model)
+
+
+def new_values_note(values: object, path: str | None) -> str:
+    """Which parameters are not in the folder of initial values, as a further line of a plan; empty where all are."""
+    new = values.new if isinstance(values, SavedValues) else ()
+    return f"\nnew           {', '.join(new)}: not in {path}, initialised by name" if new else ""
 
 
 def names_in(source: Source, model: nn.Module) -> dict[str, str]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from shardwise.execute.batches import MicroBatch
-from shardwise.tasks import Split, Task
+from shardwise.execute.batches import MicroBatch, own_parts
+from shardwise.tasks import Split, Task, samples_at
 
 __all__ = ["share"]
 
@@ -25,17 +25,23 @@ def share(
     replicas: int,
     num_micro_batches: int,
     device: torch.device | str = "cpu",
+    seed: int = 0,
+    step: int = 0,
+    together: bool = False,
 ) -> tuple[MicroBatch, ...]:
     """The micro-batches of one replica out of the global batch of samples `indices`; only they are read.
 
     Needs at least replicas * num_micro_batches samples; sizes differ by one sample at most. Samples are numbered by
-    their row in the global batch, on which dropout depends, and not by the layout.
+    their row in the global batch, on which dropout depends, and not by the layout; held-out ones by their own
+    numbers: which are evaluated together does not matter. `seed` and `step` are for tasks whose samples look different
+    in every step. `together`: as in `own_parts`.
     """
     parts = replicas * num_micro_batches
     made: list[MicroBatch] = []
-    for index in range(replica * num_micro_batches, (replica + 1) * num_micro_batches):
+    for index in own_parts(replica, replicas, num_micro_batches, together=together):
         rows = range(len(indices) * index // parts, len(indices) * (index + 1) // parts)
-        batch = task.samples([indices[row] for row in rows], split)
+        batch = samples_at(task, [indices[row] for row in rows], split, seed=seed, step=step)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        made.append(MicroBatch(index=index, samples=tuple(rows), inputs=inputs, weight=task.weight(batch)))
+        samples = tuple(rows) if split == "train" else tuple(indices[row] for row in rows)
+        made.append(MicroBatch(index=index, samples=samples, inputs=inputs, weight=task.weight(batch)))
     return tuple(made)

@@ -26,7 +26,17 @@ from shardwise.parallel.states import State
 from shardwise.train.asynchronous.workers import Workers
 from shardwise.train.divided import shards_of, targets_of
 
-__all__ = ["check_model", "check_state", "restore", "room_for", "save", "saves"]
+__all__ = [
+    "check_model",
+    "check_state",
+    "moment_name",
+    "owns_buffer",
+    "persistent_buffers",
+    "restore",
+    "room_for",
+    "save",
+    "saves",
+]
 
 _STEP = "step"  # what torch's optimizers call the number of their updates
 _OLDER = "older"  # the weights that the next step is computed with, where they are not the newest
@@ -132,8 +142,8 @@ def restore(
         if name in saved:
             load_into(source, targets_of(program, name, name, buffer))
     for name, value in (older or {}).items():
-        if _moment(name, _OLDER) in saved:
-            load_into(source, targets_of(program, name, _moment(name, _OLDER), value))
+        if moment_name(name, _OLDER) in saved:
+            load_into(source, targets_of(program, name, moment_name(name, _OLDER), value))
     parameters = program.parameters
     moments = _saved_moments(source)
     for name, state in program.states.items():
@@ -144,7 +154,7 @@ def restore(
             continue
         made = {each: room_for(each, entry, state) for each, entry in moments[name].items()}
         for each, moment in made.items():
-            load_into(source, targets_of(program, name, _moment(name, each), moment, state=state))
+            load_into(source, targets_of(program, name, moment_name(name, each), moment, state=state))
         optimizer.state[value] = made
     program.updated()
 
@@ -187,25 +197,27 @@ def _shards(
         if state is not None and optimizer is not None:
             for each, moment in optimizer.state.get(value, {}).items():
                 if torch.is_tensor(moment):
-                    saved = _moment(name, each)
+                    saved = moment_name(name, each)
                     yield from shards_of(program, name, saved, moment.detach(), kind="optimizer", state=state)
         if name in older:
-            yield from shards_of(program, name, _moment(name, _OLDER), older[name], kind="optimizer")
-    for name, buffer in _persistent_buffers(program.model).items():
-        if _owns_buffer(program, name):
+            yield from shards_of(program, name, moment_name(name, _OLDER), older[name], kind="optimizer")
+    for name, buffer in persistent_buffers(program.model).items():
+        if owns_buffer(program, name):
             yield from shards_of(program, name, name, buffer.detach(), kind="buffer")
 
 
-def _moment(name: str, each: str) -> str:
+def moment_name(name: str, each: str) -> str:
+    """What `each` of an optimizer's state of a parameter is saved as."""
     return f"optimizer/{each}/{name}"
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are saved, by name."""
     kept = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def _owns_buffer(program: Program, name: str) -> bool:
+def owns_buffer(program: Program, name: str) -> bool:
     """A buffer is written where the first parameter of its module is, or of the closest module that has one."""
     place = program.place
     stage = 0

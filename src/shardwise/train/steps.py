@@ -56,18 +56,18 @@ class Done:
     parts: Parts | None = None  # of a step that was drained
 
 
-def steps_of(world: World, *, pauses: Callable[[int], bool]) -> Iterator[Done]:
-    """All steps from `world.first_step`. Behind a step of which `pauses(step)` is true nothing is under way when it is
-    given, and the parameters have their newest values."""
+def steps_of(world: World, *, end: int, pauses: Callable[[int], bool]) -> Iterator[Done]:
+    """All steps from `world.first_step` to before `end`. Behind a step of which `pauses(step)` is true nothing is under
+    way when it is given, and the parameters have their newest values."""
     if world.stream is not None:
-        return _continuous(world, world.stream, pauses)
+        return _continuous(world, world.stream, end, pauses)
     if world.workers is not None and world.outer is not None:
-        return _of_workers(world, world.workers, world.outer, pauses)
-    return _drained(world)
+        return _of_workers(world, world.workers, world.outer, end, pauses)
+    return _drained(world, end)
 
 
-def _drained(world: World) -> Iterator[Done]:
-    for step in range(world.first_step, world.run.training.steps):
+def _drained(world: World, end: int) -> Iterator[Done]:
+    for step in range(world.first_step, end):
         yield _step(world, step)
 
 
@@ -89,13 +89,15 @@ def _step(world: World, step: int) -> Done:
     return Done(step=step, result=result, norm=norm, seconds=seconds, memory_bytes=memory_bytes, parts=parts)
 
 
-def _of_workers(world: World, workers: Workers, outer: Outer, pauses: Callable[[int], bool]) -> Iterator[Done]:
+def _of_workers(
+    world: World, workers: Workers, outer: Outer, end: int, pauses: Callable[[int], bool]
+) -> Iterator[Done]:
     """Steps are told when those of the other workers are known: behind an exchange, or a pause. No worker waits for
     another one between two exchanges; what a stale rule sends is waited for behind the next one."""
     recent: list[Done] = []
     untold: list[tuple[list[Done], Numbers]] = []
     steps = world.run.training.steps
-    for step in range(world.first_step, steps):
+    for step in range(world.first_step, end):
         done = _step(world, step)
         start, sent_before = time.perf_counter(), outer.sent_bytes
         exchanged = outer.step_done(step, tokens=done.result.weight, last=step + 1 == steps)
@@ -122,12 +124,11 @@ def _of_all(own: Sequence[Done], numbers: Numbers) -> Iterator[Done]:
         yield dataclasses.replace(done, result=dataclasses.replace(done.result, loss=loss, weight=weight), norm=norm)
 
 
-def _continuous(world: World, stream: Stream, pauses: Callable[[int], bool]) -> Iterator[Done]:
-    steps = world.run.training.steps
-    following = world.micro_batches(world.first_step) if world.first_step < steps else None
-    for step in range(world.first_step, steps):
+def _continuous(world: World, stream: Stream, end: int, pauses: Callable[[int], bool]) -> Iterator[Done]:
+    following = world.micro_batches(world.first_step) if world.first_step < end else None
+    for step in range(world.first_step, end):
         batch = following if following is not None else world.micro_batches(step)
-        following = None if step + 1 == steps or pauses(step) else world.micro_batches(step + 1)
+        following = None if step + 1 == end or pauses(step) else world.micro_batches(step + 1)
         for done in stream.step(step, batch, following):
             yield Done(
                 step=done.step,

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from shardwise.comm.mpi_algorithms import open_mpi_parameters
 from shardwise.layout import Communication, Precision
 from shardwise.train.run_tables import Table
 
@@ -56,20 +57,34 @@ class CommunicationOptions(Table):
                   "topk:0.01" (that fraction of them)
     activations   what crosses between stages: "none", "bf16", "fp16", "int8"
     algorithm     of sums of gradients: "auto", "ring", "tree", "hierarchical" (inside each host, then between hosts)
+    backend       "gloo"; "nccl" on GPUs; "mpi": everything through MPI (mpi4py; ranks of mpirun or srun); "auto"
+    same_host     with backend = "mpi", how ranks of one host exchange: "backend", or "shared-memory" past it
+    mpi_allreduce, mpi_allgather, mpi_broadcast
+                  Open MPI's algorithm: "ring", "rabenseifner", … (docs/launching.md); "auto": what it chooses
     """
 
     gradients: str = "none"
     activations: str = "none"
     algorithm: str = "auto"
+    backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
+    same_host: Literal["backend", "shared-memory"] = "backend"
+    mpi_allreduce: str = "auto"
+    mpi_allgather: str = "auto"
+    mpi_broadcast: str = "auto"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.value()
+        chosen = {"allreduce": self.mpi_allreduce, "allgather": self.mpi_allgather, "bcast": self.mpi_broadcast}
+        if open_mpi_parameters(chosen) and self.backend != "mpi":
+            raise ValueError(
+                f'algorithms of Open MPI are for backend = "mpi", but backend = "{self.backend}"; drop them, or use it'
+            )
         return self
 
     def value(self) -> Communication:
-        """What it says, checked. Raises `ConfigError`."""
-        return Communication(**self.model_dump())
+        """What it says of tensors, checked. Raises `ConfigError`."""
+        return Communication(gradients=self.gradients, activations=self.activations, algorithm=self.algorithm)
 
 
 class AsynchronousOptions(Table):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shardwise.execute.program import Program
+from shardwise.execute.scaled_step import step_scaled
 from shardwise.train.optimizer import set_rate
 from shardwise.train.rate import learning_rate
 from shardwise.train.run_tables import TrainingOptions
@@ -21,11 +22,9 @@ def update(
     """
     if not program.accepts(norm):
         return
-    if options.clip and norm > options.clip:
-        program.scale_gradients(options.clip / norm)
     if optimizer is not None:
         set_rate(optimizer, rate_of(options, step))
-        optimizer.step()
+        step_scaled(program, optimizer, options.clip / norm if options.clip and norm > options.clip else 1.0)
     program.updated()
 
 

@@ -23,7 +23,7 @@ from shardwise.describe.tensor import TensorPlan
 from shardwise.execute.assemble import Fill, fill_from
 from shardwise.execute.batches import split
 from shardwise.execute.weights import weigher
-from shardwise.layout import Layout, Techniques
+from shardwise.layout import SYNCHRONISED, Layout, Techniques
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
@@ -31,7 +31,7 @@ from shardwise.parallel.tensor.written_plan import words_by_hand
 from shardwise.trace.deferred import Blueprint, defer
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.placing import place
-from shardwise.train.model import names_in, values_of
+from shardwise.train.model import Values, names_in, values_of
 
 __all__ = [
     "Job",
@@ -70,6 +70,17 @@ class Job:
     experts: ExpertPlan | None = None  # of layouts that divide experts
     techniques: Techniques | None = None  # of the layout's side
     tensor: TensorPlan | None = None  # as somebody wrote it, proven; None: rank 0 finds one
+    new_head: bool = False  # whether the checkpoint may be without the model's head
+
+    @property
+    def together(self) -> bool:
+        """Whether replicas share the statistics of a micro-batch, so that one device has it whole."""
+        return self.techniques is not None and self.techniques.batch_norm == SYNCHRONISED
+
+    @property
+    def all_micro_batches(self) -> int:
+        """Of one device that does what all replicas do."""
+        return self.micro_batches * (1 if self.together else self.layout.num_replicas)
 
 
 def model_of(job: Job) -> tuple[nn.Module, Fill | None]:
@@ -87,6 +98,7 @@ def model_of(job: Job) -> tuple[nn.Module, Fill | None]:
 def unfilled_model_of(job: Job) -> tuple[nn.Module, Fill]:
     """The model without values of its parameters, its buffers real, and how to fill it, one parameter at a time."""
     source = None if job.checkpoint is None else open_source(job.checkpoint)
+    initial: Values | None = None
     if isinstance(job.model, nn.Module):
         model = _as_constructed(job.model)
         own = dict(model.named_parameters())
@@ -100,7 +112,8 @@ def unfilled_model_of(job: Job) -> tuple[nn.Module, Fill]:
         place(model, blueprint.materialize([name for name, _ in model.named_buffers(remove_duplicate=False)]))
         if source is None:
             return model, fill_from(blueprint.materialize, job.device)
-    values, saved = values_of(source, model), names_in(source, model)
+        initial = blueprint.materialize if job.new_head else None
+    values, saved = values_of(source, model, initial), names_in(source, model)
     for name, buffer in model.named_buffers():
         if name in saved:
             buffer.copy_(values([name])[name])

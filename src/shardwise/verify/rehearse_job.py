@@ -23,11 +23,11 @@ from shardwise.layout import Layout
 from shardwise.parallel.precision.numerics import Numerics
 from shardwise.plan.estimate import OPTIMIZER_STATES
 from shardwise.plan.job import Job, PerParameter
-from shardwise.tasks import sample_indices
+from shardwise.tasks import indices_at
 from shardwise.trace.model_config import empty_model, read_config, synthetic_batch
 from shardwise.train.build import build_model, build_task, first_micro_batch
 from shardwise.train.estimate import job_of
-from shardwise.train.optimizer import optimizer_of
+from shardwise.train.optimizer import optimizer_for, optimizer_of
 from shardwise.train.run import prepare
 from shardwise.train.run_file import Run
 from shardwise.train.shares import share
@@ -64,9 +64,7 @@ def rehearse_run(
     layout, task, training = run.seeded_layout, build_task(job), run.training
     model, _ = build_model(job)
     inputs = first_micro_batch(run, task)
-    indices = sample_indices(
-        seed=training.seed, step=0, global_batch=training.global_batch, num_samples=task.num_samples("train")
-    )
+    indices = indices_at(task, seed=training.seed, step=0, global_batch=training.global_batch)
 
     def micro_batches(replica: int) -> Sequence[MicroBatch]:
         return share(
@@ -79,16 +77,7 @@ def rehearse_run(
         )
 
     def optimizer(program: Program) -> torch.optim.Optimizer | None:
-        return optimizer_of(
-            program,
-            name=training.optimizer,
-            betas=training.betas,
-            epsilon=training.epsilon,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-            nesterov=training.nesterov,
-            on_host=layout.offloads_optimizer,
-        )
+        return optimizer_for(program, training, on_host=layout.offloads_optimizer)
 
     numerics = Numerics(model, run.techniques.precision)
     try:

@@ -131,6 +131,7 @@ def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Seq
         replicas=replicas,
         weights=job.weight or weigher(model),
         batch_dims=job.batch_dims,
+        together=job.together,
     )
 
 

@@ -10,20 +10,23 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
 
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, LayoutError
 from shardwise.execute.batches import batch_size
 from shardwise.execute.split_proof import in_words
-from shardwise.launch import RankContext, RankPool, RankStarter
+from shardwise.launch import LaunchedRanks, RankContext, RankPool, RankStarter
 from shardwise.layout import Layout, Precision, Techniques
 from shardwise.parallel.tensor.given_plan import GivenPlan
 from shardwise.plan.sources import check_source
 from shardwise.schedule import GENERATORS
+from shardwise.trace.deferred import defer
 from shardwise.trace.objective import LossFunction
+from shardwise.train.auto_layout import AUTO
+from shardwise.train.layout_search import best_layout
 from shardwise.train.optimizers import MOMENTS
 from shardwise.verify.comparison import Comparison, Rounding, errors_of, relative
 from shardwise.verify.difference import first_difference
@@ -33,6 +36,8 @@ from shardwise.verify.rounding import DOUBT, EXACT, rounding_of, tensor_errors
 from shardwise.verify.sides import Job, Side, Whole, run_side, run_streamed_side, run_whole
 
 __all__ = ["verify"]
+
+R = TypeVar("R")
 
 # What float32 leaves of a sum taken in another order: unit roundoff 6e-8, a few thousand terms, some tens of layers.
 _TOLERANCES = {
@@ -59,11 +64,13 @@ def verify(
     weight: Callable[[Any], float] | None = None,
     couples: str | None = None,
     checkpoint: str | Path | None = None,
+    new_head: bool = False,
     reference: str = "auto",
     memory_bytes: int | None = None,
     tp_plan: GivenPlan | None = None,
     techniques: Techniques | None = None,
     starter: RankStarter | None = None,
+    launched: LaunchedRanks | None = None,
     timeout_s: float = 600.0,
 ) -> Comparison:
     """Compare one device with `layout` on `batch`: loss, every gradient, their norm, weights after `steps` steps.
@@ -74,7 +81,8 @@ def verify(
     some, both sides run in float64 too, and `Comparison.rounding` says what they tell. couples: why samples
     of this model influence each other (a contrastive loss), so that the whole batch in one forward means something
     else; BatchNorm and router losses are known. checkpoint: a folder of safetensors, or of a run's checkpoints, whose
-    values are used instead of the model's own; each rank reads its own alone.
+    values are used instead of the model's own; each rank reads its own alone. new_head: where it has the base of a
+    factory's transformers model but not its head, the head keeps its initial values.
 
     reference: "whole", the model on one device; "streamed", one device that holds the parameters of a few units at a
     time (one step only; gradients and updates of both sides lie in files of a temporary folder meanwhile, four times
@@ -85,6 +93,8 @@ def verify(
     …}`) or as a `TensorPlan`; by default a plan is found. It is proven before ranks are started, and refused with the
     module and the first tensor that differs where it is wrong; so is a `tp_plan` that was set on the model.
 
+    layout: a `Layout`, its text, or "auto": the one that is searched for this model, batch and machine.
+
     optimizer: "sgd", "momentum" (Nesterov's), "adamw" or "muon".
 
     techniques: how the layout's side keeps and sends numbers. The reference computes in the same precision, and else
@@ -93,10 +103,15 @@ def verify(
     starter: starts all ranks and is left open, so that several verifications pay the start once (seconds); else one
     is made and ended. Let it preload what models are made of, such as "transformers.models.llama.modeling_llama".
 
+    launched: the layout's side runs on these ranks of another launcher, of which this is the first.
+
     Raises the errors of the ranks: `LayoutError`, `BatchError`, `ModelError`, `DataflowError`, `CheckpointError`,
     `LaunchError`; `ConfigError` for options that do not go together.
     """
-    laid_out = Layout.parse(layout) if isinstance(layout, str) else layout
+    if layout == AUTO:
+        laid_out = _searched(model, batch, loss=loss, optimizer=optimizer, techniques=techniques, tp_plan=tp_plan)
+    else:
+        laid_out = Layout.parse(layout) if isinstance(layout, str) else layout
     if optimizer not in MOMENTS:
         raise ConfigError(f"optimizer={optimizer!r} is not one of {', '.join(MOMENTS)}; use one of these")
     if checkpoint is not None:
@@ -115,21 +130,45 @@ def verify(
         batch_dims=dict(batch_dims or {}),
         units=tuple(units),
         weight=weight,
+        new_head=new_head,
         techniques=techniques,
         checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()),
     )
     check_source(laid_out, job.micro_batches)
+    if launched is not None and launched.world_size != laid_out.world_size:
+        raise LayoutError(
+            f"a layout has as many ranks as were started, but {laid_out} has {laid_out.world_size} and there are "
+            f"{launched.world_size}; start {laid_out.world_size}, or set layout"
+        )
     job = dataclasses.replace(job, experts=expert_plan_of(job), tensor=tensor_plan_of(job, tp_plan))  # or: an error
     on_a_rank = reference == "auto" and not isinstance(model, nn.Module)  # a factory may make what it builds
     early = None if on_a_rank else _chosen(job, reference, memory_bytes, lambda: whole_bytes(job))
     with contextlib.ExitStack() as stack:
         ranks = _Ranks(
-            starter or stack.enter_context(RankStarter(preload=_preload(model))), job.layout.world_size, timeout_s
+            starter or stack.enter_context(RankStarter(preload=_preload(model))),
+            job.layout.world_size,
+            timeout_s,
+            launched,
         )
         chosen = early or _chosen(job, reference, memory_bytes, lambda: _bytes_by_rank(job, ranks))
         if chosen.streamed:
             return _compare_streamed(job, chosen, ranks)
         return _compare_whole(job, chosen, couples or "", ranks)
+
+
+def _searched(
+    model: nn.Module | Callable[[], nn.Module],
+    batch: Any,
+    *,
+    loss: LossFunction | None,
+    optimizer: str,
+    techniques: Techniques | None,
+    tp_plan: GivenPlan | None,
+) -> Layout:
+    """The best layout for steps of the batch on this machine."""
+    whole = model if isinstance(model, nn.Module) else defer(model, seed=0).module
+    precision = None if techniques is None else techniques.precision
+    return best_layout(whole, batch, loss=loss, optimizer=optimizer, precision=precision, tp_plan=tp_plan)
 
 
 def _chosen(job: Job, wanted: str, memory_bytes: int | None, needed: Callable[[], int]) -> Reference:
@@ -152,16 +191,27 @@ def _chosen(job: Job, wanted: str, memory_bytes: int | None, needed: Callable[[]
     return chosen
 
 
-class _Ranks:
-    """Pools of ranks from one starter."""
+class _Pool(Protocol):
+    """What ranks are asked for."""
 
-    def __init__(self, starter: RankStarter, world_size: int, timeout_s: float) -> None:
+    def run(self, function: Callable[..., R], *args: object, timeout_s: float | None = None) -> list[R]: ...
+
+
+class _Ranks:
+    """Pools of ranks from one starter; those of the layout are `launched` where another launcher started them."""
+
+    def __init__(
+        self, starter: RankStarter, world_size: int, timeout_s: float, launched: LaunchedRanks | None = None
+    ) -> None:
         self._starter = starter
+        self._launched = launched
         # One number of threads on both sides: kernels that split a sum among threads round it differently.
         self._threads = max(1, len(os.sched_getaffinity(0)) // world_size)
         self.timeout_s = timeout_s
 
-    def pool(self, world_size: int) -> RankPool:
+    def pool(self, world_size: int) -> contextlib.AbstractContextManager[_Pool]:
+        if self._launched is not None and world_size > 1:
+            return contextlib.nullcontext(self._launched)
         return RankPool(world_size, starter=self._starter, num_threads=self._threads)
 
 
@@ -176,7 +226,7 @@ def _whole_bytes(context: RankContext, job: Job) -> int:
 
 def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> Comparison:
     alone = Layout(seed=job.layout.seed)
-    all_parts = job.micro_batches * job.layout.num_replicas
+    all_parts = job.all_micro_batches
     timeout_s = ranks.timeout_s
     whole: Whole | None = None
     with ranks.pool(1) as one:
@@ -200,13 +250,13 @@ def _compare_whole(job: Job, chosen: Reference, exempt: str, ranks: _Ranks) -> C
 
 
 def _settled(
-    job: Job, reference: Side, sides: Sequence[Side], one: RankPool, many: RankPool, ranks: _Ranks
+    job: Job, reference: Side, sides: Sequence[Side], one: _Pool, many: _Pool, ranks: _Ranks
 ) -> Rounding | None:
     """Both sides once more, in float64; None where the model does not run in it."""
     wide = None if job.techniques is None else dataclasses.replace(job.techniques, precision=Precision())
     exact_job = dataclasses.replace(job, dtype=torch.float64, techniques=wide)
     alone = Layout(seed=job.layout.seed)
-    parts = job.micro_batches * job.layout.num_replicas
+    parts = job.all_micro_batches
     call = (exact_job, job.layout, job.micro_batches, False)
     try:
         exact: Side = one.run(run_side, exact_job, alone, parts, False, timeout_s=ranks.timeout_s)[0]
@@ -221,7 +271,7 @@ def _settled(
 
 def _compare_streamed(job: Job, chosen: Reference, ranks: _Ranks) -> Comparison:
     """Both sides note what units return at once: to run a large model again is dear."""
-    all_parts = job.micro_batches * job.layout.num_replicas
+    all_parts = job.all_micro_batches
     exempt = "the model is streamed, so that there is no whole batch in one forward"
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as name:
         mine, theirs = Path(name) / "reference", Path(name) / "layout"

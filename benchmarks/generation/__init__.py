@@ -1,0 +1,1 @@
+"""Tokens a second of `shardwise generate` on layouts, beside transformers' own `generate` on one process."""

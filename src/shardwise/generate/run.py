@@ -1,0 +1,253 @@
+"""`generate`: continues prompts by a checkpoint or a model, split over processes as a layout says.
+
+    prompts ──tokenizer──► tokens ──► ranks of the layout ──► tokens as they come, and all of them ──► texts
+
+Starts the ranks here, or is one of those that another launcher started; one rank runs in this process. Knows no stages
+and no caches (`execute.generation`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from shardwise.errors import ConfigError, LayoutError
+from shardwise.execute.assemble import assemble
+from shardwise.execute.generate_tokens import Choice
+from shardwise.execute.generation import Generated
+from shardwise.execute.generation import generate as generate_on_rank
+from shardwise.generate.checkpoint import Checkpoint, checkpoint_at
+from shardwise.generate.figures import Figures, figures_of
+from shardwise.generate.prompts import Prompts, prompts_of, text_of, tokenizer_at
+from shardwise.launch import RankContext, init_process_group, read_world, run_ranks
+from shardwise.layout import Layout
+from shardwise.train.meeting import backend_of, meet
+from shardwise.train.technique_tables import CommunicationOptions
+
+__all__ = ["Continued", "generate"]
+
+Told = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continued:
+    """What follows each prompt: as tokens, and as text where there is a tokenizer. `figures` say how fast; `ready_s`
+    how long it took until the first pass, with starting processes and reading weights."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    figures: Figures
+    ready_s: float
+    first: bool = True  # whether this process is the one to show it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every rank is told."""
+
+    source: Checkpoint | nn.Module
+    prompts: Prompts
+    layout: Layout
+    choice: Choice
+    ends: tuple[int, ...]
+    pad: int
+    max_new_tokens: int
+    micro_batches: int | None
+    device: str
+    dtype: str | None
+    streams: bool
+
+
+def generate(
+    source: str | Path | nn.Module,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    layout: Layout | str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    micro_batches: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    told: Told | None = None,
+) -> Continued:
+    """Continue prompts, the same on any layout of dp, tp and pp.
+
+    source         the folder of a run, one of its checkpoints, a folder of transformers, or a model of transformers
+    prompts        texts, or tokens of texts; of an encoder-decoder what its encoder reads
+    temperature    0: the likeliest token each time; else drawn, by `seed` and the number of prompt and token alone
+    stop           tokens that end a text; those of the model's generation config, if not given; () for none
+    tokenizer      of texts; the checkpoint's, if not given
+    micro_batches  in which a replica's prompts follow each other through its stages; as many as stages, if not given
+    told           is given (number of a prompt, token) as tokens come, in this process
+
+    Callable from a script without a main guard. Raises ConfigError, CheckpointError, BatchError, LayoutError, and the
+    error of the first rank that fails.
+    """
+    started_s = time.monotonic()
+    layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    _check(layout, device, dtype)
+    found = source if isinstance(source, nn.Module) else checkpoint_at(source)
+    if tokenizer is None and isinstance(found, Checkpoint):
+        tokenizer = tokenizer_at(found.described)
+    config, described = _described(found)
+    ends = _numbers(described.eos_token_id) if stop is None else tuple(stop)
+    pad = next((p for p in (*_numbers(described.pad_token_id), *ends)), 0)
+    job = _Job(
+        source=found,
+        prompts=prompts_of(prompts, tokenizer=tokenizer, pad=pad, on_the_left=not config.is_encoder_decoder),
+        layout=layout,
+        choice=Choice(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+        ),
+        ends=ends,
+        pad=pad,
+        max_new_tokens=max_new_tokens,
+        micro_batches=micro_batches,
+        device=device,
+        dtype=dtype,
+        streams=told is not None,
+    )
+    made, began_s, first = _on_ranks(job, told)
+    ranks = [[r for r in range(layout.world_size) if _replica_of(r, layout) == i] for i in range(layout.num_replicas)]
+    return Continued(
+        tokens=made.tokens,
+        texts=tuple(text_of(row, tokenizer) for row in made.tokens) if tokenizer is not None else (),
+        figures=figures_of(made.rates, ranks_of_replica=ranks, num_prompts=len(prompts)),
+        ready_s=began_s - started_s,
+        first=first,
+    )
+
+
+def _check(layout: Layout, device: str, dtype: str | None) -> None:
+    if layout.sequence_parallel or layout.cp > 1 or layout.ep > 1 or layout.fsdp > 1:
+        raise LayoutError(
+            f"text is generated under layouts of dp, tp and pp, but this one is {layout}; leave the rest out"
+        )
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"a device is cpu or cuda, got {device!r}; take one of them")
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype is one of torch, such as bfloat16, got {dtype!r}")
+
+
+def _replica_of(rank: int, layout: Layout) -> int:
+    return rank // layout.tp % layout.num_replicas
+
+
+def _described(source: Checkpoint | nn.Module) -> tuple[Any, Any]:
+    """The config of a model, and how it generates."""
+    import transformers
+
+    if isinstance(source, nn.Module):
+        if not isinstance(source, transformers.GenerationMixin):
+            raise ConfigError(f"text is generated by models of transformers, but this is a {type(source).__name__}")
+        model: Any = source
+        return model.config, model.generation_config
+    config = transformers.AutoConfig.from_pretrained(source.described)
+    if (source.described / "generation_config.json").is_file():
+        return config, transformers.GenerationConfig.from_pretrained(source.described)
+    return config, transformers.GenerationConfig.from_model_config(config)
+
+
+def _numbers(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _on_ranks(job: _Job, told: Told | None) -> tuple[Generated, float, bool]:
+    """What the ranks made, when they began, and whether this process is the first of them, or started them."""
+    world = read_world()
+    if world is not None:
+        communication = CommunicationOptions()
+        meeting = meet(world, communication, job.device)
+        context = meeting.context
+        if context.world_size != job.layout.world_size:
+            raise LayoutError(
+                f"layout {job.layout or 'of one device'} has {job.layout.world_size} ranks, and the launcher started "
+                f"{context.world_size}; start as many"
+            )
+        with meeting.ending_together():
+            if context.world_size > 1:
+                init_process_group(context, backend=backend_of(communication, job.device), store=meeting.store)
+            made, began_s = _on_rank(context, job, told if context.rank == 0 else None)
+        return made, began_s, context.rank == 0
+    if job.layout.world_size == 1:
+        context = RankContext(rank=0, world_size=1, local_rank=0, rendezvous="")
+        return *_on_rank(context, job, told), True
+
+    def heard(rank: int, message: object) -> None:
+        if told is not None and isinstance(message, tuple):
+            told(*message)
+
+    results = run_ranks(_on_started_rank, (job,), world_size=job.layout.world_size, on_message=heard)
+    return *results[0], True
+
+
+def _on_started_rank(context: RankContext, job: _Job) -> tuple[Generated, float]:
+    init_process_group(context, backend=backend_of(CommunicationOptions(), job.device))
+    tells = job.streams and context.rank // job.layout.tp % job.layout.num_replicas * job.layout.tp == context.rank
+    return _on_rank(context, job, (lambda sample, token: context.post((sample, token))) if tells else None)
+
+
+def _on_rank(context: RankContext, job: _Job, told: Told | None) -> tuple[Generated, float]:
+    """One rank's part, and when it began to generate."""
+    device = torch.device("cuda", context.local_rank) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    fill = None
+    if isinstance(job.source, nn.Module):
+        model = (
+            job.source if job.layout.world_size == 1 and device.type == "cpu" else copy.deepcopy(job.source).to(device)
+        )
+    else:
+        model, fill = job.source.model(dtype=job.dtype, device=device)
+    with _evaluating(model):
+        program = assemble(
+            model, _example(model, device), layout=job.layout, rank=context.rank, device=device, fill=fill
+        )
+        try:
+            began_s = time.monotonic()
+            made = generate_on_rank(
+                program,
+                job.prompts.batch,
+                max_new_tokens=job.max_new_tokens,
+                choice=job.choice,
+                ends=job.ends,
+                pad=job.pad,
+                num_micro_batches=job.micro_batches,
+                told=told,
+            )
+        finally:
+            program.close()
+    return made, began_s
+
+
+def _example(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a model is laid out by: two samples of 8 tokens."""
+    tokens = torch.arange(1, 17, device=device).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

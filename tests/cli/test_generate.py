@@ -1,0 +1,127 @@
+"""`shardwise generate` on a folder of transformers and on a run: what it prints, and what it says is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from shardwise.cli import run_command
+from shardwise.generate import generate
+from shardwise.tasks.tokenizer import train_tokenizer
+from shardwise.train.model_folder import write_tokenizer
+
+PROMPTS = ["the quick brown", "lazy"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, as transformers saves it."""
+    made = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(
+        ["the quick brown fox jumps over the lazy dog. " * 20], vocabulary_size=300, cache=made / "cache"
+    )
+    torch.manual_seed(0)
+    model: Any = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=tokenizer.vocabulary_size,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(made / "saved")
+    (made / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    write_tokenizer(made / "saved", made / "tokenizer.json", trained_here=True)
+    return made / "saved"
+
+
+def wanted(folder: Path, tokens: int) -> list[list[int]]:
+    """What transformers generates behind each prompt by itself."""
+    tokenizer, model = tf.AutoTokenizer.from_pretrained(folder), tf.AutoModelForCausalLM.from_pretrained(folder)
+    rows = []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(given, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        rows.append(out[0, given.shape[1] :].tolist())
+    return rows
+
+
+def test_json_says_texts_tokens_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["generate", str(folder), *PROMPTS, "--tokens", "6", "--no-stop", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokens"] == wanted(folder, 6)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    assert told["texts"] == [tokenizer.decode(row, skip_special_tokens=True) for row in told["tokens"]]
+    assert told["generated_tokens"] == 12
+    assert told["first_token_s"] > 0
+    assert told["decode_tokens_per_s"] > 0
+    # two layers of keys and values, 32 wide, of the longest prompt and all tokens but the last, in both rows
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert told["cache_bytes"] == [2 * 2 * 32 * 4 * 2 * (longest + 5)]
+
+
+def test_text_is_shown_behind_its_prompt_and_figures_beside_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    options = ["--file", str(tmp_path / "prompts.txt"), "--tokens", "6", "--no-stop"]
+    assert run_command(["generate", str(folder), *options]) == 0
+    shown = capsys.readouterr()
+    texts = generate(folder, PROMPTS, max_new_tokens=6, stop=()).texts
+    assert shown.out == "".join(f"── {prompt}\n{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True))
+    assert "12 tokens behind" in shown.err
+    assert "tokens/s" in shown.err
+
+
+def test_one_prompt_comes_from_stdin_and_is_shown_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[0] + "\n"))
+    assert run_command(["generate", str(folder), "--tokens", "4", "--no-stop"]) == 0
+    assert capsys.readouterr().out == generate(folder, PROMPTS[:1], max_new_tokens=4, stop=()).texts[0] + "\n"
+
+
+def test_token_numbers_go_in_and_come_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["generate", str(folder), "5 6 7", "--token-numbers", "--tokens", "3", "--no-stop"]) == 0
+    made = generate(folder, [[5, 6, 7]], max_new_tokens=3, stop=())
+    assert [int(word) for word in capsys.readouterr().out.split()] == list(made.tokens[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+def test_processes_of_a_layout_say_the_same(folder: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tokens", "6", "--no-stop", "--temperature", "0.9", "--seed", "4"]
+    alone = generate(folder, PROMPTS, max_new_tokens=6, stop=(), temperature=0.9, seed=4)
+    assert run_command(["generate", str(folder), *PROMPTS, "--layout", layout, *options]) == 0
+    shown = "".join(f"── {prompt}\n{text}\n" for prompt, text in zip(PROMPTS, alone.texts, strict=True))
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere", "x"], "nowhere is none of them"),
+        (["{}", "x", "--layout", "fsdp=2"], "text is generated under layouts of dp, tp and pp"),
+        (["{}", "x", "--device", "tpu"], "a device is cpu or cuda"),
+        (["{}", "x", "--dtype", "floaty"], "dtype is one of torch"),
+        (["{}", "1 two", "--token-numbers"], "a prompt is numbers with blanks between"),
+        (["{}", "x", "--temperature", "-1"], "a temperature is 0"),
+        (["{}", "--file", "none.txt"], "--file names a text of prompts"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    folder: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["generate", *(argument.format(folder) for argument in arguments)]) == 1
+    assert told in " ".join(capsys.readouterr().err.split())
