@@ -21,9 +21,10 @@ def test_stages_are_one_unit_each_at_most() -> None:
 
 
 def test_a_search_on_a_thousand_devices_finds_layouts_that_fit_and_are_plausible() -> None:
-    found, _, _ = search_of(LLAMA_405B, named_cluster("h100x8x128"), top=3)
+    cluster = named_cluster("h100x8x128")
+    found, _, _ = search_of(LLAMA_405B, cluster, top=3)
     assert found.complete
     for plan in found:
         assert plan.layout.world_size == 1024
         assert plan.ranked.room_bytes >= 0
-        assert 0.3 < plan.ranked.price.mfu < 0.6
+        assert 0.3 < plan.ranked.price.mfu < cluster.hosts[0].device.efficiency.matmul  # without a bubble, all hidden

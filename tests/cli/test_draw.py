@@ -142,7 +142,7 @@ def test_of_several_pipelines_the_slowest_is_drawn_and_all_are_traced(tmp_path: 
         (["1f1b", "--forward", "-1"], "costs are finite and not negative"),
         (["1f1b", "--memory", "3"], "1f1b is given; drop --memory 3"),
         (["1f1b", "--step", "3"], "steps are those of a run, but 1f1b is a schedule"),
-        (["nowhere.json"], "nowhere.json cannot: No such file"),
+        (["nowhere.json"], "nowhere.json: No such file"),
         (["."], "holds none; train with timeline.every or timeline.steps"),
     ],
 )

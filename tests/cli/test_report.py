@@ -58,10 +58,12 @@ def test_a_cluster_is_fitted_told_and_written(folder, tmp_path, capsys) -> None:
 
 
 def test_mistakes_are_one_line(folder, tmp_path, capsys) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text('layout = "pp=1"\n', encoding="utf-8")
     for arguments, told in (
         (["report", str(tmp_path / "nowhere")], "give the folder of a run"),
         (["plan", "--calibrate", str(folder), "--out", str(tmp_path / "no" / "c.toml")], "into a folder that is not"),
-        (["plan", "run.toml", "--out", "c.toml"], "--out is where --calibrate writes"),
+        (["plan", str(run), "--out", "c.toml"], "--out is where --calibrate writes"),
         (["plan", "--calibrate", str(folder), "--cluster", "h200x999999"], ""),
     ):
         assert run_command(arguments) == 1

@@ -62,7 +62,7 @@ def test_a_config_is_read_from_a_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("no/such/file.json", "is none"),
+        ("no/such/file.json", "No such file"),
         ({"hidden_size": 3}, "model_type"),
         ({"model_type": "llamma"}, "says .llamma.; did you mean llama"),
     ],
