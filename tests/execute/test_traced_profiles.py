@@ -100,8 +100,8 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
     [
         ("llama", "tp=2"),
         ("bert", "tp=2,sequence_parallel=on"),
-        ("mixtral", "tp=2"),
-        ("llama", "cp=2"),
+        pytest.param("mixtral", "tp=2", marks=pytest.mark.slow),
+        pytest.param("llama", "cp=2", marks=pytest.mark.slow),
         ("bert", "cp=2,context=ulysses"),
     ],
 )

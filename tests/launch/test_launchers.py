@@ -75,7 +75,7 @@ def told_once(finished: subprocess.CompletedProcess[str]) -> None:
 
 
 @needs_mpi
-@pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("gloo", marks=pytest.mark.slow), "mpi"])
 @pytest.mark.timeout(300)
 def test_ranks_of_mpirun_train_as_one_device(backend: str, folder: Path) -> None:
     finished = mpirun(2, [*VERB, "--set", f"communication.backend={backend}"], folder=folder, timeout_s=200)

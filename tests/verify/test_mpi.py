@@ -47,6 +47,7 @@ def is_one_device(said: dict[str, Any]) -> None:
 
 
 @needs_mpi
+@pytest.mark.slow  # beside tests/comm/test_mpi.py and a run that mpirun starts, in tests/launch
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", FIRST)
 def test_over_mpi_two_ranks_are_one_device(layout: str, first: Found) -> None:

@@ -108,7 +108,8 @@ def real(layout: Layout, starter: RankStarter) -> list[Real]:
     ("text", "apart"),
     [
         ("pp=2", 1e-4),
-        ("dp=2", 1e-2),  # buckets of a real run are in memory that ranks share, rounded up
+        # buckets of a real run are in memory that ranks share, rounded up
+        pytest.param("dp=2", 1e-2, marks=pytest.mark.slow),
         pytest.param("pp=2,schedule=zb-h1", 1e-4, marks=pytest.mark.slow),
         pytest.param("pp=2,recompute=full", 1e-4, marks=pytest.mark.slow),
     ],
