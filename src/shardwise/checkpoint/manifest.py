@@ -33,6 +33,7 @@ BLOCK_BYTES = 1 << 20  # bytes under one checksum: the most that is read beside 
 KINDS = ("parameter", "buffer", "optimizer", "other")
 
 _FORMAT, _VERSION = "shardwise checkpoint", 1
+_LONGEST_NAME = 255  # characters that file systems take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,9 @@ class Piece:
     crc32: str = ""
 
     def __post_init__(self) -> None:
-        if not self.file or self.file in (".", "..") or set(self.file) & set("/\\\0"):
+        if not 1 <= len(self.file) <= _LONGEST_NAME or self.file in (".", "..") or set(self.file) & set("/\\\0"):
             raise CheckpointError(
-                f"a piece lies beside its manifest, but its file is {self.file!r}; give a plain file name"
+                f"a piece lies beside its manifest, but its file is {self.file!r:.80}; give a plain file name"
             )
         if len(self.crc32) % 8 or set(self.crc32) - set(string.hexdigits.lower()):
             raise CheckpointError(

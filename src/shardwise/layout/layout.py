@@ -184,8 +184,8 @@ class Layout:
             name, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or name in fields:
                 raise LayoutError(
-                    f"a layout is written name=value once each, with commas between, but got {part!r} in "
-                    f'{text!r}; write for example "dp=2,pp=2,micro_batches=4"'
+                    f"a layout is written name=value once each, with commas between, but got {part!r:.200} in "
+                    f'{text!r:.400}; write for example "dp=2,pp=2,micro_batches=4"'
                 )
             fields[name] = value if name in _WORDS else _integer(name, value)
         stages = fields.get("stages", "")
