@@ -117,7 +117,7 @@ def test_processes_of_a_layout_say_the_same(folder: Path, layout: str, capsys: p
         (["{}", "x", "--dtype", "floaty"], "dtype is one of torch"),
         (["{}", "1 two", "--token-numbers"], "a prompt is numbers with blanks between"),
         (["{}", "x", "--temperature", "-1"], "a temperature is 0"),
-        (["{}", "--file", "none.txt"], "--file names a text of prompts"),
+        (["{}", "--file", "none.txt"], "a file of prompts, one a line, is a file that can be read"),
     ],
 )
 def test_what_is_wrong_is_said(

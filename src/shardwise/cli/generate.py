@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from shardwise.errors import ConfigError
+from shardwise.files import read_text
 from shardwise.generate import Continued, generate
 from shardwise.generate.checkpoint import checkpoint_at
 from shardwise.generate.prompts import Stream, tokenizer_at
@@ -144,10 +145,7 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     """The prompts of the command line, of a file, and else of stdin, one a line."""
     lines = list(given)
     if file is not None:
-        try:
-            lines += file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"--file names a text of prompts, one a line, but {file}: {error.strerror}") from error
+        lines += read_text(file, what="a file of prompts, one a line,", repair="correct --file").splitlines()
     if not given and file is None:
         lines = sys.stdin.read().splitlines()
     return [line for line in lines if line]

@@ -24,6 +24,7 @@ from shardwise.execute.build import Fill, Part, build
 from shardwise.execute.contexts import agreed_context
 from shardwise.execute.expert_ranks import OwnPart
 from shardwise.execute.large_blocks import give_back_large_blocks, passing
+from shardwise.execute.modes import evaluating
 from shardwise.execute.place import Place, owners_of
 from shardwise.execute.program import Program
 from shardwise.layout import SEARCHED, Layout, Techniques
@@ -272,13 +273,8 @@ def _whole_path(model: nn.Module, inputs: Any, loss: LossFunction | None, units:
     captured = capture(model, inputs, loss=loss, units=units, watch=watch)
     if not (captured.tape.looks and captured.tape.random and model.training):
         return captured
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return capture(model, inputs, loss=loss, units=units, watch=watch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def fill_from(

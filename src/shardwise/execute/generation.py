@@ -10,7 +10,6 @@ Knows tokens, ranks and when a text ends; refuses to know strings, and how a for
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from shardwise.errors import BatchError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.generate_passes import Passes, Texts
 from shardwise.execute.generate_tokens import Choice, next_tokens
+from shardwise.execute.modes import evaluating
 from shardwise.execute.program import Program
 from shardwise.trace.extras import changed_attributes
 from shardwise.trace.tape import Place
@@ -90,7 +90,7 @@ def generate(
     prompts = len(batch["input_ids"])
     own = range(prompts * place.replica // place.dp, prompts * (place.replica + 1) // place.dp)
     choice = choice or Choice()
-    with _evaluating(program.model):
+    with evaluating(program.model):
         run = _Run(program, choice=choice, ends=frozenset(ends), pad=pad, told=told, limit=max_new_tokens)
         for texts in _dealt(batch, own, num_micro_batches or place.pp, program, start):
             run.add(texts)
@@ -293,17 +293,6 @@ def _check(program: Program, batch: Mapping[str, Any], max_new_tokens: int) -> N
         raise ModelError(f"a model that generates is one of transformers with a head for it, but this is a {kind}")
     if not model._supports_default_dynamic_cache():
         raise ModelError(f"a model that generates keeps a cache of transformers, but {kind} keeps another")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _gathered(tokens: Mapping[int, tuple[int, ...]], rates: Rates, world_size: int) -> Generated:

@@ -25,6 +25,7 @@ from shardwise.execute.assemble import Fill
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.buffers import Buffer, buffers_of
 from shardwise.execute.flows import Flow, Flows
+from shardwise.execute.modes import evaluating
 from shardwise.execute.stage import StageRun
 from shardwise.execute.streamed_cut import runs_of_calls
 from shardwise.parallel.hold import hold, holders_of
@@ -257,13 +258,8 @@ def _every_unit(model: nn.Module, inputs: Any, loss: LossFunction | None, units:
     tape = capture(model, inputs, loss=loss, units=units).tape
     if not (tape.looks and tape.random and model.training):
         return tape
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return capture(model, inputs, loss=loss, units=units).tape
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _unwatched(micro_batch: MicroBatch, stage: StageCut, tape: Tape) -> contextlib.AbstractContextManager[None]:

@@ -8,11 +8,10 @@ and no caches (`execute.generation`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from shardwise.execute.assemble import assemble
 from shardwise.execute.generate_tokens import Choice
 from shardwise.execute.generation import Generated
 from shardwise.execute.generation import generate as generate_on_rank
+from shardwise.execute.modes import evaluating
 from shardwise.generate.checkpoint import Checkpoint, checkpoint_at
 from shardwise.generate.figures import Figures, figures_of
 from shardwise.generate.prompts import Prompts, prompts_of, text_of, tokenizer_at
@@ -215,7 +215,7 @@ def _on_rank(context: RankContext, job: _Job, told: Told | None) -> tuple[Genera
         )
     else:
         model, fill = job.source.model(dtype=job.dtype, device=device)
-    with _evaluating(model):
+    with evaluating(model):
         program = assemble(
             model, _example(model, device), layout=job.layout, rank=context.rank, device=device, fill=fill
         )
@@ -240,14 +240,3 @@ def _example(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """What a model is laid out by: two samples of 8 tokens."""
     tokens = torch.arange(1, 17, device=device).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
     return {"input_ids": tokens, "labels": tokens}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

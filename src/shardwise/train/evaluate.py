@@ -7,16 +7,15 @@ The same figures on every layout: samples keep their numbers. Never asks which p
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn as nn
 
 from shardwise.comm.gathered import from_first, to_first
 from shardwise.errors import ConfigError
 from shardwise.execute.batches import MicroBatch
+from shardwise.execute.modes import evaluating
 from shardwise.tasks import Score, Scored
 from shardwise.train.build import World
 
@@ -68,18 +67,6 @@ def held_out_batches(available: int, *, size: int, num_batches: int | None, part
     count = max(1, min(-(-wanted // size), wanted // parts))
     bounds = [wanted * number // count for number in range(count + 1)]
     return tuple(range(first, last) for first, last in itertools.pairwise(bounds))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _answering(task: Scored, rows: Rows) -> Callable[[MicroBatch, object], None]:

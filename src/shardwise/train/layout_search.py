@@ -88,7 +88,7 @@ def read_choice(folder: str | Path) -> Choice | None:
         )
         kept = Layout.from_dict(plain["layout"]) if plain["measured"] else None
         return Choice(candidates=candidates, told=str(plain["told"]), kept=kept)
-    except (ValueError, KeyError, TypeError, ShardwiseError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ShardwiseError) as error:
         raise ConfigError(
             f"{path} is what a search has found, but {type(error).__name__}: {error}; search again with --search"
         ) from error
