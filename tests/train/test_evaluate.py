@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwise.errors import ConfigError
 from shardwise.events import Event, read_events
 from shardwise.launch import RankContext
-from shardwise.tasks import Answers, RandomTokens, Score, Split
+from shardwise.tasks import IGNORED_LABEL, Answers, Game, RandomTokens, Score, Split
 from shardwise.testing import on_ranks
 from shardwise.train.build import Job
 from shardwise.train.evaluate import held_out_batches
 from shardwise.train.run import prepare, train_on_rank
 from shardwise.train.run_file import run_from
+from shardwise.train.shares import micro_batches_of
 from train.test_training import Decoder, alone
 
 SCORED = 21  # samples: two batches of 8 and some
@@ -39,7 +41,26 @@ class Guessed(RandomTokens):
         return Score(figures=figures, report="\n".join(str(row.tolist()) for row in best))
 
 
-def job(folder: Path, layout: str, **training: object) -> Job:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continued(Guessed):
+    """Scored by its guesses, and besides by what the model says if its own last word is put behind a text."""
+
+    def replies(self, outputs: object, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        assert isinstance(outputs, torch.Tensor)
+        return {"next": outputs[:, -1].argmax(-1)}
+
+    def play(self, split: Split) -> Game:
+        batch = self.samples(range(7), split)  # seven: micro-batches differ in size
+        said = torch.empty(7, 0, dtype=torch.int64)
+        for _ in range(3):
+            replies = yield batch | {"labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
+            assert replies["next"].shape == (7,)
+            said = torch.cat([said, replies["next"][:, None]], 1)
+            batch["input_ids"] = torch.cat([batch["input_ids"][:, 1:], replies["next"][:, None]], 1)
+        return Score(figures={"said": float(said.double().mean())}, report=f"said {said.tolist()}")
+
+
+def job(folder: Path, layout: str, *, task: type[Guessed] = Guessed, **training: object) -> Job:
     told = {
         "steps": 2,
         "global_batch": 8,
@@ -50,8 +71,8 @@ def job(folder: Path, layout: str, **training: object) -> Job:
         **training,
     }
     run = run_from({"folder": str(folder), "layout": layout, "training": told})
-    task = Guessed(num_train=40, num_held_out=SCORED, ignored_fraction=0.3)
-    return prepare(run, model=Decoder, task=task)
+    made = task(num_train=40, num_held_out=SCORED, ignored_fraction=0.3)
+    return prepare(run, model=Decoder, task=made)
 
 
 def evaluated(folder: Path, rank: int = 0) -> Event:
@@ -60,18 +81,19 @@ def evaluated(folder: Path, rank: int = 0) -> Event:
     )
 
 
-def check(rank: RankContext, folder: Path, layout: str) -> None:
-    wanted = job(folder / "run", layout)
+def check(rank: RankContext, folder: Path, layout: str, *, task: type[Guessed] = Guessed) -> Event:
+    wanted = job(folder / "run", layout, task=task)
     train_on_rank(rank, wanted)
     alone(wanted, rank.rank)
     here, one = evaluated(folder / "run", rank.rank).data, evaluated(folder / f"run-alone-{rank.rank}").data
     assert here["samples"] == one["samples"] == SCORED
     assert here["weight"] == one["weight"]
     assert here["report"] == one["report"]
-    assert str(here["report"]).count("\n") == SCORED - 1
+    assert str(here["report"]).partition("\n\n")[0].count("\n") == SCORED - 1
     # sums of float32 logits in another order
     assert here["figures"] == pytest.approx(one["figures"], rel=1e-5, abs=1e-4)
     assert here["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    return evaluated(folder / "run", rank.rank)
 
 
 @on_ranks(2, timeout_s=60)
@@ -84,6 +106,25 @@ def test_two_ranks_answer_what_one_does(rank, tmp_path, layout) -> None:
 @pytest.mark.parametrize("layout", ["dp=2,pp=2", "tp=2,pp=2"])
 def test_four_ranks_answer_what_one_does(rank, tmp_path, layout) -> None:
     check(rank, tmp_path, layout)
+
+
+@on_ranks(2, timeout_s=60)
+@pytest.mark.parametrize("layout", ["dp=2", "pp=2", "tp=2"])
+def test_two_ranks_play_what_one_does(rank, tmp_path, layout) -> None:
+    told = check(rank, tmp_path, layout, task=Continued).data
+    assert sorted(told["figures"]) == ["right", "said", "total"]
+    assert "\n\nsaid [[" in told["report"]
+
+
+@on_ranks(4, timeout_s=60)
+def test_four_ranks_play_what_one_does(rank, tmp_path) -> None:
+    check(rank, tmp_path, "dp=2,pp=2", task=Continued)
+
+
+def test_rows_of_a_played_batch_are_enough_for_the_replicas() -> None:
+    assert [micro_batches_of(rows, replicas=2, at_most=4) for rows in (2, 7, 8, 100)] == [1, 3, 4, 4]
+    with pytest.raises(ConfigError, match="1 rows are for 2 replicas; yield as many"):
+        micro_batches_of(1, replicas=2, at_most=4)
 
 
 def test_a_run_may_evaluate_fewer_samples(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from shardwise.tasks.by_step import Augmented, Ordered, alike_indices, indices_a
 from shardwise.tasks.head import Headed, ModelHead
 from shardwise.tasks.images import ImageClassification
 from shardwise.tasks.language_modelling import CorpusOptions, EncodedCorpus, LanguageModelling
+from shardwise.tasks.played import Game, Played
 from shardwise.tasks.registry import head_of_kind, may_have_head, prepare_task, task_from, wanted_of_run
 from shardwise.tasks.sampler import sample_indices
 from shardwise.tasks.scored import Answers, Score, Scored
@@ -12,6 +13,7 @@ from shardwise.tasks.task import (
     IGNORED_LABEL,
     SPLITS,
     Batch,
+    Counted,
     Split,
     Task,
     batch_size,
@@ -31,12 +33,15 @@ __all__ = [
     "Augmented",
     "Batch",
     "CorpusOptions",
+    "Counted",
     "EncodedCorpus",
+    "Game",
     "Headed",
     "ImageClassification",
     "LanguageModelling",
     "ModelHead",
     "Ordered",
+    "Played",
     "RandomTokens",
     "Score",
     "Scored",

@@ -1,6 +1,7 @@
 """Held-out samples: their mean loss, and the score of what the model answers where its task has one.
 
     batches of held-out samples ──► loss stage of every replica: answers ──► rank 0: score ──► all ranks: figures
+    a batch of rank 0's loop ──► all ranks ──► loss stage of every replica: replies ──► rank 0: the next batch, or score
 
 The same figures on every layout: samples keep their numbers. Never asks which parallelism is on.
 """
@@ -16,7 +17,7 @@ from shardwise.comm.gathered import from_first, to_first
 from shardwise.errors import ConfigError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.modes import evaluating
-from shardwise.tasks import Score, Scored
+from shardwise.tasks import Batch, Game, Played, Score, Scored, Task
 from shardwise.train.build import World
 
 __all__ = ["evaluate", "held_out_batches"]
@@ -44,14 +45,17 @@ def evaluate(world: World, emit: Callable[..., None], step: int) -> None:
     rows: Rows = []
     with evaluating(program.model), world.averaged():
         for indices in batches:
-            seen = _answering(task, rows) if isinstance(task, Scored) else None
+            seen = _seeing(task, task.answers, rows) if isinstance(task, Scored) else None
             result = program.evaluate(world.held_out(indices), step=step, seen=seen)
             total, weight = total + result.loss * result.weight, weight + result.weight
+        played = [_played(world, task, step)] if isinstance(task, Played) else []
     loss, weight = world.mean_over_workers(total / weight if weight else 0.0, weight)
     told: dict[str, object] = {"loss": loss, "weight": weight, **task.metrics(loss)}
-    if isinstance(task, Scored):
-        score = _scored(world, task, rows)
-        told |= {"samples": sum(map(len, batches)), "figures": dict(score.figures), "report": score.report}
+    scores = [*([_scored(world, task, rows)] if isinstance(task, Scored) else []), *played]
+    if scores:
+        figures = {name: value for score in scores for name, value in score.figures.items()}
+        report = "\n\n".join(score.report for score in scores if score.report)
+        told |= {"samples": sum(map(len, batches)), "figures": figures, "report": report}
     emit("evaluation", step=step, **told)
 
 
@@ -69,34 +73,68 @@ def held_out_batches(available: int, *, size: int, num_batches: int | None, part
     return tuple(range(first, last) for first, last in itertools.pairwise(bounds))
 
 
-def _answering(task: Scored, rows: Rows) -> Callable[[MicroBatch, object], None]:
-    """Who is shown the outputs of a micro-batch: puts what the task answers into `rows`."""
+def _seeing(
+    task: Task, answers: Callable[[object, Batch], Mapping[str, torch.Tensor]], rows: Rows
+) -> Callable[[MicroBatch, object], None]:
+    """Who is shown the outputs of a micro-batch: puts what the task makes of them into `rows`."""
 
     def seen(micro_batch: MicroBatch, outputs: object) -> None:
-        answers = {name: tensor.detach().cpu() for name, tensor in task.answers(outputs, micro_batch.inputs).items()}
-        for name, tensor in answers.items():
+        made = {name: tensor.detach().cpu() for name, tensor in answers(outputs, micro_batch.inputs).items()}
+        for name, tensor in made.items():
             if tensor.dim() == 0 or tensor.shape[0] != len(micro_batch.samples):
                 raise ConfigError(
                     f"answers have a row a sample, but {name} of {type(task).__name__} has shape "
                     f"{tuple(tensor.shape)} for {len(micro_batch.samples)} samples; keep dim 0"
                 )
-        rows.append((micro_batch.samples, answers))
+        rows.append((micro_batch.samples, made))
 
     return seen
 
 
 def _scored(world: World, task: Scored, rows: Rows) -> Score:
     """The score of all rows of all ranks, the same on every rank. Collective."""
+    gathered = _gathered(world, rows)
+    score = Score()
+    if world.program.place.rank == 0:
+        answers, indices = _in_order(gathered)
+        score = task.score(answers, indices, "held_out")
+    return from_first(score, world_size=world.program.place.world_size)
+
+
+def _played(world: World, task: Played, step: int) -> Score:
+    """The score of the task's loop, the same on every rank. The caller has set the model to evaluate. Collective."""
+    place = world.program.place
+    game = task.play("held_out") if place.rank == 0 else None
+    replies: dict[str, torch.Tensor] | None = None
+    while True:
+        told = from_first(None if game is None else _next(game, replies), world_size=place.world_size)
+        if isinstance(told, Score):
+            return told
+        assert told is not None
+        rows: Rows = []
+        world.program.evaluate(world.shown(told), step=step, seen=_seeing(task, task.replies, rows))
+        gathered = _gathered(world, rows)
+        if game is not None:
+            replies = {name: torch.stack(list(values)) for name, values in _in_order(gathered)[0].items()}
+
+
+def _next(game: Game, replies: Mapping[str, torch.Tensor] | None) -> Batch | Score:
+    """What the loop wants to be shown to the model next, or how it has ended."""
+    try:
+        return next(game) if replies is None else game.send(replies)
+    except StopIteration as end:
+        score: Score = end.value
+        return score
+
+
+def _gathered(world: World, rows: Rows) -> Rows:
+    """Rows of all ranks, on rank 0; of worker 0's ranks those of all workers. Collective."""
     place = world.program.place
     first = place.shard == 0 and place.context == 0  # the others of a replica have the same answers
     gathered = to_first(rows if first else [], rank=place.rank, world_size=place.world_size)
     if world.workers is not None:
         gathered = [own for of_worker in world.workers.values(gathered) for own in of_worker]
-    score = Score()
-    if place.rank == 0:
-        answers, indices = _in_order([row for own in gathered for row in own])
-        score = task.score(answers, indices, "held_out")
-    return from_first(score, world_size=place.world_size)
+    return [row for own in gathered for row in own]
 
 
 def _in_order(rows: Rows) -> tuple[Mapping[str, Sequence[torch.Tensor]], tuple[int, ...]]:

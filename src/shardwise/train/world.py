@@ -16,12 +16,12 @@ from shardwise.execute.continuous import Stream
 from shardwise.execute.program import Program
 from shardwise.layout import SYNCHRONISED, Layout
 from shardwise.schedule import Timeline
-from shardwise.tasks import Split, Task, indices_at
+from shardwise.tasks import Batch, Split, Task, batch_size, indices_at
 from shardwise.train.asynchronous.outer import Outer
 from shardwise.train.asynchronous.workers import Workers
 from shardwise.train.model import Values
 from shardwise.train.run_file import Run
-from shardwise.train.shares import share
+from shardwise.train.shares import micro_batches_of, share
 
 __all__ = ["Candidate", "Fresh", "Job", "ModelLike", "World"]
 
@@ -89,12 +89,18 @@ class World:
         num_micro_batches = min(self.run.num_micro_batches, len(indices) // self.num_replicas)
         return self._shared(indices, "held_out", num_micro_batches)
 
+    def shown(self, batch: Batch) -> tuple[MicroBatch, ...]:
+        """This replica's share of the rows of a batch that somebody made. Raises `ConfigError` for too few rows."""
+        rows = batch_size(batch)
+        num_micro_batches = micro_batches_of(rows, replicas=self.num_replicas, at_most=self.run.num_micro_batches)
+        return self._shared(range(rows), "held_out", num_micro_batches, given=batch)
+
     def _share(self, split: Split, *, step: int, num_micro_batches: int, seed: int) -> tuple[MicroBatch, ...]:
         indices = indices_at(self.task, seed=seed, step=step, global_batch=self.run.training.global_batch)
         return self._shared(indices, split, num_micro_batches, step=step)
 
     def _shared(
-        self, indices: Sequence[int], split: Split, num_micro_batches: int, step: int = 0
+        self, indices: Sequence[int], split: Split, num_micro_batches: int, step: int = 0, given: Batch | None = None
     ) -> tuple[MicroBatch, ...]:
         place = self.program.place
         return share(
@@ -108,6 +114,7 @@ class World:
             seed=self.run.training.seed,
             step=step,
             together=self.run.techniques.batch_norm == SYNCHRONISED,
+            given=given,
         )
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
