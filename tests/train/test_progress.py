@@ -35,6 +35,14 @@ def test_a_step_is_one_line_with_everything_that_is_asked_for() -> None:
     assert lines[2] == "step 5/10  loss 3.2500  500 tokens/s  memory 1 MiB 2 MiB  ETA 10 s"
 
 
+def test_speed_is_told_in_what_the_task_counts_and_in_samples_where_it_does_not_say() -> None:
+    def told(**data: object) -> str:
+        return shown(event("start", **{**START.data, **data}), STEP).splitlines()[2]
+
+    assert "3.2500  500 images/s  memory" in told(counts="images", global_batch=32)
+    assert "3.2500  16 samples/s  memory" in told(counts="samples", global_batch=32)
+
+
 def test_evaluations_and_checkpoints_are_told() -> None:
     text = shown(
         START,

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +73,8 @@ class ImageSummary:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageClassification:
     """A task over a prepared folder. Memory-mapped; pickles as its path."""
+
+    counts: ClassVar[str] = "images"  # see `Counted`
 
     folder: Path
     summary: ImageSummary

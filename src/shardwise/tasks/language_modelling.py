@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -79,6 +80,8 @@ class EncodedCorpus:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModelling:
     """A task: packed sequences of a prepared corpus. Memory-mapped; pickles as the path of its folder."""
+
+    counts: ClassVar[str] = "tokens"  # see `Counted`
 
     folder: Path
     corpus: EncodedCorpus

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class RandomTokens:
     `ignored_fraction` of the labels, chosen at random, do not count, so that samples weigh differently; the
     last label of a sample always counts.
     """
+
+    counts: ClassVar[str] = "tokens"  # see `Counted`
 
     vocabulary_size: int = 64
     sequence_length: int = 16  # tokens

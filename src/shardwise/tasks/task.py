@@ -19,6 +19,7 @@ __all__ = [
     "IGNORED_LABEL",
     "SPLITS",
     "Batch",
+    "Counted",
     "Split",
     "Task",
     "batch_size",
@@ -67,6 +68,15 @@ class Task(Protocol):
     def metrics(self, loss: float) -> dict[str, float]:
         """Figures to show beside a mean loss, by name; may be empty."""
         ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A task that says what `weight` counts, in the plural: "tokens", "images". Its speed is told in these; that of
+    another task in samples."""
+
+    @property
+    def counts(self) -> str: ...
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ class TaggedSummary:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenClassification:
     """A task over a prepared folder. Memory-mapped; pickles as its path."""
+
+    counts: ClassVar[str] = "words"  # see `Counted`
 
     folder: Path
     summary: TaggedSummary

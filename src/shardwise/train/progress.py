@@ -28,6 +28,7 @@ class ProgressSink:
         self._task: TaskID | None = None
         self._total = self._first = 0
         self._mean_s = 0.0
+        self._counts, self._samples = "tokens", 0  # what a step's weight counts; of "samples" every step has as many
         self._printed_s = float("-inf")
         self._sent_bytes: Mapping[str, int] = {}  # of the last step, by axis and kind
         self._timeline = ""  # of the last step that was recorded
@@ -69,6 +70,7 @@ class ProgressSink:
 
     def _start(self, data: Mapping[str, Any]) -> None:
         self._total, self._first = int(data["steps"]), int(data["first_step"])
+        self._counts, self._samples = data.get("counts", self._counts), int(data.get("global_batch", 0))
         self._print(f"data: {data['data']}")
         resumed = f", resumed after step {self._first}" if self._first else ""
         self._print(
@@ -93,9 +95,10 @@ class ProgressSink:
         left = (self._total - step - 1) * self._mean_s
         memory = data["memory_bytes"]
         self._sent_bytes = data.get("sent_bytes", {})
+        counted = self._samples if self._counts == "samples" else data["weight"]
         text = (
             f"step {step + 1}/{self._total}  loss {data['loss']:.4f}  "
-            f"{format_count(data['weight'] / self._mean_s)} tokens/s  "
+            f"{format_count(counted / self._mean_s)} {self._counts}/s  "
             f"memory {' '.join(map(format_bytes, memory))}  ETA {format_duration(left)}"
         )
         if self._bar is not None and self._task is not None:

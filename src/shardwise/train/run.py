@@ -23,7 +23,7 @@ from shardwise.events import Event, JsonlSink, Sink
 from shardwise.execute.split_proof import in_words
 from shardwise.launch import RankContext, init_process_group, read_world, run_ranks
 from shardwise.launch.worker import join_worker, tell_all
-from shardwise.tasks import Task
+from shardwise.tasks import Counted, Task
 from shardwise.train.asked import Asked
 from shardwise.train.build import Job, ModelLike, about, build
 from shardwise.train.checks import check_experts, check_stages, check_tensor, make_folder
@@ -143,6 +143,8 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
             first_step=world.first_step,
             layout=str(run.layout),
             data=about(world.task),
+            counts=world.task.counts if isinstance(world.task, Counted) else "samples",
+            global_batch=run.training.global_batch,
             precision=run.techniques.precision.label,
             pid=os.getpid(),
             num_parameters=sum(shapes),
