@@ -59,7 +59,7 @@ def test_an_explicit_layout_is_priced_with_its_verdict_and_what_changes_would_bu
     line = ["plan", run_file("pp=2"), "--cluster", "local2", "--layout", "pp=2,micro_batches=4", "--svg", str(picture)]
     assert run_command(line) == 0
     told = capsys.readouterr().out
-    for word in ("fits:", "place 0", "place 1", "bubble", "one change would", "rank 0"):
+    for word in ("fits:", "pp rank 0", "pp rank 1", "bubble", "what one change would buy"):
         assert word in told
     assert max(map(len, told.splitlines())) <= 120
     assert ET.fromstring(picture.read_text()).tag.endswith("svg")

@@ -31,21 +31,21 @@ def test_time_of_every_place_adds_up_to_the_step() -> None:
 def test_places_that_are_alike_share_a_column() -> None:
     found = ranked("pp=8,micro_batches=16")
     head = time_table(found.price)[0]
-    assert "places" in head
-    assert len(head.split("place")) - 1 < 8
-    assert memory_table(found.price)[-1].startswith("together")
+    assert "pp ranks" in head
+    assert len(head.split("pp rank")) - 1 < 8
+    assert memory_table(found.price)[-1].startswith("total")
 
 
 def test_the_verdict_says_by_how_much_it_fits() -> None:
     text = verdict(ranked("pp=4,dp=2,micro_batches=8"))
     assert text.startswith("fits: ")
-    assert re.search(r"\d+%\) left", text)
+    assert re.search(r"\d+%\) free", text)
 
 
 def test_the_verdict_says_how_much_is_too_much_and_of_what() -> None:
     text = verdict(ranked("dp=8,micro_batches=2", memory=2e9))
     assert text.startswith("out of memory: ")
-    assert "too much; the largest: " in text
+    assert "too much; largest: " in text
     assert "GiB" in text
 
 

@@ -55,8 +55,8 @@ def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: As
         return found[0].layout
     print("\n".join(_head(cluster, job)))
     print(
-        f"searched      {found.num_layouts} layouts keep all rules, {found.num_priced} were priced; "
-        f"{'all others are behind by their estimates' if found.complete else 'others may be better'}\n"
+        f"searched      {found.num_layouts} layouts are valid, {found.num_priced} were estimated in full; "
+        f"{'the others are slower by the coarse estimate' if found.complete else 'others may be faster'}\n"
     )
     print("\n".join(ranking_table(found.ranking)))
     print()
@@ -112,7 +112,8 @@ def _shares(pricer: Pricer, ranked: Ranked) -> None:
     if not pricer.cluster.is_uniform and layout.pp == 1 and layout.num_replicas > 1 and whole:
         shares = shares_of(pricer, layout)
         if shares.step_s < _WORTH * shares.even_s:
-            print(textwrap.fill(f"shares        by speed, which runs do not deal out yet: {shares}", _WIDTH))
+            told = f"shares        of the batch by device speed (training runs take equal ones): {shares}"
+            print(textwrap.fill(told, _WIDTH))
 
 
 def _timeline(ranked: Ranked) -> None:
@@ -123,11 +124,11 @@ def _timeline(ranked: Ranked) -> None:
 
 
 def _changes(told: list[str]) -> None:
-    print("\none change would")
+    print("\nwhat one change would buy")
     for text in told[:_CHANGES]:
         print(textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="      "))
     if len(told) > _CHANGES:
-        print(f"  … and {len(told) - _CHANGES} more, which cost more or cannot be done")
+        print(f"  … and {len(told) - _CHANGES} more, which cost more or are not valid")
 
 
 def _picture(ranked: Ranked, asked: Asked) -> None:

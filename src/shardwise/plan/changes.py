@@ -143,10 +143,6 @@ def _neighbours(layout: Layout, axes: Axes, limits: Limits, global_batch: int) -
         word = SequenceParallel.OFF if layout.sequence_parallel else SequenceParallel.ON
         what = f"sequence_parallel {layout.sequence_parallel}→{word}"
         yield what, "", _with(layout, limits, global_batch, samples, sequence_parallel=word), samples
-    for offload in axes.offload:
-        if offload != layout.offload:
-            what = f"offload {layout.offload}→{offload}"
-            yield what, "", _with(layout, limits, global_batch, samples, offload=offload), samples
 
 
 def _of_axis(
@@ -207,7 +203,7 @@ def _with(layout: Layout, limits: Limits, global_batch: int, samples: int, **cha
     replicas = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
     count, rest = divmod(global_batch, replicas * samples)
     if rest or not count:
-        return f"{replicas} replicas × {samples} samples do not divide a batch of {global_batch}"
+        return f"{replicas} replicas × {samples} samples a micro-batch do not divide the global batch of {global_batch}"
     mesh = Mesh(devices=layout.world_size, **{name: sizes[name] for name in _AXES})
     if (rule := broken_rule(mesh, limits)) is not None:
         return rule[1]
@@ -218,7 +214,8 @@ def _with(layout: Layout, limits: Limits, global_batch: int, samples: int, **cha
     if sizes["pp"] == 1:
         fields |= {"schedule": "1f1b", "chunks": None}
     elif sizes["pp"] * (layout.num_stages // layout.pp) > limits.stages and "chunks" not in changed:
-        return f"pp={sizes['pp']} × {layout.num_stages // layout.pp} stages a rank are more than {limits.stages} units"
+        own = f"pp={sizes['pp']} × {layout.num_stages // layout.pp} stages a rank"
+        return f"{own}, but the model has {limits.stages} units with parameters"
     try:
         return Layout.from_dict({**fields, "micro_batches": count})
     except LayoutError as error:

@@ -25,7 +25,7 @@ Rejections = Sequence[tuple[str, int, Rejected]]
 def ranking_table(ranking: Sequence[Ranked]) -> list[str]:
     """One line a layout: its place, seconds, margin, MFU, bubble, bytes, room, dollars where there are prices."""
     priced = any(ranked.usd is not None for ranked in ranking)
-    head = ["", "step", "behind", "MFU", "waiting", "memory", "left", *(["a step"] if priced else []), "layout"]
+    head = ["", "step", "behind", "MFU", "bubble", "memory", "free", *(["$/step"] if priced else []), "layout"]
     rows = [head]
     for place, ranked in enumerate(ranking, 1):
         rows.append(
@@ -63,7 +63,7 @@ def explain_ranked(
     lines += _labelled("memory", verdict(chosen))
     lines += ["", *memory_table(chosen.price), "", *time_table(chosen.price), ""]
     if place > 0:
-        lines += _labelled("the best", _against(chosen, ranking[0]))
+        lines += _labelled("best", _against(chosen, ranking[0]))
     if place + 1 < len(ranking):
         lines += _labelled("runner-up" if place == 0 else "next", _against(chosen, ranking[place + 1], objective))
     lines += rejected_lines(rejected)
@@ -77,28 +77,28 @@ def verdict(ranked: Ranked) -> str:
     largest = ", ".join(worst_lines(ranked.price))
     peak = f"{format_bytes(ranked.peak_bytes)} of {format_bytes(have)} on the fullest rank"
     if ranked.room_bytes >= 0:
-        less = "" if ranked.has_room else f", less than the {LEAST_ROOM:.0%} that a caching allocator should have"
+        less = "" if ranked.has_room else f", less than the {LEAST_ROOM:.0%} headroom that a caching allocator needs"
         if ranked.host_lacks_bytes:
-            return f"out of the host's memory: {format_bytes(ranked.host_lacks_bytes)} too much waits there; {peak}"
-        return f"fits: {peak}, {format_bytes(ranked.room_bytes)} ({share:.0%}) left{less}; the largest: {largest}"
-    return f"out of memory: {peak}, {format_bytes(-ranked.room_bytes)} ({share:.0%}) too much; the largest: {largest}"
+            return f"out of host memory: {format_bytes(ranked.host_lacks_bytes)} too much is offloaded; {peak}"
+        return f"fits: {peak}, {format_bytes(ranked.room_bytes)} ({share:.0%}) free{less}; largest: {largest}"
+    return f"out of memory: {peak}, {format_bytes(-ranked.room_bytes)} ({share:.0%}) too much; largest: {largest}"
 
 
 def rejected_lines(rejected: Rejections) -> list[str]:
     """One line a rule: how many, and an example with its numbers."""
     lines: list[str] = []
     for place, (rule, count, example) in enumerate(rejected):
-        text = f"{count} × {rule}; the nearest {_layout(example.axes)}: {example.reason}"
+        text = f"{count} × {rule}, e.g. {_layout(example.axes)}: {example.reason}"
         lines += _labelled("rejected" if place == 0 else "", text)
     return lines
 
 
 def _step(ranked: Ranked) -> str:
     cost = "" if ranked.usd is None else f", {_dollars(ranked.usd)}"
-    how = "schedule simulated" if ranked.exact else "closed form"
+    how = "simulated schedule" if ranked.exact else "closed form"
     return (
         f"{format_seconds(ranked.price.step_s)} ({how}){cost}; {ranked.price.mfu:.1%} MFU; "
-        f"{_waiting(ranked):.1%} of the step waiting for other stages"
+        f"{_waiting(ranked):.1%} pipeline bubble"
     )
 
 

@@ -16,21 +16,19 @@ __all__ = ["differences", "memory_table", "time_table", "worst_lines"]
 
 _COLUMNS = 6  # places of the pipeline that a table shows
 _CLOSE = 0.002  # of the total: places that differ by less are one column
-_LABEL = 14
+_LABEL = 16
 _ROUNDING = 1e-9  # of the total: what is left of differences that are none
 
 Lines = MemoryLines | TimeLines
 
 _WORDS = {
-    "activations": "activations",
-    "framework": "framework",
-    "slack": "fragments",
-    "tp": "tp exchanges",
-    "cp": "cp exchanges",
-    "ep": "ep exchanges",
-    "pipeline": "transfers",
-    "replicas": "replicas",
-    "host": "program",
+    "slack": "fragmentation",
+    "tp": "tp collectives",
+    "cp": "cp collectives",
+    "ep": "ep collectives",
+    "pipeline": "p2p messages",
+    "replicas": "dp collectives",
+    "host": "host overhead",
 }
 
 
@@ -70,7 +68,7 @@ def _table(ranks: Sequence[Lines], text: Callable[[float], str]) -> list[str]:
         numbers = [float(getattr(ranks[first], name)) for first, _ in columns]
         if any(float(getattr(lines, name)) > least for lines in ranks):
             rows.append((_word(name), [text(number) if number > least else "-" for number in numbers]))
-    rows.append(("together", [text(ranks[first].total) for first, _ in columns]))
+    rows.append(("total", [text(ranks[first].total) for first, _ in columns]))
     widths = [max(len(head[c]), *(len(cells[c]) for _, cells in rows)) for c in range(len(columns))]
     lines = [" " * _LABEL + "  ".join(word.rjust(width) for word, width in zip(head, widths, strict=True))]
     for label, cells in rows:
@@ -116,4 +114,4 @@ def _word(name: str) -> str:
 
 
 def _place(first: int, last: int) -> str:
-    return f"place {first}" if first == last else f"places {first}-{last}"
+    return f"pp rank {first}" if first == last else f"pp ranks {first}-{last}"

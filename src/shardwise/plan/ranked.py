@@ -29,13 +29,13 @@ class Objective(enum.StrEnum):
 class Rule(enum.StrEnum):
     """Why a layout that keeps the rules of layouts is not among the best."""
 
-    MEMORY_BOUND = "does not fit, by a lower bound"
-    MEMORY = "does not fit"
-    ROOM = "leaves too little memory"
-    DOMINATED = "computes again what fits"
-    SLOWER = "is slower"
-    BEHIND = "is slower, by an estimate"
-    FAILED = "cannot be priced"
+    MEMORY_BOUND = "out of memory (lower bound)"
+    MEMORY = "out of memory"
+    ROOM = "too little memory headroom"
+    DOMINATED = "recompute or offload not needed"
+    SLOWER = "slower"
+    BEHIND = "slower (coarse estimate)"
+    FAILED = "cannot be estimated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Ranked:
 
     def __str__(self) -> str:
         money = "" if self.usd is None else f", ${self.usd:.3g}"
-        room = f"{format_bytes(abs(self.room_bytes))} {'left' if self.room_bytes >= 0 else 'too much'}"
+        room = f"{format_bytes(abs(self.room_bytes))} {'free' if self.room_bytes >= 0 else 'too much'}"
         return f"{self.layout}: {format_seconds(self.price.step_s)}{money}, {format_bytes(self.peak_bytes)} ({room})"
 
 

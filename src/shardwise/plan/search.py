@@ -210,29 +210,29 @@ def _reason(search: Search, row: int, rule: Rule, expected_s: float) -> tuple[st
         return explorer.failed[row], {}
     if rule is Rule.MEMORY_BOUND:
         needs = float(explorer.coarse.at_least_bytes[row])
-        text = f"the fullest rank needs at least {format_bytes(needs)} of {format_bytes(memory)}"
+        text = f"the fullest rank needs {format_bytes(needs)} of {format_bytes(memory)} at the very least"
         return text, {"needs_bytes": needs, "memory_bytes": memory}
     if rule is Rule.DOMINATED:
         other = explorer.space.layout(explorer.dominated[row])
         told = f"recompute={other.recompute}" + (f" and offload={other.offload}" if explorer.moves else "")
-        return f"the same with {told} fits, and computes or moves less", {}
+        return f"{told} fits too, and recomputes or offloads less", {}
     if rule is Rule.BEHIND:
         return (
-            f"about {format_seconds(expected_s)} by an estimate, the best {format_seconds(best.price.step_s)}",
+            f"about {format_seconds(expected_s)} by the coarse estimate, the best {format_seconds(best.price.step_s)}",
             {"about_s": expected_s, "best_s": best.price.step_s},
         )
     ranked = explorer.priced[row]
     if rule is Rule.MEMORY:
         if ranked.room_bytes >= 0:
             lacks = ranked.host_lacks_bytes
-            return f"its host lacks {format_bytes(lacks)} for what waits there", {"host_lacks_bytes": lacks}
+            return f"host memory is {format_bytes(lacks)} short of what is offloaded", {"host_lacks_bytes": lacks}
         lacks = -ranked.room_bytes
         text = f"{format_bytes(ranked.peak_bytes)} of {format_bytes(memory)}: {format_bytes(lacks)} too much"
         return text, {"needs_bytes": ranked.peak_bytes, "memory_bytes": memory, "lacks_bytes": lacks}
     if rule is Rule.ROOM:
         text = (
-            f"{format_bytes(ranked.peak_bytes)} of {format_bytes(memory)} leave {format_bytes(ranked.room_bytes)} "
-            f"({ranked.price.room:.1%}) free, and {LEAST_ROOM:.0%} is the least where another layout leaves that"
+            f"{format_bytes(ranked.peak_bytes)} of {format_bytes(memory)}: {format_bytes(ranked.room_bytes)} "
+            f"({ranked.price.room:.1%}) free, less than {LEAST_ROOM:.0%}, which other layouts leave"
         )
         return text, {"room": ranked.price.room, "least": LEAST_ROOM}
     objective = Objective.TIME if search.objective.startswith("pareto") else search.objective
@@ -245,8 +245,8 @@ def _reason(search: Search, row: int, rule: Rule, expected_s: float) -> tuple[st
 def _nothing(refused: Sequence[object], cluster: Cluster) -> str:
     some = "; ".join(str(getattr(each, "reason", each)) for each in itertools.islice(refused, 3))
     return (
-        f"no layout of {cluster.num_devices} devices keeps the rules of the model and its batch: {some}; use another "
-        "number of devices, or another batch"
+        f"no layout of {cluster.num_devices} devices divides this model and its batch: {some}; use another number of "
+        "devices, or another batch"
     )
 
 
@@ -263,8 +263,8 @@ def _too_large(explorer: Explorer) -> str:
     nearest = max(explorer.priced.values(), key=lambda ranked: min(ranked.room_bytes, -ranked.host_lacks_bytes))
     if nearest.room_bytes >= 0:
         return (
-            f"no layout that was priced fits: the nearest is {nearest.layout}, for which its host has "
-            f"{format_bytes(nearest.host_lacks_bytes)} too little; use more devices, or larger ones"
+            f"no layout that was priced fits: the nearest is {nearest.layout}, whose hosts "
+            f"have {format_bytes(nearest.host_lacks_bytes)} too little memory; use more devices, or larger ones"
         )
     memory = explorer.pricer.memory_of(nearest.devices)
     return (

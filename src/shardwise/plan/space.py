@@ -153,15 +153,15 @@ def broken_rule(mesh: Mesh, limits: Limits) -> tuple[str, str] | None:
         found = limits.sizes.get(axis)
         if found is not None and size > 1 and size not in found:
             told = ", ".join(map(str, (1, *found)))
-            return f"{axis} divides the model", f"{axis}={size} was not found to divide the model, {told} were"
+            return f"{axis} does not divide the model", f"{axis}={size} is none of the sizes proven on it: {told}"
     for axis, size, numbers in (("tp", mesh.tp, limits.tensor), ("cp", mesh.cp, limits.context)):
         for name, number in numbers.items():
             if number % size:
-                return f"{axis} divides {name}", f"{axis}={size} does not divide {number} {name}"
+                return f"{axis} does not divide {name}", f"{axis}={size} does not divide {number} {name}"
     if mesh.ep > 1 and "ep" not in limits.sizes and (limits.experts == 0 or limits.experts % mesh.ep):
-        return "ep divides experts", f"ep={mesh.ep} does not divide {limits.experts} experts"
+        return "ep does not divide experts", f"ep={mesh.ep} does not divide {limits.experts} experts"
     if mesh.pp > limits.stages:
-        return "a stage has a unit", f"pp={mesh.pp} is more than the {limits.stages} units that can be stages"
+        return "more stages than units", f"pp={mesh.pp} stages, but the model has {limits.stages} units with parameters"
     return None
 
 
@@ -170,9 +170,9 @@ def _places(mesh: Mesh, axes: Axes, *, global_batch: int, per_host: int, refused
     for samples in axes.samples:
         micro_batches, rest = divmod(global_batch, replicas * samples)
         if rest or not micro_batches:
-            more = f"{replicas} replicas × {samples} samples of a micro-batch"
-            reason = f"{more} do not divide a batch of {global_batch}"
-            refused.append(Refused(axes=f"{mesh},samples={samples}", rule="micro-batches are whole", reason=reason))
+            each = f"{replicas} replicas × {samples} samples a micro-batch"
+            reason = f"{each} do not divide the global batch of {global_batch}"
+            refused.append(Refused(axes=f"{mesh},samples={samples}", rule="global batch not divisible", reason=reason))
             continue
         for dp, fsdp, zero, unshard in _states(mesh, axes, per_host):
             yield Place(
@@ -221,8 +221,8 @@ def _ways_of(mesh: Mesh, limits: Limits, axes: Axes, refused: list[Refused]) -> 
         if mesh.pp * chunks <= limits.stages:
             fitting.append(index)
         else:
-            reason = f"pp={mesh.pp} × {chunks} stages a rank are more than the {limits.stages} units that can be stages"
-            refused.append(Refused(axes=f"{mesh},schedule={name}", rule="a stage has a unit", reason=reason))
+            reason = f"pp={mesh.pp} × {chunks} stages a rank, but the model has {limits.stages} units with parameters"
+            refused.append(Refused(axes=f"{mesh},schedule={name}", rule="more stages than units", reason=reason))
     return fitting
 
 
@@ -247,6 +247,7 @@ def _choices(mesh: Mesh, ways: list[int], axes: Axes, refused: list[Refused]) ->
     split = np.array([bool(word) for word in axes.sequence_parallel])
     broken = away[rows[:, 3]] & again[rows[:, 1]] & split[rows[:, 2]]
     if broken.any():
-        reason = f"recompute of tokens that {mesh.tp} shards deal out keeps its inputs on the device"
-        refused.append(Refused(axes=f"{mesh},sequence_parallel=on,offload=…", rule="what is put away", reason=reason))
+        reason = f"units recomputed under sequence parallelism (tp={mesh.tp}) keep their inputs on the device"
+        own = f"{mesh},sequence_parallel=on,offload=activations"
+        refused.append(Refused(axes=own, rule="activation offload excludes this recompute", reason=reason))
     return np.asarray(rows[~broken])
