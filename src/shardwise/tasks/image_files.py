@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shardwise.errors import ConfigError
 from shardwise.tasks.task import Split
 
-__all__ = ["Images", "read_idx", "read_images"]
+__all__ = ["Images", "has_idx", "read_idx", "read_images", "whole_pixels"]
 
 _IDX: Mapping[Split, str] = {"train": "train", "held_out": "t10k"}
 _FOLDERS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "held_out": ("val", "valid", "dev", "test")}
@@ -45,7 +45,7 @@ def read_images(data: Path, *, size: int, channels: int) -> dict[Split, Images]:
     """
     if not data.is_dir():
         raise ConfigError(f"task.data is a folder of images, but {data} is none; correct the path")
-    if any(data.glob("train-images-idx3-ubyte*")):
+    if has_idx(data):
         return {split: _of_idx(data, name) for split, name in _IDX.items()}
     found = {split: next((data / name for name in names if (data / name).is_dir()), None)
              for split, names in _FOLDERS.items()}  # fmt: skip
@@ -62,6 +62,11 @@ def read_images(data: Path, *, size: int, channels: int) -> dict[Split, Images]:
     names = tuple(sorted(folder.name for folder in train.iterdir() if folder.is_dir()))
     folders: dict[Split, Path] = {"train": train, "held_out": held_out}
     return {split: _of_folder(folder, names, size, channels or 3) for split, folder in folders.items()}
+
+
+def has_idx(data: Path) -> bool:
+    """Whether a folder has idx files as MNIST does."""
+    return any(data.glob("train-images-idx3-ubyte*"))
 
 
 def read_idx(file: Path) -> NDArray[np.uint8]:
@@ -113,16 +118,30 @@ def _of_folder(folder: Path, names: tuple[str, ...], size: int, channels: int) -
     return Images(pixels=np.stack(pixels), labels=np.array(labels, dtype=np.int64), names=names)
 
 
+def whole_pixels(file: Path, *, size: int, channels: int) -> tuple[NDArray[np.uint8], float]:
+    """An image file scaled to fit a square, at its top left, black beside it: pixels (channels, size, size), and how many
+    of them stand for one of the file's. Raises ConfigError for a file that is no image."""
+    _, ops = _pillow()
+    pixels, own = _opened(file, channels, lambda opened: ops.pad(opened, (size, size), centering=(0, 0)))
+    return pixels, size / max(own)
+
+
 def _pixels(file: Path, size: int, channels: int) -> NDArray[np.uint8]:
     """(channels, size, size)"""
-    library, ops = _pillow()
+    _, ops = _pillow()
+    return _opened(file, channels, lambda opened: ops.fit(opened, (size, size)))[0]
+
+
+def _opened(file: Path, channels: int, to_size: Callable[[Any], Any]) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Pixels (channels, height, width) of what `to_size` makes of an image, and the image's own width and height."""
+    library, _ = _pillow()
     try:
         with library.open(file) as opened:
-            image = ops.fit(opened.convert("L" if channels == 1 else "RGB"), (size, size))
+            own, image = opened.size, to_size(opened.convert("L" if channels == 1 else "RGB"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is an image, but {error}; take it out") from error
     array: NDArray[np.uint8] = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1), own
 
 
 def _pillow() -> tuple[Any, Any]:

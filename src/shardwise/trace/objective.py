@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,16 @@ __all__ = ["Batch", "LossFunction", "objective"]
 Batch = Mapping[str, Any] | Sequence[Any]
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
+_TARGET = "target_"
+
 
 def objective(model: nn.Module, batch: Batch, loss: LossFunction | None = None) -> torch.Tensor:
     """The scalar loss of a batch: `loss(outputs, batch)`, or what the model itself returns as its loss.
 
-    A mapping is given to `forward` by name, a sequence by position. Raises `ModelError` where there is no loss.
+    A mapping is given to `forward` by name, a sequence by position. What is named target_… and is none of the names that
+    `forward` lists is for `loss` alone. Raises `ModelError` where there is no loss.
     """
-    outputs = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    outputs = model(**_for_model(model, batch)) if isinstance(batch, Mapping) else model(*batch)
     if loss is not None:
         return loss(outputs, batch)
     found = _own_loss(outputs)
@@ -31,6 +35,14 @@ def objective(model: nn.Module, batch: Batch, loss: LossFunction | None = None) 
             "labels, or pass loss=lambda outputs, batch: ..."
         )
     return found
+
+
+def _for_model(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch without what only the loss reads."""
+    if not any(name.startswith(_TARGET) for name in batch):
+        return batch
+    listed = inspect.signature(type(model).forward).parameters
+    return {name: value for name, value in batch.items() if name in listed or not name.startswith(_TARGET)}
 
 
 def _own_loss(outputs: Any) -> torch.Tensor | None:
