@@ -16,7 +16,8 @@ __all__ = ["Headed", "ModelHead"]
 class ModelHead:
     """`family` is the class of transformers that finds a model for a config (`AutoModelForTokenClassification`);
     `config` are keys of the config that follow from its labels, `inputs` those that follow from its samples, for a
-    model that has no values yet: set where the run does not write them and the config has such a key."""
+    model that has no values yet: set where the run does not write them and the config, or the factory, has such a
+    key. Without a family any model that is named will do."""
 
     family: str
     config: Mapping[str, object] = field(default_factory=dict)

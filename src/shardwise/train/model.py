@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ def model_factory(options: ModelOptions, head: ModelHead | None = None) -> Calla
     """A function that builds the model, in training mode. Nothing is built here, but names and config are checked.
 
     `head` is what the task wants of a transformers model: the class for it, where [model] names none, and keys of the
-    config that [model] does not write.
+    config that [model] does not write. A factory is given those that it has a parameter for.
 
     Raises ConfigError for an unknown module, function, class or config, or where nothing says what to build.
     """
     if options.factory is not None:
-        return functools.partial(_from_factory, _found(options.factory), dict(options.options), options.factory)
+        factory = _found(options.factory)
+        told = dict(options.options) if head is None else _told(factory, head) | options.options
+        return functools.partial(_from_factory, factory, told, options.factory)
     read = _config_of(options)
     if head is not None:
         _fit(read, head, options)
@@ -95,6 +98,15 @@ def _from_factory(factory: Callable[..., object], options: Mapping[str, Any], na
     return model.train()
 
 
+def _told(factory: Callable[..., object], head: ModelHead) -> dict[str, Any]:
+    """What follows from the data, of a factory's named parameters."""
+    try:
+        known = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # it cannot be looked into
+        return {}
+    return {name: value for name, value in head.inputs.items() if name in known}
+
+
 def _fit(config: Any, head: ModelHead, options: ModelOptions) -> None:
     """Set what follows from the data; what a run writes by hand stays. A file's own is that of another head."""
     written = options.config if isinstance(options.config, Mapping) else {}
@@ -108,7 +120,7 @@ def _class_of(config: Any, name: str | None, head: ModelHead | None) -> Any:
     import transformers
 
     if name is None:
-        family, what = _CAUSAL if head is None else (head.family, head.family)
+        family, what = _CAUSAL if head is None or not head.family else (head.family, head.family)
         models = getattr(transformers, family)._model_mapping
         if type(config) not in models:
             raise ConfigError(

@@ -1,0 +1,43 @@
+"""Frames of pixels with a line of words above them, as an animated GIF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.errors import ConfigError
+
+__all__ = ["Frame", "write_film"]
+
+Frame = tuple[NDArray[np.uint8], str]  # pixels (height, width, 3), and the words above them
+
+_CAPTION = 14  # pixels
+_FRAME_MS = 350
+
+
+def write_film(path: Path, frames: Sequence[Frame]) -> None:
+    """Raises ConfigError where Pillow is missing, or a name that is no GIF's."""
+    library, draw = _pillow()
+    images = []
+    for pixels, words in frames:
+        height, width, _ = pixels.shape
+        image = library.new("RGB", (width, height + _CAPTION), "white")
+        image.paste(library.fromarray(pixels), (0, _CAPTION))
+        draw.Draw(image).text((2, 1), words, fill="black")
+        images.append(image.quantize(64))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0, optimize=True)
+
+
+def _pillow() -> tuple[Any, Any]:
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError as error:
+        raise ConfigError(
+            "films are written by Pillow, which is not installed; run: pip install 'shardwise[vla]'"
+        ) from error
+    return Image, ImageDraw
