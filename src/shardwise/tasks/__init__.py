@@ -1,6 +1,7 @@
 """Tasks: samples, losses, weights and metrics. They know no parallelism; see `Task` for what one gives."""
 
 from shardwise.tasks.by_step import Augmented, Ordered, alike_indices, indices_at, samples_at
+from shardwise.tasks.detection import Detection
 from shardwise.tasks.head import Headed, ModelHead
 from shardwise.tasks.images import ImageClassification
 from shardwise.tasks.language_modelling import CorpusOptions, EncodedCorpus, LanguageModelling
@@ -25,6 +26,7 @@ from shardwise.tasks.task import (
     perplexity,
 )
 from shardwise.tasks.token_classification import TokenClassification
+from shardwise.tasks.translation import Translation
 
 __all__ = [
     "IGNORED_LABEL",
@@ -34,6 +36,7 @@ __all__ = [
     "Batch",
     "CorpusOptions",
     "Counted",
+    "Detection",
     "EncodedCorpus",
     "Game",
     "Headed",
@@ -48,6 +51,7 @@ __all__ = [
     "Split",
     "Task",
     "TokenClassification",
+    "Translation",
     "alike_indices",
     "batch_size",
     "class_loss",

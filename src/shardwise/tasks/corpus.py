@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardwise.errors import ConfigError
 
-__all__ = ["STDLIB", "SplitDocuments", "read_documents", "split_documents"]
+__all__ = ["STDLIB", "SplitDocuments", "files_of", "read_documents", "split_documents"]
 
 STDLIB = "stdlib"  # the source that every machine with Python has
 
@@ -46,7 +46,7 @@ def read_documents(sources: str | Sequence[str]) -> tuple[str, ...]:
     seen: set[Path] = set()
     documents: list[str] = []
     for source in named:
-        for file in _files(source):
+        for file in files_of(source):
             resolved = file.resolve()
             if resolved not in seen:
                 seen.add(resolved)
@@ -96,8 +96,8 @@ def _split_ends(documents: Sequence[str], held_out_fraction: float) -> SplitDocu
     return SplitDocuments(train=tuple(filter(None, train)), held_out=tuple(filter(None, held_out)))
 
 
-def _files(source: str) -> list[Path]:
-    """Files of one source, sorted. Raises ConfigError if there are none."""
+def files_of(source: str, *, repair: str = f"correct the path, or use {STDLIB!r}") -> list[Path]:
+    """Files of one source of `read_documents`, sorted. Raises ConfigError if there are none, with `repair`."""
     path = Path(source).expanduser()
     if source == STDLIB:
         files = _stdlib_files()
@@ -113,7 +113,7 @@ def _files(source: str) -> list[Path]:
     if not files:
         raise ConfigError(
             f"a source names at least one file; {source!r} is no file, no folder with files and no glob that "
-            f"matches (seen from {Path.cwd()}); correct the path, or use {STDLIB!r}"
+            f"matches (seen from {Path.cwd()}); {repair}"
         )
     return files
 

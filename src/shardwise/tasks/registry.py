@@ -7,7 +7,6 @@ corpus is prepared by one process and opened by every rank.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
@@ -17,15 +16,21 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from shardwise.errors import ConfigError
+from shardwise.tasks.by_name import found
+from shardwise.tasks.detection import FAMILY as DETECTS
+from shardwise.tasks.detection import Detection, DetectionOptions, PreparedDetection
 from shardwise.tasks.faults import fault_text, unknown_text
 from shardwise.tasks.head import ModelHead
 from shardwise.tasks.images import FAMILY as TELLS_IMAGES
 from shardwise.tasks.images import Augment, ImageClassification, ImageOptions
+from shardwise.tasks.imitation import Imitation, ImitationOptions, PreparedImitation
 from shardwise.tasks.language_modelling import CorpusOptions, LanguageModelling
 from shardwise.tasks.synthetic import RandomTokens
 from shardwise.tasks.task import Task
 from shardwise.tasks.token_classification import FAMILY as TAGS_WORDS
 from shardwise.tasks.token_classification import TaggedOptions, TokenClassification
+from shardwise.tasks.translation import FAMILY as TRANSLATES
+from shardwise.tasks.translation import PreparedTranslation, Translation, TranslationOptions
 
 __all__ = ["KINDS", "TaskKind", "head_of_kind", "may_have_head", "prepare_task", "task_from", "wanted_of_run"]
 
@@ -45,7 +50,7 @@ class TaskKind:
 
     prepare: Callable[[Options], dict[str, object]]
     open: Callable[[Options], Task]
-    family: str = ""  # see `ModelHead`; empty: the task has no head of its own
+    family: str | None = None  # see `ModelHead`; None: the task has no head of its own
     wants: frozenset[str] = frozenset()  # what the run knows: "cache", a folder, "tokenizer", where its model is
 
 
@@ -97,12 +102,12 @@ def task_from(kind: str, options: Options) -> Task:
 def head_of_kind(kind: str) -> ModelHead | None:
     """The head of a kind of task, as far as it is known without its data. Raises ConfigError for an unknown kind."""
     family = _kind(kind).family
-    return ModelHead(family=family) if family else None
+    return ModelHead(family=family) if family is not None else None
 
 
 def may_have_head(kind: str) -> bool:
     """Whether a task of this kind may be `Headed`: what a factory makes is known when it has been called."""
-    return kind not in KINDS or bool(KINDS[kind].family)
+    return kind not in KINDS or KINDS[kind].family is not None
 
 
 def wanted_of_run(kind: str) -> frozenset[str]:
@@ -147,6 +152,14 @@ def _open_tags(options: Options) -> Task:
     return TokenClassification.open(Path(prepared.folder), pad_to=prepared.pad_to, alike=prepared.alike)
 
 
+def _prepare_pairs(options: Options) -> dict[str, object]:
+    return asdict(Translation.prepare(_checked(TranslationOptions, options)))
+
+
+def _open_pairs(options: Options) -> Task:
+    return Translation.open(_checked(PreparedTranslation, options))
+
+
 def _prepare_images(options: Options) -> dict[str, object]:
     wanted = _checked(ImageOptions, options)
     Augment(flip=wanted.flip, shift=wanted.shift)  # refused before anything is read
@@ -160,6 +173,22 @@ def _open_images(options: Options) -> Task:
     return ImageClassification.open(Path(prepared.folder), augment=augment)
 
 
+def _prepare_boxes(options: Options) -> dict[str, object]:
+    return asdict(Detection.prepare(_checked(DetectionOptions, options)))
+
+
+def _open_boxes(options: Options) -> Task:
+    return Detection.open(_checked(PreparedDetection, options))
+
+
+def _prepare_imitation(options: Options) -> dict[str, object]:
+    return asdict(Imitation.prepare(_checked(ImitationOptions, options)))
+
+
+def _open_imitation(options: Options) -> Task:
+    return Imitation.open(_checked(PreparedImitation, options))
+
+
 def _prepare_random_tokens(options: Options) -> dict[str, object]:
     return asdict(_checked(RandomTokens, options))  # nothing to prepare, but wrong options are refused here
 
@@ -169,12 +198,7 @@ def _open_random_tokens(options: Options) -> Task:
 
 
 def _from_factory(kind: str, options: Options) -> Task:
-    module_name, _, name = kind.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a task {kind!r} names a module and a function in it: {error}; correct the name") from error
-    task: Task = factory(**options)
+    task: Task = found(kind, "a task")(**options)
     return task
 
 
@@ -200,12 +224,20 @@ def _fault(fault: Mapping[str, Any]) -> str:
 KINDS: Mapping[str, TaskKind] = MappingProxyType(
     {
         "language_modelling": TaskKind(prepare=_prepare_corpus, open=_open_corpus, wants=frozenset({"cache"})),
+        "imitation": TaskKind(prepare=_prepare_imitation, open=_open_imitation, family="", wants=frozenset({"cache"})),
         "random_tokens": TaskKind(prepare=_prepare_random_tokens, open=_open_random_tokens),
         "images": TaskKind(prepare=_prepare_images, open=_open_images, family=TELLS_IMAGES, wants=frozenset({"cache"})),
+        "detection": TaskKind(prepare=_prepare_boxes, open=_open_boxes, family=DETECTS, wants=frozenset({"cache"})),
         "token_classification": TaskKind(
             prepare=_prepare_tags,
             open=_open_tags,
             family=TAGS_WORDS,
+            wants=frozenset({"cache", "tokenizer"}),
+        ),
+        "translation": TaskKind(
+            prepare=_prepare_pairs,
+            open=_open_pairs,
+            family=TRANSLATES,
             wants=frozenset({"cache", "tokenizer"}),
         ),
     }

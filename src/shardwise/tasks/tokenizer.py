@@ -64,23 +64,26 @@ class TextTokenizer:
                 yield np.array(encoding.ids + [self.end_of_text] * ends, dtype=self.dtype)
 
 
-def train_tokenizer(documents: Sequence[str], *, vocabulary_size: int, cache: Path) -> TextTokenizer:
-    """Byte-level BPE of at most vocabulary_size tokens, END_OF_TEXT among them, kept in a folder below
-    `cache`.
+def train_tokenizer(
+    documents: Sequence[str], *, vocabulary_size: int, cache: Path, specials: Sequence[str] = ()
+) -> TextTokenizer:
+    """Byte-level BPE of at most vocabulary_size tokens, END_OF_TEXT and `specials` among them, kept in a folder
+    below `cache`.
 
     Every text can be encoded and comes back byte for byte. A small corpus gives a smaller vocabulary than
     asked for. Trained once for equal documents and size (Sennrich et al., ACL 2016; on bytes: Radford et al.,
     GPT-2, 2019). Raises ConfigError for a vocabulary under 257 or if `tokenizers` is not installed.
     """
-    if vocabulary_size < _MIN_VOCABULARY_SIZE:
+    least = _MIN_VOCABULARY_SIZE + len(specials)
+    if vocabulary_size < least:
         raise ConfigError(
-            f"a byte-level vocabulary holds 256 bytes and the end of text; vocabulary_size={vocabulary_size} "
-            f"is too small; use {_MIN_VOCABULARY_SIZE} or more"
+            f"a byte-level vocabulary holds 256 bytes and {', '.join(('the end of text', *specials))}; "
+            f"vocabulary_size={vocabulary_size} is too small; use {least} or more"
         )
-    key = content_key([_FORMAT, str(vocabulary_size), *documents])
+    key = content_key([_FORMAT, str(vocabulary_size), *specials, *documents])
 
     def fill(folder: Path) -> None:
-        trained = _train(documents, vocabulary_size)
+        trained = _train(documents, vocabulary_size, specials)
         (folder / TOKENIZER_FILE).write_text(trained.to_str(), encoding="utf-8")
 
     return load_tokenizer(filled_folder(cache / f"tokenizer-{key}", fill))
@@ -115,7 +118,7 @@ def load_tokenizer(source: Path, *, end_of_text: str | None = None) -> TextToken
     )
 
 
-def _train(documents: Sequence[str], vocabulary_size: int) -> Tokenizer:
+def _train(documents: Sequence[str], vocabulary_size: int, specials: Sequence[str]) -> Tokenizer:
     library = _tokenizers()
     byte_level = library.pre_tokenizers.ByteLevel
     tokenizer: Tokenizer = library.Tokenizer(library.models.BPE())
@@ -123,7 +126,7 @@ def _train(documents: Sequence[str], vocabulary_size: int) -> Tokenizer:
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *specials],
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )

@@ -17,7 +17,7 @@ from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 from shardwise.parallel.tensor.written_plan import words_by_hand
 from shardwise.plan.partition import place
-from shardwise.tasks import LanguageModelling, RandomTokens, TokenClassification
+from shardwise.tasks import LanguageModelling, RandomTokens, TokenClassification, Translation
 from shardwise.trace.profile import trace
 from shardwise.train.build import Job, build_model, build_task, first_micro_batch
 from shardwise.train.model import sizes_of
@@ -39,7 +39,7 @@ def check_task(job: Job) -> None:
         tokens, source = task.corpus.vocabulary_size, "the corpus has"
     elif isinstance(task, RandomTokens):
         tokens, source = task.vocabulary_size, "the task draws from"
-    elif isinstance(task, TokenClassification):
+    elif isinstance(task, TokenClassification | Translation):
         tokens, source = task.vocabulary_size, "the tokenizer has"
     else:
         return
