@@ -43,7 +43,8 @@ def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2, *, fa
     inside = dataclasses.replace(entry.inside, ranks=joined)
     between = dataclasses.replace(entry.between, ranks=None)
     links = (inside, between if fabric is None else fabric.link(between))
-    overheads = Overheads(exchange_s=EXCHANGE_S, step_s=STEP_S)
+    crowded_s = 0.0 if fabric is None else fabric.crowded_s
+    overheads = Overheads(exchange_s=EXCHANGE_S, step_s=STEP_S, crowded_s=crowded_s)
     return Cluster(
         hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, overheads=overheads, name=gpu
     )

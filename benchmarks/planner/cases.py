@@ -26,6 +26,8 @@ from shardwise.plan.stage_work import StageWork
 
 __all__ = ["Case", "case_of"]
 
+CHANNELS = 16  # that NCCL deals the collectives of a group out to, one each
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -56,12 +58,14 @@ def case_of(row: Row, others: Sequence[Row] = ()) -> Case | None:
     samples = max(1, round(row.global_batch_seqs / (dp * count)))
     shard = shard_of(row, arch, samples)
     per = PerParameter(parameter=2, gradient=stack.summed_bytes, master=4, optimizer=8)
+    tensors = arch.tensors(math.ceil(arch.layers / layout.pp))
     job = Job(
         global_batch=dp * count * samples,
         per_parameter=per,
         overlap_replicas=stack.overlap and (stack.overlap_divided or layout.fsdp == 1),
         reduce_bytes=stack.wire_bytes,
-        step_kernels=stack.step_kernels * arch.tensors(math.ceil(arch.layers / layout.pp)),
+        step_kernels=stack.step_kernels * tensors,
+        reduce_calls=max(1.0, tensors / CHANNELS) if stack.by_tensor else 1.0,
     )
     stages = stages_of(
         shard,

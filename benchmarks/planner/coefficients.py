@@ -41,7 +41,6 @@ COEFFICIENTS = (
     Coefficient(where="inside", name="latency_s", least=1e-7, most=1e-3, spread=0.7),
     Coefficient(where="between", name="latency_s", least=1e-7, most=1e-2, spread=0.7),
 )
-CROWDED = 0.3  # of a hop between hosts: what one inside a host takes longer while messages of pipelines cross hosts
 
 
 def read(cluster: Cluster, coefficients: Sequence[Coefficient]) -> FloatArray:
@@ -64,7 +63,6 @@ def apply(cluster: Cluster, coefficients: Sequence[Coefficient], logs: FloatArra
         hosts.device, efficiency=dataclasses.replace(hosts.device.efficiency, **values.get("efficiency", {}))
     )
     inside, between = cluster.links
-    crowded_s = CROWDED * values.get("between", {}).get("latency_s", between.latency_s)
     return dataclasses.replace(
         cluster,
         hosts=(dataclasses.replace(hosts, device=device),),
@@ -72,7 +70,7 @@ def apply(cluster: Cluster, coefficients: Sequence[Coefficient], logs: FloatArra
             dataclasses.replace(inside, **values.get("inside", {})),
             dataclasses.replace(between, **values.get("between", {})),
         ),
-        overheads=dataclasses.replace(cluster.overheads, crowded_s=crowded_s, **values.get("overheads", {})),
+        overheads=dataclasses.replace(cluster.overheads, **values.get("overheads", {})),
     )
 
 

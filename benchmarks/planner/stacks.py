@@ -30,6 +30,7 @@ class Stack:
     every_second: whether "selective" keeps every second product and attention, not all but what attention keeps.
     inferred: recomputation where the table does not say.
     step_kernels: that the host starts for each tensor in the optimizer's step; 0: a few for all of them together.
+    by_tensor: whether replicas sum and gather tensor by tensor, as many at a time as a library has channels.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stack:
     padded_vocab: int = 128
     inferred: str = "none"
     step_kernels: int = 0
+    by_tensor: bool = False
 
 
 _MEGATRON_2021 = Stack(
@@ -80,6 +82,7 @@ _STACKS = MappingProxyType(
             split="costs",
             padded_vocab=1,
             overlap_divided=False,
+            by_tensor=True,  # hooks of each parameter; coalesced reduce-scatters and gathers of one each
             step_kernels=4,  # a norm and a scale of each gradient to clip it, its copy, and the parameter's 16-bit copy
         ),
         "torchtitan.csv": _TORCHTITAN,

@@ -277,11 +277,14 @@ def test_hosts_are_joined_by_what_a_source_says_of_its_machine() -> None:
     assert fabric_of("unknown.csv") is None
 
 
-def test_a_handful_is_fitted_and_a_hop_between_hosts_tells_how_crowded_they_are() -> None:
+def test_a_handful_is_fitted_and_the_fabric_tells_how_crowded_hosts_are() -> None:
     assert len(COEFFICIENTS) == 5
-    cluster = cluster_of("A100-SXM-80GB", 8)
+    fabric = fabric_of("hf_ultrascale_playbook_benchmarks.csv")
+    cluster = cluster_of("H100-SXM-80GB", 8, fabric=fabric)
     logs = read(cluster, COEFFICIENTS)
     logs[[str(each) for each in COEFFICIENTS].index("between.latency_s")] = np.log(1e-3)
     made = apply(cluster, COEFFICIENTS, logs)
     assert made.links[1].latency_s == pytest.approx(1e-3)
-    assert made.overheads.crowded_s == pytest.approx(3e-4)
+    assert not made.links[1].trees
+    assert made.overheads.crowded_s == fabric.crowded_s == pytest.approx(2e-4)
+    assert cluster_of("H100-SXM-80GB", 8).overheads.crowded_s == 0.0

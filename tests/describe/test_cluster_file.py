@@ -88,7 +88,7 @@ def _numbers(kind: type, **given: Any) -> st.SearchStrategy[Any]:
             fields[field.name] = st.integers(1, 2**48)
         elif field.name in shares:
             fields[field.name] = st.floats(1e-3, 1.0)
-        elif field.default is False:
+        elif isinstance(field.default, bool):
             fields[field.name] = st.booleans()
         else:
             fields[field.name] = st.floats(1e-9, 1e18)

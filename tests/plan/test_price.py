@@ -72,6 +72,19 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
         assert lines.total == pytest.approx(found.step_s)
 
 
+def test_sums_in_many_calls_have_the_hops_of_each() -> None:
+    """16 replicas on four hosts, rings alone: 30 hops of 0.1 s a call, and the same bytes."""
+    links = (CLUSTER.links[0], dataclasses.replace(CLUSTER.links[1], latency_s=0.1, trees=False))
+    slow, job = dataclasses.replace(CLUSTER, links=links), dataclasses.replace(JOB, overlap_replicas=False)
+    once, often = (
+        priced(Layout(dp=16), 1, cluster=slow, job=dataclasses.replace(job, reduce_calls=calls), trained=10**6)
+        for calls in (1.0, 5.0)
+    )
+    assert often.time[0].replicas - once.time[0].replicas == pytest.approx(4 * 30 * 0.1, rel=1e-3)
+    with pytest.raises(LayoutError, match="reduce_calls=0"):
+        dataclasses.replace(JOB, reduce_calls=0.0)
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
 def test_the_closed_form_is_what_the_simulator_says(schedule: str) -> None:
     layout = Layout(pp=4, schedule=schedule)

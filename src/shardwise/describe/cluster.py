@@ -97,8 +97,9 @@ class Link:
 
     efficiency: the share that large messages reach; latency_s: of one hop; half_bytes: a message of so many bytes
     reaches half of the bandwidth besides; 0: latency alone. reduces: whether its switches add up what passes them
-    (NVLS, SHARP), so that an all-reduce sends everything once. meeting_s: of a collective besides its hops, until all
-    ranks are there and have been told (ranks that sleep are woken).
+    (NVLS, SHARP), so that an all-reduce sends everything once; trees: whether sums may go up a tree, not round a ring
+    alone. meeting_s: of a collective besides its hops, until all ranks are there and have been told (ranks that sleep
+    are woken).
     """
 
     name: str
@@ -108,6 +109,7 @@ class Link:
     efficiency: float = 0.8
     half_bytes: float = 0.0
     reduces: bool = False
+    trees: bool = True
     meeting_s: float = 0.0
 
     def __post_init__(self) -> None:

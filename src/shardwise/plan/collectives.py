@@ -2,14 +2,14 @@
 
 For n ranks, S bytes, b bytes a second and a seconds a hop (Thakur et al. 2005; Patarasuk and Yuan 2009):
 
-    ring            all-gather, reduce-scatter   (n-1)/n S/b + hops        all-reduce   twice that
+    ring            all-gather, reduce-scatter   (n-1) (S/n / b + a)       all-reduce   twice that
     tree            all-reduce                   2 S/b + 2 log2(hosts) hops, two trees (Sanders et al. 2009)
     in the switch   all-reduce inside a host     S/b (n+1)/n: everything goes up once and comes down once
     pairwise        all-to-all                   (n-1)/n of what one rank sends, by the level of the receiver
 
 A ring through k hosts with g ranks each on it is as many rings as there are adapters among its ranks: between hosts it
-has g times one device's share. Of ring and tree the faster is taken. Arrays in, arrays out. Refuses to know what is
-sent.
+has g times one device's share. In each of its n - 1 turns somebody sends to the next host, and all wait for that hop.
+Of ring and tree the faster is taken, where the link has trees. Arrays in, arrays out. Refuses to know what is sent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def exchange_seconds_of(
     ranks = np.prod(sizes, axis=1).astype(np.float64)
     half = np.where(ranks > 1, _ring(nbytes, ranks, sizes, cluster.links), 0.0)
     pairwise = np.where(ranks > 1, _pairwise(nbytes, ranks, sizes, cluster.links), 0.0)
-    reduced = np.minimum(2 * half, _tree(nbytes, sizes, cluster.links))
+    reduced = np.minimum(
+        2 * half, np.where(_has_trees(sizes, cluster.links), _tree(nbytes, sizes, cluster.links), np.inf)
+    )
     reduced = np.where(
         _in_switch(sizes, cluster.links[0]), _switched(nbytes, ranks, sizes, cluster.links, half), reduced
     )
@@ -75,7 +77,7 @@ def _ring(
     sizes: npt.NDArray[np.int64],
     links: Sequence[Link],
 ) -> FloatArray:
-    """(n-1)/n of the bytes over the slowest level that the ring passes; hops of every level on the way of a part."""
+    """(n-1)/n of the bytes over the slowest level that the ring passes; in every turn a hop over the highest one."""
     slowest = np.zeros(len(nbytes))
     hops = np.zeros(len(nbytes))
     below = np.ones(len(nbytes))  # ranks under one member of this level
@@ -85,10 +87,15 @@ def _ring(
         rate = link.bytes_per_s * link.efficiency * (below if level else 1.0)
         seconds = share * (nbytes + link.half_bytes) / rate
         slowest = np.where(members > 1, np.maximum(slowest, seconds), slowest)
-        above = np.prod(sizes[:, level + 1 :], axis=1)
-        hops += (members - 1) * above * link.latency_s if level == 0 else (members - 1) * link.latency_s * above
+        hops = np.where(members > 1, (ranks - 1) * link.latency_s, hops)
         below = below * members
     return slowest + hops
+
+
+def _has_trees(sizes: npt.NDArray[np.int64], links: Sequence[Link]) -> npt.NDArray[np.bool_]:
+    """Whether all levels that a group spans have them."""
+    lacks = np.array([not link.trees for link in _padded(links, sizes.shape[1])])
+    return np.asarray(~((sizes > 1) & lacks).any(axis=1), dtype=np.bool_)
 
 
 def _tree(nbytes: FloatArray, sizes: npt.NDArray[np.int64], links: Sequence[Link]) -> FloatArray:

@@ -47,6 +47,8 @@ class Job:
     gradients_stay: whether gradients have their bytes all the time, in one buffer, and not from a step's first backward
         on.
     step_kernels: that the host starts for one update: many where gradients are clipped, updated and copied one by one.
+    reduce_calls: collectives one behind the other that sums of gradients, and gathers of parameters behind an update,
+        are made of; each has its own hops.
     """
 
     global_batch: int
@@ -56,10 +58,15 @@ class Job:
     gradients_stay: bool = False
     algorithm: str = "auto"
     step_kernels: int = 0
+    reduce_calls: float = 1.0
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
             raise LayoutError(f"a step has at least one sample, but got global_batch={self.global_batch}; give more")
+        if self.reduce_calls < 1:
+            raise LayoutError(
+                f"gradients are summed in 1 call or more, but got reduce_calls={self.reduce_calls}; mend it"
+            )
 
 
 class Profiles(Protocol):

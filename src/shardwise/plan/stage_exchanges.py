@@ -18,7 +18,7 @@ from shardwise.plan.stage_work import StageWork
 __all__ = ["SIDES", "Entry", "PlacedStage", "exchanges_of", "phase_of", "side_of"]
 
 SIDES = ("forward", "again", "backward")  # of a micro-batch: phases, in each of which the host runs ahead of the device
-Entry = tuple[ExchangeKind, float, Span, int]  # kind, bytes, span, count
+Entry = tuple[ExchangeKind, float, Span, float]  # kind, bytes, span, count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,9 @@ def exchanges_of(one: PlacedStage) -> list[tuple[str, Entry]]:
         *_unshards(one),
         *_shared(one),
     ):
+        calls = one.job.reduce_calls if name in ("reduce", "gather") else 1.0
         if span.num_ranks > 1 and nbytes:
-            entries.append((name, (kind, nbytes, span, 1)))
+            entries.append((name, (kind, nbytes / calls, span, calls)))
     return entries
 
 

@@ -185,7 +185,7 @@ def _place(index: dict[_Alike, int], distinct: list[Kernel], kernel: Kernel) -> 
     return index[alike]
 
 
-def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> csr_matrix:
+def _matrix(entries: Sequence[tuple[int, int, float]], shape: tuple[int, int]) -> csr_matrix:
     rows, columns, counts = zip(*entries, strict=True) if entries else ((), (), ())
     return csr_matrix((np.array(counts, dtype=np.float64), (rows, columns)), shape=shape)
 
@@ -200,7 +200,7 @@ def _exchange_sums(placed: Sequence[PlacedStage]) -> dict[str, _ExchangeSums]:
 
 def _sums(rows: list[tuple[int, Entry]], size: int) -> _ExchangeSums:
     index: dict[tuple[ExchangeKind, float, Span], int] = {}
-    entries: list[tuple[int, int, int]] = []
+    entries: list[tuple[int, int, float]] = []
     for stage, (kind, nbytes, span, count) in rows:
         place = index.setdefault((kind, nbytes, span), len(index))
         entries.append((stage, place, count))
