@@ -32,7 +32,7 @@ from shardwise.execute.whole_run import WholeRun
 from shardwise.plan.cut import StageCut
 from shardwise.trace.absent import Absent, first_absent
 from shardwise.trace.checkpointing import Contexts, noticed
-from shardwise.trace.functions import as_one_function, name_of
+from shardwise.trace.functions import as_one_call, as_one_function, loss_of, name_of
 from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
 from shardwise.trace.memos import forget
@@ -445,3 +445,11 @@ class _GlueMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run.glue(func, args, kwargs or {})
+
+    def loss(self, function: Callable[[Any, Any], torch.Tensor], outputs: Any, batch: Any) -> torch.Tensor:
+        """What the loss computes, as one function where it was recorded as one."""
+        records, index = self.run.tape.records, self.run.position
+        if self.run.inside or index >= len(records) or records[index].func is not loss_of:
+            return function(outputs, batch)
+        whole: torch.Tensor = as_one_call(self, loss_of, (function, outputs, batch), {})
+        return whole

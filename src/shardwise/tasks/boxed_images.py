@@ -68,7 +68,9 @@ def read_boxed_images(data: Path, *, size: int, channels: int) -> tuple[dict[Spl
             "val/annotations.json, as COCO has them; correct task.data"
         )
     if size < 1:
-        raise ConfigError(f"images of {data} are files of any size, which are scaled to one; set task.size, such as 512")
+        raise ConfigError(
+            f"images of {data} are files of any size, which are scaled to one; set task.size, such as 512"
+        )
     told = {split: _read(file) for split, file in (("train", train), ("held_out", held_out))}
     names = {c["id"]: str(c["name"]) for each in told.values() for c in each.categories}
     numbers = {category: label for label, category in enumerate(sorted(names))}
@@ -121,9 +123,7 @@ def _read(found: tuple[Path, Path]) -> _Told:
         ) from error
 
 
-def _images(
-    folder: Path, told: _Told, numbers: Mapping[object, int], *, size: int, channels: int
-) -> BoxedImages:
+def _images(folder: Path, told: _Told, numbers: Mapping[object, int], *, size: int, channels: int) -> BoxedImages:
     if not told.images:
         raise ConfigError(f"{told.file} tells of no image; give some")
     most = max(1, *(len(each) for each in told.boxes.values()))

@@ -5,14 +5,16 @@
     matched   b0 -> 3,  b1 -> 1, none -> -1                    - giou_term  * generalised IoU
 
 The bipartite matching of DETR (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, equation 1),
-by the Hungarian method of scipy. Which query it is depends on values, the shape of the answer does not. It refuses to
-know losses.
+by the Hungarian method of scipy. Which query it is depends on values, the shape of the answer does not. Queries that are
+equal, as those of a model whose query embeddings begin at zero, are told apart by their numbers: rounding, which differs by
+layout, must not decide. It refuses to know losses.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -22,6 +24,8 @@ from shardwise.tasks.boxes import corners, generalised_iou
 from shardwise.tasks.task import IGNORED_LABEL
 
 __all__ = ["matched_queries", "matching_cost"]
+
+_TIE = 1e-5  # of costs that are about 1, and rounded to about 1e-7
 
 
 def matching_cost(
@@ -71,7 +75,8 @@ class _Matching(torch.autograd.Function):
         costs, present = cost.cpu().numpy(), counted.cpu().numpy()
         for image, own in enumerate(present):
             (targets,) = own.nonzero()
-            queries, places = linear_sum_assignment(costs[image][:, targets])
+            ties = _TIE * np.outer(np.arange(costs.shape[1]), np.arange(1, len(targets) + 1))
+            queries, places = linear_sum_assignment(costs[image][:, targets] + ties)
             rows[image, torch.from_numpy(targets[places])] = torch.from_numpy(queries)
         matched = rows.to(target_labels.device)
         ctx.mark_non_differentiable(matched)

@@ -54,23 +54,27 @@ def capture(
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
     `compute(model, batch, loss)` is what is recorded: as often as an attempt is made.
 
-    Modules whose glue looks at values that units compute are closed into units, innermost first. Raises `ModelError`
-    where that does not help. A forward in which units are found to look at what they compute is recorded again. With
+    Modules whose glue looks at values that units compute are closed into units, innermost first; a loss that does becomes
+    one function. Raises `ModelError` where that does not help. A forward in which units are found to look at what they compute is recorded again. With
     `watch`, `watch(recorder)` is open around the forward, and around a backward too unless that is not wanted.
     """
     whole: set[str] = set()
     looking: set[str] = set()  # units that look at values they compute
+    whole_loss = False
     while True:
         chosen = choose_units(model, named=units, whole=whole)
         known = frozenset(looking)
         copy = own(batch)
         try:
-            with recorded(model, chosen, scope=scope, looking=looking) as recorder:
+            with recorded(model, chosen, scope=scope, looking=looking, whole_loss=whole_loss) as recorder:
                 captured = _run(model, copy, loss, recorder, chosen, watch, backward, compute)
             if looking == known:
                 return captured
         except GlueLooks as looks:
             if looking != known:
+                continue
+            if looks.in_loss and not whole_loss:
+                whole_loss = True
                 continue
             if not looks.module or looks.module in whole:
                 raise ModelError(
@@ -122,6 +126,7 @@ def recorded(
     *,
     scope: Scope | None = None,
     looking: set[str] | None = None,
+    whole_loss: bool = False,
 ) -> Iterator[Recorder]:
     """The model with fake parameters, copied buffers and watched units; everything is put back at the end."""
     modules = {module: name for name, module in model.named_modules()}
@@ -134,6 +139,7 @@ def recorded(
             fake=faked.mode,
             scope=scope or Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0),
             looking=looking,
+            whole_loss=whole_loss,
         )
         with installed(units, switch), switch.on(recorder), recorder.active():
             yield recorder

@@ -1,17 +1,28 @@
-"""Torch functions as the glue calls them: names, constructors; autograd functions and `vmap` seen as one call."""
+"""Torch functions as the glue calls them: names, constructors; autograd functions, `vmap` and losses seen as one call."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch._functorch.apis as functorch
 from torch._functorch.vmap import vmap_impl
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["as_one_function", "grouped_mm_like", "is_constructor", "looks_at_arguments", "name_of", "vmapped"]
+__all__ = [
+    "SeesLosses",
+    "as_one_call",
+    "as_one_function",
+    "grouped_mm_like",
+    "is_constructor",
+    "looks_at_arguments",
+    "loss_of",
+    "name_of",
+    "seen_loss",
+    "vmapped",
+]
 
 _VMAP = vmap_impl
 
@@ -48,6 +59,33 @@ def looks_at_arguments(func: Any) -> bool:
 def vmapped(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What `torch.vmap(func, ...)(...)` computes: the node of such a call, with arguments as torch itself hands on."""
     return _VMAP(func, *args, **kwargs)
+
+
+@runtime_checkable
+class SeesLosses(Protocol):
+    """A mode that is told where the loss is computed."""
+
+    def loss(self, function: Callable[[Any, Any], torch.Tensor], outputs: Any, batch: Any) -> torch.Tensor:
+        """`function(outputs, batch)`, as one function (`loss_of`) or function by function."""
+        ...
+
+
+def loss_of(function: Callable[[Any, Any], torch.Tensor], outputs: Any, batch: Any) -> torch.Tensor:
+    """A loss: the node of one that is seen as one function, because it looks at values."""
+    return function(outputs, batch)
+
+
+def seen_loss(function: Callable[[Any, Any], torch.Tensor], outputs: Any, batch: Any) -> torch.Tensor:
+    """`function(outputs, batch)`, of which the innermost mode that asks for it is told."""
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    seer = next((mode for mode in reversed(modes) if isinstance(mode, SeesLosses)), None)
+    return function(outputs, batch) if seer is None else seer.loss(function, outputs, batch)
+
+
+def as_one_call(mode: TorchFunctionMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func(*args, **kwargs)` as one call to a mode that is open, which sees nothing of what is inside."""
+    with _closed(mode):
+        return mode.__torch_function__(func, (), args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def grouped_mm_like(
@@ -90,15 +128,13 @@ def as_one_function(active: Callable[[], TorchFunctionMode | None]) -> Iterator[
         mode = active()
         if mode is None or not _is_open(mode):
             return inner(cls, *args, **kwargs)  # no glue, or inside of a function that the mode has been told of
-        with _closed(mode):
-            return mode.__torch_function__(_Apply(cls, inner), (), args, kwargs)  # type: ignore[no-untyped-call]
+        return as_one_call(mode, _Apply(cls, inner), args, kwargs)
 
     def vmap(*args: Any, **kwargs: Any) -> Any:
         mode = active()
         if mode is None or not _is_open(mode):
             return before(*args, **kwargs)
-        with _closed(mode):
-            return mode.__torch_function__(vmapped, (), args, kwargs)  # type: ignore[no-untyped-call]
+        return as_one_call(mode, vmapped, args, kwargs)
 
     before = vars(functorch)["vmap_impl"]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import ModelError
+from shardwise.trace.functions import seen_loss
 
 __all__ = ["Batch", "LossFunction", "objective"]
 
@@ -27,7 +28,7 @@ def objective(model: nn.Module, batch: Batch, loss: LossFunction | None = None) 
     """
     outputs = model(**_for_model(model, batch)) if isinstance(batch, Mapping) else model(*batch)
     if loss is not None:
-        return loss(outputs, batch)
+        return seen_loss(loss, outputs, batch)
     found = _own_loss(outputs)
     if found is None:
         raise ModelError(

@@ -50,6 +50,7 @@ class Recorder:
 
     `looking` are the units that look at values they compute: they run on random real numbers. A unit that is found to
     do so is added and run again, after an attempt that may have left something behind: record once more from the start.
+    With `whole_loss` the loss is one function, which may look at values.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Recorder:
         fake: FakeTensorMode,
         scope: Scope,
         looking: set[str] | None = None,
+        whole_loss: bool = False,
     ) -> None:
         self.scope = scope
         self._looking = set() if looking is None else looking
@@ -68,7 +70,7 @@ class Recorder:
         self._fake = fake
         self._modules = modules
         self._draft = Draft(parameters=parameters, buffers=buffers)
-        self._glue = Glue(self._draft, self.running, fake, scope)
+        self._glue = Glue(self._draft, self.running, fake, scope, whole_loss=whole_loss)
         self.below = Below(self._draft, self.running, fake)
         self._counts: dict[str, int] = {}
 
