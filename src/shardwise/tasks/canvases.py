@@ -42,7 +42,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasOptions:
-    """Canvases of `size` x `size` pixels with one to `items` items of `smallest` to `largest` pixels a side, of which two
+    """Canvases of `size` x `size` pixels with one to `items` items of `smallest` to `largest` pixels a side, two of which
     share at most `overlap` of the smaller one's box."""
 
     size: int = 64
@@ -56,7 +56,7 @@ class CanvasOptions:
         if not 1 <= self.smallest <= self.largest <= self.size or self.items < 1:
             raise ConfigError(
                 "a canvas has at least one item, and items are no larger than it, but items="
-                f"{self.items}, smallest={self.smallest}, largest={self.largest}, size={self.size}; use 4, 18, 32 and 64"
+                f"{self.items}, smallest={self.smallest}, largest={self.largest}, size={self.size}; use 4, 18, 32, 64"
             )
         if not 0 <= self.overlap <= 1:
             raise ConfigError(f"overlap is a share of a box, 0 to 1, but got {self.overlap}; use 0.15")
@@ -141,8 +141,8 @@ def _scaled(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=256)
 def _weights(length: int, side: int) -> NDArray[np.float64]:
-    """(side, length): how much of each pixel a scaled one is made of, rows that sum to 1. A smaller image takes the mean
-    of what lies under a pixel of it."""
+    """(side, length): how much of each pixel a scaled one is made of, rows that sum to 1. A pixel of a smaller image is
+    the mean of what lies under it."""
     scale = length / side
     middles = (np.arange(side) + 0.5) * scale - 0.5
     reach = max(scale, 1.0)

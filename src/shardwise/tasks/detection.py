@@ -3,8 +3,8 @@
     idx files    items ──composed by (seed, split, number)──► canvas │
     COCO folder  images and annotations.json ────────────────────────┴─► pixels, boxes, labels ──► a set loss, mAP
 
-Targets are padded to as many boxes as an image has at most, so that a batch is tensors. The model is given pixels alone,
-so that its own loss, if it has one, is not computed. It refuses to know models, ranks and micro-batches.
+Targets are padded to as many boxes as an image has at most, so that a batch is tensors. The model is given pixels
+alone: its own loss, if it has one, is not computed. It refuses to know models, ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DetectionOptions:
     """What to read, and what the loss weighs.
 
     `data` is a folder with idx files, of whose images canvases are composed (`train_canvases` and `held_out_canvases`
-    of `size` pixels a side, and as `CanvasOptions` says), or a COCO folder, whose images are scaled to `size`. `classes`
-    are names for those of idx files. The terms are those of `SetLoss`.
+    of `size` pixels a side, and as `CanvasOptions` says), or a COCO folder, whose images are scaled to `size`.
+    `classes` are names for those of idx files. The terms are those of `SetLoss`.
     """
 
     cache: str
@@ -184,8 +184,8 @@ class Detection:
         )
 
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
-        """`pixel_values`, float32 (images, channels, size, size); `target_labels`, int64 (images, boxes), IGNORED_LABEL
-        for no box; `target_boxes`, float32 (images, boxes, 4), middle and size in shares of the image, 0 for no box."""
+        """`pixel_values`, float32 (images, channels, size, size); `target_labels`, int64 (images, boxes),
+        IGNORED_LABEL for no box; `target_boxes`, float32 (images, boxes, 4), middle and size in shares of the image, 0 for no box."""
         check_indices(indices, num_samples=self.num_samples(split), split=split)
         scenes = [self.scenes[split].scene(index) for index in indices]
         most, channels = self.scenes[split].most, len(self.prepared.mean)
@@ -203,8 +203,8 @@ class Detection:
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
     def loss(self, outputs: object, batch: Batch) -> Tensor:
-        """The set loss of logits (batch, queries, classes + 1) and pred_boxes (batch, queries, 4); scalar, about that of
-        one box."""
+        """The set loss of logits (batch, queries, classes + 1) and pred_boxes (batch, queries, 4); scalar, about that
+        of one box."""
         return self.prepared.loss.of(outputs, batch["target_labels"], batch["target_boxes"])
 
     def weight(self, batch: Batch) -> float:

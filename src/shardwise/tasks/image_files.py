@@ -119,8 +119,8 @@ def _of_folder(folder: Path, names: tuple[str, ...], size: int, channels: int) -
 
 
 def whole_pixels(file: Path, *, size: int, channels: int) -> tuple[NDArray[np.uint8], float]:
-    """An image file scaled to fit a square, at its top left, black beside it: pixels (channels, size, size), and how many
-    of them stand for one of the file's. Raises ConfigError for a file that is no image."""
+    """An image file scaled to fit a square, at its top left, black beside it: pixels (channels, size, size), and how
+    many of them stand for one of the file's. Raises ConfigError for a file that is no image."""
     _, ops = _pillow()
     pixels, own = _opened(file, channels, lambda opened: ops.pad(opened, (size, size), centering=(0, 0)))
     return pixels, size / max(own)

@@ -6,8 +6,8 @@ object.
     other queries   -no_object * log p(none)
 
 Everything is a sum over an image's queries and boxes, so the loss is a mean over images: that of a batch is the mean of
-its micro-batches', however boxes are spread over them, and images without a box count. DETR divides class terms by their
-weights and box terms by the boxes of the batch, which no mean of micro-batches is. It knows no images.
+its micro-batches', however boxes are spread over them, and images without a box count. DETR divides class terms by
+their weights and box terms by the boxes of the batch, which no mean of micro-batches is. It knows no images.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def boxes_of(outputs: object) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SetLoss:
-    """Terms of the loss and of the matching cost, as DETR weighs them; `per_image` divides an image's sum: boxes that an
-    image has on average, so that the loss is about that of a box."""
+    """Terms of the loss and of the matching cost, as DETR weighs them; `per_image` divides an image's sum: boxes that
+    an image has on average, so that the loss is about that of a box."""
 
     class_term: float = 1.0
     l1_term: float = 5.0

@@ -5,9 +5,9 @@
     matched   b0 -> 3,  b1 -> 1, none -> -1                    - giou_term  * generalised IoU
 
 The bipartite matching of DETR (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, equation 1),
-by the Hungarian method of scipy. Which query it is depends on values, the shape of the answer does not. Queries that are
-equal, as those of a model whose query embeddings begin at zero, are told apart by their numbers: rounding, which differs by
-layout, must not decide. It refuses to know losses.
+by the Hungarian method of scipy. Which query it is depends on values, the shape of the answer does not. Queries that
+are equal, as those of a model whose query embeddings begin at zero, are told apart by their numbers: rounding, which
+differs by layout, must not decide. It refuses to know losses.
 """
 
 from __future__ import annotations

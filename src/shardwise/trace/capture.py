@@ -54,9 +54,10 @@ def capture(
     """Record one forward and loss of `batch`. Parameters are never read; buffers and attributes are restored.
     `compute(model, batch, loss)` is what is recorded: as often as an attempt is made.
 
-    Modules whose glue looks at values that units compute are closed into units, innermost first; a loss that does becomes
-    one function. Raises `ModelError` where that does not help. A forward in which units are found to look at what they compute is recorded again. With
-    `watch`, `watch(recorder)` is open around the forward, and around a backward too unless that is not wanted.
+    Modules whose glue looks at values that units compute are closed into units, innermost first; a loss that does
+    becomes one function. Raises `ModelError` where that does not help. A forward in which units are found to look at
+    what they compute is recorded again. With `watch`, `watch(recorder)` is open around the forward, and around a
+    backward too unless that is not wanted.
     """
     whole: set[str] = set()
     looking: set[str] = set()  # units that look at values they compute

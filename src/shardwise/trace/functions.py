@@ -1,4 +1,4 @@
-"""Torch functions as the glue calls them: names, constructors; autograd functions, `vmap` and losses seen as one call."""
+"""Torch functions as the glue calls them: names, constructors; what is seen as one call."""
 
 from __future__ import annotations
 

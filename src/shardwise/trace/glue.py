@@ -26,8 +26,6 @@ __all__ = ["Glue"]
 _SHAPED_BY_VALUES = frozenset(
     "nonzero argwhere unique unique_consecutive masked_select __getitem__ repeat_interleave bincount where".split()
 )
-
-
 _TO_NUMPY = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
 
 

@@ -23,8 +23,8 @@ _TARGET = "target_"
 def objective(model: nn.Module, batch: Batch, loss: LossFunction | None = None) -> torch.Tensor:
     """The scalar loss of a batch: `loss(outputs, batch)`, or what the model itself returns as its loss.
 
-    A mapping is given to `forward` by name, a sequence by position. What is named target_… and is none of the names that
-    `forward` lists is for `loss` alone. Raises `ModelError` where there is no loss.
+    A mapping is given to `forward` by name, a sequence by position. What is named target_… and is none of the names
+    that `forward` lists is for `loss` alone. Raises `ModelError` where there is no loss.
     """
     outputs = model(**_for_model(model, batch)) if isinstance(batch, Mapping) else model(*batch)
     if loss is not None:

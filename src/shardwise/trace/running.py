@@ -18,8 +18,8 @@ DataDependent = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class GlueLooks(Exception):  # noqa: N818  it is a finding, not a fault
-    """Glue looked at a value that a unit computed; `module` is the innermost open module, empty for the model; `in_loss`
-    if it was the loss."""
+    """Glue looked at a value that a unit computed; `module` is the innermost open module, empty for the model;
+    `in_loss` if it was the loss."""
 
     def __init__(self, module: str, what: str, *, in_loss: bool = False) -> None:
         super().__init__(what)
