@@ -28,10 +28,11 @@ def mpirun(
     timeout_s: float = 110,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    stdin: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments` on as many ranks; its output, whatever its end. Ranks end with it."""
     command = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable, *map(str, arguments)]
     given = {**os.environ, **_AS_ROOT, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, check=False, env=given, cwd=folder
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env=given, cwd=folder, input=stdin
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from shardwise.cli import run_command
 from shardwise.generate import generate
 from shardwise.tasks.tokenizer import train_tokenizer
 from shardwise.train.model_folder import write_tokenizer
+from under_mpi import mpirun, needs_mpi
 
 PROMPTS = ["the quick brown", "lazy"]
 
@@ -108,6 +112,50 @@ def test_processes_of_a_layout_say_the_same(folder: Path, layout: str, capsys: p
     assert capsys.readouterr().out == shown
 
 
+def shown_alone(folder: Path, **options: Any) -> str:
+    """What one process shows."""
+    alone = generate(folder, PROMPTS, max_new_tokens=6, stop=(), **options)
+    return "".join(f"── {prompt}\n{text}\n" for prompt, text in zip(PROMPTS, alone.texts, strict=True))
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("backend", ["gloo", "mpi"])
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "dp=2"])
+def test_ranks_of_mpirun_say_the_same_and_one_reads_and_shows(folder: Path, layout: str, backend: str) -> None:
+    options = ["--tokens", "6", "--no-stop", "--layout", layout, "--backend", backend]
+    finished = mpirun(
+        2, ["-m", "shardwise", "generate", folder, *options], timeout_s=250, stdin="\n".join(PROMPTS) + "\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == shown_alone(folder)
+    assert finished.stderr.count("12 tokens behind") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_of_torchrun_say_the_same_and_one_reads_and_shows(folder: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    options = ["--tokens", "6", "--no-stop", "--layout", "pp=2", "--temperature", "0.9", "--seed", "4"]
+    finished = subprocess.run(
+        [*torchrun, "shardwise", "generate", str(folder), *options],
+        input="\n".join(PROMPTS) + "\n", capture_output=True, text=True, timeout=250, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == shown_alone(folder, temperature=0.9, seed=4)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_is_wrong_among_ranks_of_mpirun_is_said_once(folder: Path) -> None:
+    finished = mpirun(2, ["-m", "shardwise", "generate", folder, "lazy", "--layout", "pp=4"], timeout_s=250)
+    assert finished.returncode != 0
+    assert " ".join(finished.stderr.split()).count("pp=4 has 4 and there are 2; start 4, or set layout") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -115,6 +163,8 @@ def test_processes_of_a_layout_say_the_same(folder: Path, layout: str, capsys: p
         (["{}", "x", "--layout", "fsdp=2"], "text is generated under layouts of dp, tp and pp"),
         (["{}", "x", "--device", "tpu"], "a device is cpu or cuda"),
         (["{}", "x", "--dtype", "floaty"], "dtype is one of torch"),
+        (["{}", "x", "--backend", "smoke"], "a backend is auto, gloo, nccl or mpi, got 'smoke'"),
+        (["{}", "x", "--layout", "pp=2", "--backend", "mpi"], "use `mpirun -np 2 shardwise generate CHECKPOINT`"),
         (["{}", "1 two", "--token-numbers"], "a prompt is numbers with blanks between"),
         (["{}", "x", "--temperature", "-1"], "a temperature is 0"),
         (["{}", "--file", "none.txt"], "a file of prompts, one a line, is a file that can be read"),

@@ -16,6 +16,7 @@ from shardwise.files import read_text
 from shardwise.generate import Continued, generate
 from shardwise.generate.checkpoint import checkpoint_at
 from shardwise.generate.prompts import Stream, tokenizer_at
+from shardwise.launch import read_world
 from shardwise.quantities import format_bytes
 
 __all__ = ["command"]
@@ -52,6 +53,9 @@ def command(
     ] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of weights, such as bfloat16; else the checkpoint's.")] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="auto|gloo|nccl|mpi", help="How ranks exchange; mpi: through the MPI of mpirun.")
+    ] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", metavar="", help="One JSON object: texts, tokens, and figures.")
     ] = False,
@@ -67,12 +71,13 @@ def command(
 
     shardwise generate exported --layout pp=2 --file prompts.txt --json
     """
-    asked = _prompts(prompts or [], file)
-    found = checkpoint_at(checkpoint)
-    tokenizer = None if token_numbers else tokenizer_at(found.described)
-    if tokenizer is None and not token_numbers:
+    world = read_world()
+    first = world is None or world.rank == 0  # who reads prompts, shows texts, and says what is wrong with both
+    asked = _prompts(prompts or [], file) if first else []
+    tokenizer = tokenizer_at(checkpoint_at(checkpoint).described) if first and not token_numbers else None
+    if tokenizer is None and first and not token_numbers:
         raise ConfigError(f"{checkpoint} has no tokenizer to read words with; give --token-numbers")
-    shown = None if as_json else _Shown(asked, tokenizer)
+    shown = None if as_json or not first else _Shown(asked, tokenizer)
     made = generate(
         checkpoint,
         [_numbers(prompt) for prompt in asked] if token_numbers else asked,
@@ -88,6 +93,7 @@ def command(
         micro_batches=micro_batches,
         device=device,
         dtype=dtype,
+        backend=backend,
         told=None if shown is None else shown.take,
     )
     if not made.first:  # of several processes of a launcher one shows the text

@@ -31,6 +31,7 @@ from shardwise.execute.generate_caches import (
     stand_in,
 )
 from shardwise.execute.generate_growing import Growing, compute_free_glue, growing_between
+from shardwise.execute.generate_states import LeftShapes, ModuleStates, States
 from shardwise.execute.program import Program
 from shardwise.execute.step_state import UnderWay, Work
 from shardwise.parallel.tensor.divided_logits import whole_of
@@ -41,6 +42,7 @@ from shardwise.schedule.transfers import Row, with_transfers
 from shardwise.trace.absent import Absent
 from shardwise.trace.objective import LossFunction
 from shardwise.trace.randomness import Scope
+from shardwise.trace.tape import AtAttribute
 
 __all__ = ["Passes", "Texts"]
 
@@ -54,7 +56,10 @@ class Texts:
     positions  int64, as the model takes them, of all tokens; None where it takes none
     source     of an encoder-decoder: what its encoder reads; `tokens` are its decoder's then
     caches     by stage of this rank
+    states     what the model keeps in its modules
+    left       of which shapes that is in the whole model
     twin       a cache of the whole model without values, where those of this rank are of its shard
+    passes     that have been run
     """
 
     micro_batch: MicroBatch
@@ -63,9 +68,16 @@ class Texts:
     positions: torch.Tensor | None = None
     source: Mapping[str, torch.Tensor] | None = None
     caches: dict[int, Any] = dataclasses.field(default_factory=dict)
+    states: States = dataclasses.field(default_factory=dict)
+    left: LeftShapes = dataclasses.field(default_factory=dict)
     twin: Any = None
     encoded: Any = None  # what the encoder made of the source, as `forward` takes it; without values on stages
-    begun: bool = False
+    passes: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether the prompts have been read."""
+        return self.passes > 0
 
     def append(self, tokens: torch.Tensor) -> None:
         """One more token a text, (batch,)."""
@@ -88,6 +100,7 @@ class Passes:
         self._known: dict[Hashable, Flow] = {}  # in which Python looks at nothing
         self._rows: dict[frozenset[tuple[int, int]], Row] = {}
         self._under_way = UnderWay()
+        self._states = ModuleStates(self._model)
         self.logits_stage = 0  # of the last pass
 
     def begin(self, texts: Texts) -> None:
@@ -103,14 +116,15 @@ class Passes:
         """The logits of the next token, (batch, vocabulary), where the last units are; None elsewhere. Every rank of
         the pipeline calls it, for the same texts in the same order."""
         program = self._program
-        with torch.no_grad(), program.numerics.running(), self._divided():
+        kept = self._states.of(texts.states, looks=texts.passes < 2)
+        with torch.no_grad(), program.numerics.running(), self._divided(), kept:
             if program.place.num_stages == 1:
                 way = _Way(self._model, {0: self._prepared(texts, texts.caches[0])})
                 logits: torch.Tensor | None = program.engine.whole(lambda: way.compute(0))
                 texts.encoded = texts.encoded if way.encoded is None else (way.encoded,)
             else:
                 logits = self._in_stages(texts)
-            texts.begun = True
+            texts.passes += 1
             return None if logits is None else whole_of(logits)
 
     def held_bytes(self, texts: Texts) -> int:
@@ -137,6 +151,7 @@ class Passes:
             way.left(stage, 0)  # what had nothing to run
         for node in sorted(flow.notes.effects) if texts.twin is not None else ():
             replay(flow.notes.effects[node], texts.twin)
+        texts.left = {**texts.left, **flow.notes.left}
         flow.met += 1
         self.logits_stage = flow.cut.loss_stage
         self._under_way.alive.clear()
@@ -170,6 +185,7 @@ class Passes:
             return Growing()
         longer = dataclasses.replace(texts)
         longer.append(torch.zeros_like(texts.tokens[:, 0]))
+        longer.left = {**texts.left, **flow.notes.left}
         later = copied(stood_in, lambda name, tensor: tensor if tensor.dim() == 0 else tensor.to("meta"))
         for node in sorted(flow.notes.effects):
             replay(flow.notes.effects[node], later)
@@ -185,6 +201,7 @@ class Passes:
             inputs["encoder_outputs"] = (torch.zeros(known.shape, dtype=known.dtype, device=device),)
         recorders: list[Any] = []
         notes = _Notes()
+        states = {place: torch.zeros(shape, dtype=dtype, device=device) for place, (shape, dtype) in texts.left.items()}
 
         @contextlib.contextmanager
         def watch(recorder: Any) -> Iterator[None]:
@@ -194,10 +211,13 @@ class Passes:
 
         def compute(model: nn.Module, given: Any, loss: LossFunction | None) -> torch.Tensor:
             attempt = copied(stood_in)
-            if recorders:
+            remembered: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if recorders:  # else Python only looks whether it would go the same way
                 notes.effects = recording(attempt, lambda: recorders[-1].place)
+                remembered = self._states.recorded(states, notes.left)
             way = _Way(model, {0: {name: attempt if each is stood_in else each for name, each in given.items()}})
-            logits = way.compute(0)
+            with remembered:
+                logits = way.compute(0)
             if way.encoded is not None:
                 notes.encoded = tuple(way.encoded.shape), way.encoded.dtype
             return logits
@@ -269,11 +289,13 @@ class Passes:
 
 @dataclasses.dataclass(slots=True)
 class _Notes:
-    """What is known of a pass besides its dataflow: what units do to the cache, what the encoder's result is like."""
+    """What is known of a pass besides its dataflow: what units do to the cache and leave in modules, what the encoder's
+    result is like."""
 
     effects: Effects = dataclasses.field(default_factory=dict)
     encoded: tuple[tuple[int, ...], torch.dtype] | None = None
     growing: Growing | None = None
+    left: dict[AtAttribute, tuple[torch.Size, torch.dtype]] = dataclasses.field(default_factory=dict)  # in modules
 
 
 class _Way:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 from shardwise.comm.point_to_point import Waitable
 from shardwise.errors import BatchError, LayoutError, ModelError
@@ -26,10 +25,8 @@ from shardwise.execute.generate_passes import Passes, Texts
 from shardwise.execute.generate_tokens import Choice, next_tokens
 from shardwise.execute.modes import evaluating
 from shardwise.execute.program import Program
-from shardwise.trace.extras import changed_attributes
-from shardwise.trace.tape import Place
 
-__all__ = ["Generated", "Rates", "generate"]
+__all__ = ["Generated", "Rates", "check_class", "generate"]
 
 Told = Callable[[int, int], None]  # (number of a prompt, its next token)
 
@@ -128,14 +125,8 @@ class _Run:
         first_s = prefill_s = 0.0
         prompt_tokens = sum(each.prompt_tokens for each in self._growing)
         going = self._growing
-        left = _left_in_modules(self._program.model) if len(going) > 1 else dict
         for growing in going:
             self._run(growing, 0)
-            if growing is going[0] and (states := left()):
-                raise ModelError(
-                    f"micro-batches keep what they remember apart, in caches, but {type(self._program.model).__name__} "
-                    f"leaves states in its modules, such as {next(iter(states.values()))}; use micro_batches=1"
-                )
         for number in range(self._limit):
             for growing in going:
                 growing.take(number, self._ends, self._pad, self._told)
@@ -227,11 +218,6 @@ class _Growing:
         return zip(self.texts.micro_batch.samples, self.rows, strict=True)
 
 
-def _left_in_modules(model: nn.Module) -> Callable[[], dict[int, Place]]:
-    """Look at what the modules hold in attributes now; the answer tells what a forward has left there."""
-    return changed_attributes(model, {module: name for name, module in model.named_modules()})
-
-
 def _dealt(
     batch: Mapping[str, Any], own: range, num_micro_batches: int, program: Program, start: int | None
 ) -> Iterator[Texts]:
@@ -253,7 +239,7 @@ def _dealt(
             texts = torch.full((len(rows), 1), _start_of(model, start), dtype=torch.int64, device=device)
             yield Texts(micro_batch, texts, None, source=source)
             continue
-        if padded is not None:  # columns that are padding in all of these
+        if padded is not None and not model._is_stateful:  # columns that are padding in all of these
             empty = int((padded != 0).any(dim=0).int().argmax())
             tokens, padded = tokens[:, empty:], padded[:, empty:]
         yield Texts(micro_batch, tokens, padded)
@@ -269,10 +255,7 @@ def _start_of(model: Any, start: int | None) -> int:
 
 
 def _check(program: Program, batch: Mapping[str, Any], max_new_tokens: int) -> None:
-    from transformers import GenerationMixin
-
     place, model = program.place, program.model
-    kind = type(model).__name__
     if max_new_tokens < 1:
         raise BatchError(f"at least one token is generated, but max_new_tokens={max_new_tokens}; ask for one or more")
     tokens = batch.get("input_ids")
@@ -289,10 +272,23 @@ def _check(program: Program, batch: Mapping[str, Any], max_new_tokens: int) -> N
         )
     if program.divided is not None and program.divided.region is not None:
         raise LayoutError("a token that is generated is no sequence to divide; lay out without sequence_parallel")
-    if not isinstance(model, GenerationMixin) or not model.can_generate():
-        raise ModelError(f"a model that generates is one of transformers with a head for it, but this is a {kind}")
-    if not model._supports_default_dynamic_cache():
-        raise ModelError(f"a model that generates keeps a cache of transformers, but {kind} keeps another")
+    check_class(type(model))
+
+
+def check_class(kind: type) -> None:
+    """Raises ModelError for a class of models that does not generate, or keeps no cache that is one of transformers."""
+    from transformers import GenerationMixin
+
+    if not issubclass(kind, GenerationMixin) or not kind.can_generate():  # type: ignore[attr-defined]
+        raise ModelError(
+            f"a model that generates is one of transformers with a head for it, but this is a {kind.__name__}; use "
+            "...ForCausalLM or ...ForConditionalGeneration"
+        )
+    if not kind._supports_default_dynamic_cache():
+        raise ModelError(
+            f"a model that generates keeps a cache of transformers, but {kind.__name__} keeps another; generate with "
+            "transformers on one device"
+        )
 
 
 def _gathered(tokens: Mapping[int, tuple[int, ...]], rates: Rates, world_size: int) -> Generated:

@@ -42,6 +42,10 @@ class Checkpoint:
         """What can be read of it. Raises CheckpointError."""
         return open_checkpoint(self.weights) if self.ours else open_safetensors(self.weights)
 
+    def class_of(self, config: Any) -> type:
+        """The model's class, as its config names it. Raises CheckpointError where transformers has none like it."""
+        return _class_of(config, self.described)  # type: ignore[no-any-return]
+
     def model(self, *, dtype: str | None, device: torch.device) -> tuple[nn.Module, Fill]:
         """The model without values, its buffers real, and how a rank gets the values of its parameters."""
         blueprint = defer(lambda: _built(self.described, dtype), seed=0)
@@ -81,17 +85,24 @@ def checkpoint_at(path: str | Path) -> Checkpoint:
     return Checkpoint(described=run / MODEL_FOLDER, weights=weights, ours=True)
 
 
-def _built(described: Path, dtype: str | None) -> nn.Module:
+def _class_of(config: Any, described: Path) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(described)
     name = (config.architectures or [""])[0]
-    family: Any = getattr(transformers, name, None)
+    family = getattr(transformers, name, None)
     if family is None:
         raise CheckpointError(
             f"{described / _CONFIG} names the class of a model that transformers {transformers.__version__} has, but "
             f"says {name!r}; install the version that saved it"
         )
+    return family
+
+
+def _built(described: Path, dtype: str | None) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(described)
+    family = _class_of(config, described)
     model: Any = (
         family._from_config(config) if dtype is None else family._from_config(config, dtype=getattr(torch, dtype))
     )

@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from pydantic import ValidationError
 
 from shardwise.errors import ConfigError, LayoutError
 from shardwise.execute.assemble import assemble
 from shardwise.execute.generate_tokens import Choice
-from shardwise.execute.generation import Generated
+from shardwise.execute.generation import Generated, check_class
 from shardwise.execute.generation import generate as generate_on_rank
 from shardwise.execute.modes import evaluating
 from shardwise.generate.checkpoint import Checkpoint, checkpoint_at
 from shardwise.generate.figures import Figures, figures_of
 from shardwise.generate.prompts import Prompts, prompts_of, text_of, tokenizer_at
 from shardwise.launch import RankContext, init_process_group, read_world, run_ranks
+from shardwise.launch.worker import tell_all
 from shardwise.layout import Layout
-from shardwise.train.meeting import backend_of, meet
+from shardwise.train.meeting import Meeting, backend_of, check_own_ranks, meet
 from shardwise.train.technique_tables import CommunicationOptions
 
 __all__ = ["Continued", "generate"]
@@ -63,6 +66,7 @@ class _Job:
     micro_batches: int | None
     device: str
     dtype: str | None
+    backend: str
     streams: bool
 
 
@@ -82,6 +86,7 @@ def generate(
     micro_batches: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    backend: str = "auto",
     told: Told | None = None,
 ) -> Continued:
     """Continue prompts, the same on any layout of dp, tp and pp.
@@ -92,44 +97,55 @@ def generate(
     stop           tokens that end a text; those of the model's generation config, if not given; () for none
     tokenizer      of texts; the checkpoint's, if not given
     micro_batches  in which a replica's prompts follow each other through its stages; as many as stages, if not given
+    backend        by which ranks exchange: "auto" (gloo, nccl on GPUs), or "mpi" where MPI has started them
     told           is given (number of a prompt, token) as tokens come, in this process
 
-    Callable from a script without a main guard. Raises ConfigError, CheckpointError, BatchError, LayoutError, and the
-    error of the first rank that fails.
+    Callable from a script without a main guard. Among ranks of torchrun, srun or mpirun each calls it, and the prompts
+    are those of rank 0, which alone is `first`, and is told of its replica's tokens.
+
+    Raises ConfigError, CheckpointError, BatchError, LayoutError, and the error of the first rank that fails.
     """
     started_s = time.monotonic()
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    _check(layout, device, dtype)
-    found = source if isinstance(source, nn.Module) else checkpoint_at(source)
-    if tokenizer is None and isinstance(found, Checkpoint):
-        tokenizer = tokenizer_at(found.described)
-    config, described = _described(found)
-    ends = _numbers(described.eos_token_id) if stop is None else tuple(stop)
-    pad = next((p for p in (*_numbers(described.pad_token_id), *ends)), 0)
-    job = _Job(
-        source=found,
-        prompts=prompts_of(prompts, tokenizer=tokenizer, pad=pad, on_the_left=not config.is_encoder_decoder),
-        layout=layout,
-        choice=Choice(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
-        ),
-        ends=ends,
-        pad=pad,
-        max_new_tokens=max_new_tokens,
-        micro_batches=micro_batches,
-        device=device,
-        dtype=dtype,
-        streams=told is not None,
-    )
-    made, began_s, first = _on_ranks(job, told)
-    ranks = [[r for r in range(layout.world_size) if _replica_of(r, layout) == i] for i in range(layout.num_replicas)]
-    return Continued(
-        tokens=made.tokens,
-        texts=tuple(text_of(row, tokenizer) for row in made.tokens) if tokenizer is not None else (),
-        figures=figures_of(made.rates, ranks_of_replica=ranks, num_prompts=len(prompts)),
-        ready_s=began_s - started_s,
-        first=first,
-    )
+
+    def job_of(prompts: Sequence[str | Sequence[int]]) -> tuple[_Job, Any]:
+        _check(layout, device, dtype)
+        found = source if isinstance(source, nn.Module) else checkpoint_at(source)
+        reader = tokenizer
+        if reader is None and isinstance(found, Checkpoint):
+            reader = tokenizer_at(found.described)
+        config, described = _described(found)
+        ends = _numbers(described.eos_token_id) if stop is None else tuple(stop)
+        pad = next((p for p in (*_numbers(described.pad_token_id), *ends)), 0)
+        job = _Job(
+            source=found,
+            prompts=prompts_of(prompts, tokenizer=reader, pad=pad, on_the_left=not config.is_encoder_decoder),
+            layout=layout,
+            choice=Choice(
+                temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+            ),
+            ends=ends,
+            pad=pad,
+            max_new_tokens=max_new_tokens,
+            micro_batches=micro_batches,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            streams=told is not None,
+        )
+        return job, reader
+
+    world = read_world()
+    if world is None:
+        job, reader = job_of(prompts)
+        made, began_s = _on_own_ranks(job, told)
+        return _continued(job, made, reader, ready_s=began_s - started_s)
+    meeting = meet(world, _communication(backend), device)
+    with meeting.ending_together():
+        context, store = meeting.context, meeting.store
+        job, reader = job_of(list(prompts) if store is None else tell_all(context, store, lambda: list(prompts)))
+        made, began_s = _as_one_rank(meeting, job, told if context.rank == 0 else None)
+        return _continued(job, made, reader, ready_s=began_s - started_s, first=context.rank == 0)
 
 
 def _check(layout: Layout, device: str, dtype: str | None) -> None:
@@ -148,15 +164,15 @@ def _replica_of(rank: int, layout: Layout) -> int:
 
 
 def _described(source: Checkpoint | nn.Module) -> tuple[Any, Any]:
-    """The config of a model, and how it generates."""
+    """The config of a model, and how it generates. Raises ModelError for one that does not."""
     import transformers
 
     if isinstance(source, nn.Module):
-        if not isinstance(source, transformers.GenerationMixin):
-            raise ConfigError(f"text is generated by models of transformers, but this is a {type(source).__name__}")
+        check_class(type(source))
         model: Any = source
         return model.config, model.generation_config
     config = transformers.AutoConfig.from_pretrained(source.described)
+    check_class(source.class_of(config))
     if (source.described / "generation_config.json").is_file():
         return config, transformers.GenerationConfig.from_pretrained(source.described)
     return config, transformers.GenerationConfig.from_model_config(config)
@@ -168,37 +184,58 @@ def _numbers(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _on_ranks(job: _Job, told: Told | None) -> tuple[Generated, float, bool]:
-    """What the ranks made, when they began, and whether this process is the first of them, or started them."""
-    world = read_world()
-    if world is not None:
-        communication = CommunicationOptions()
-        meeting = meet(world, communication, job.device)
-        context = meeting.context
-        if context.world_size != job.layout.world_size:
-            raise LayoutError(
-                f"layout {job.layout or 'of one device'} has {job.layout.world_size} ranks, and the launcher started "
-                f"{context.world_size}; start as many"
-            )
-        with meeting.ending_together():
-            if context.world_size > 1:
-                init_process_group(context, backend=backend_of(communication, job.device), store=meeting.store)
-            made, began_s = _on_rank(context, job, told if context.rank == 0 else None)
-        return made, began_s, context.rank == 0
+def _continued(job: _Job, made: Generated, tokenizer: Any, *, ready_s: float, first: bool = True) -> Continued:
+    replicas = range(job.layout.num_replicas)
+    ranks = [[r for r in range(job.layout.world_size) if _replica_of(r, job.layout) == i] for i in replicas]
+    return Continued(
+        tokens=made.tokens,
+        texts=tuple(text_of(row, tokenizer) for row in made.tokens) if tokenizer is not None else (),
+        figures=figures_of(made.rates, ranks_of_replica=ranks, num_prompts=len(job.prompts.tokens)),
+        ready_s=ready_s,
+        first=first,
+    )
+
+
+def _communication(backend: str) -> CommunicationOptions:
+    try:
+        return CommunicationOptions.model_validate({"backend": backend})
+    except ValidationError as error:
+        raise ConfigError(f"a backend is auto, gloo, nccl or mpi, got {backend!r}; take one of them") from error
+
+
+def _as_one_rank(meeting: Meeting, job: _Job, told: Told | None) -> tuple[Generated, float]:
+    """The process is a rank of a launcher already."""
+    context = meeting.context
+    if context.world_size != job.layout.world_size:
+        raise LayoutError(
+            f"a layout has as many ranks as were started, but {job.layout or 'that of one device'} has "
+            f"{job.layout.world_size} and there are {context.world_size}; start {job.layout.world_size}, or set layout"
+        )
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    if context.world_size == 1:
+        return _on_rank(context, job, told)
+    init_process_group(context, backend=backend_of(_communication(job.backend), job.device), store=meeting.store)
+    made = _on_rank(context, job, told)
+    dist.destroy_process_group()
+    return made
+
+
+def _on_own_ranks(job: _Job, told: Told | None) -> tuple[Generated, float]:
+    """One rank runs in this process; several are started."""
+    check_own_ranks(_communication(job.backend), job.layout.world_size, job.device, command="generate CHECKPOINT")
     if job.layout.world_size == 1:
-        context = RankContext(rank=0, world_size=1, local_rank=0, rendezvous="")
-        return *_on_rank(context, job, told), True
+        return _on_rank(RankContext(rank=0, world_size=1, local_rank=0, rendezvous=""), job, told)
 
     def heard(rank: int, message: object) -> None:
         if told is not None and isinstance(message, tuple):
             told(*message)
 
-    results = run_ranks(_on_started_rank, (job,), world_size=job.layout.world_size, on_message=heard)
-    return *results[0], True
+    return run_ranks(_on_started_rank, (job,), world_size=job.layout.world_size, on_message=heard)[0]
 
 
 def _on_started_rank(context: RankContext, job: _Job) -> tuple[Generated, float]:
-    init_process_group(context, backend=backend_of(CommunicationOptions(), job.device))
+    init_process_group(context, backend=backend_of(_communication(job.backend), job.device))
     tells = job.streams and context.rank // job.layout.tp % job.layout.num_replicas * job.layout.tp == context.rank
     return _on_rank(context, job, (lambda sample, token: context.post((sample, token))) if tells else None)
 

@@ -66,14 +66,16 @@ def backend_of(told: CommunicationOptions, device: str) -> str:
     return MPI_BACKEND if told.backend == "mpi" else told.backend
 
 
-def check_own_ranks(told: CommunicationOptions, ranks: int, device: str = "cpu") -> None:
+def check_own_ranks(
+    told: CommunicationOptions, ranks: int, device: str = "cpu", *, command: str = "train RUN.toml"
+) -> None:
     """Raises `ConfigError` where shardwise starts the ranks itself and they are to exchange through MPI, and as
     `backend_of` does."""
     backend_of(told, device)
     if told.backend == "mpi" and ranks > 1:
         raise ConfigError(
             f'ranks that exchange through MPI are started by MPI, but backend = "mpi" and shardwise would start {ranks}'
-            f' itself; use `mpirun -np {ranks} shardwise train RUN.toml`, or backend = "auto"'
+            f' itself; use `mpirun -np {ranks} shardwise {command}`, or backend = "auto"'
         )
 
 
