@@ -17,7 +17,7 @@ demo: $(STAMP)
 
 # make example NAME=ner DATA=FOLDER    and, if wanted, RUN=another LAUNCHER=mpirun SET="training.steps=20 layout=dp=2"
 example: $(STAMP)
-	$(BIN)/python examples/run.py $(NAME) --verify $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run $(RUN)) \
+	$(BIN)/python examples/run.py $(NAME) --verify $(if $(DATA),--data $(DATA)) $(if $(RUN),--run $(RUN)) \
 	    $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(foreach each,$(SET),--set "$(each)")
 
 test: $(STAMP)

@@ -8,7 +8,9 @@
 An example is a folder with `run.toml`, `README.md` and `example.toml`:
 
     figure     which figure of the last evaluation is told
-    data       where its data are, if nobody says so; empty where it needs none
+    more       which others are told behind it
+    data       where its data are, if nobody says so: a folder, or several folders, files and globs; nothing where it
+               needs none
     get        how to get them
     packages   of PyPI, installed without their dependencies if missing
     commands   in place of a run file: of Python, one after another; the last ends with the line of JSON
@@ -19,6 +21,7 @@ An example is a folder with `run.toml`, `README.md` and `example.toml`:
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib.metadata
 import json
 import os
@@ -46,7 +49,8 @@ class Example:
 
     name: str
     figure: str
-    data: str = ""
+    more: tuple[str, ...] = ()
+    data: str | tuple[str, ...] = ()
     get: str = ""
     packages: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
@@ -59,17 +63,23 @@ class Example:
             known = sorted(each.parent.name for each in EXAMPLES.glob("*/example.toml"))
             raise ConfigError(f"an example is one of {', '.join(known)}, but got {name!r}; correct NAME")
         told: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-        lists = {field: tuple(told.get(field, ())) for field in ("packages", "commands")}
+        lists = {field: tuple(value) for field, value in told.items() if isinstance(value, list)}
         return cls(name=name, **told | lists)
 
-    def overrides(self, data: str) -> list[str]:
+    def overrides(self, data: Sequence[str]) -> list[str]:
         """Where its data are. Raises ConfigError with how to get them."""
-        chosen = data or self.data
+        own = (self.data,) if isinstance(self.data, str) else self.data
+        chosen = [str(Path(each).expanduser()) for each in data or own]
         if not chosen:
             return []
-        if not Path(chosen).expanduser().is_dir():
-            raise ConfigError(f"the example {self.name} reads data from {chosen}, which is no folder; {self.get}")
-        return [f"task.data={json.dumps(str(Path(chosen).expanduser()))}"]
+        if isinstance(self.data, str) and not (len(chosen) == 1 and Path(chosen[0]).is_dir()):
+            raise ConfigError(
+                f"the example {self.name} reads data from {', '.join(chosen)}, which is no folder; {self.get}"
+            )
+        missing = [each for each in chosen if not glob.glob(each, recursive=True)]
+        if missing:
+            raise ConfigError(f"the example {self.name} reads data from {missing[0]}, which is not there; {self.get}")
+        return [f"task.data={json.dumps(chosen if len(chosen) > 1 else chosen[0])}"]
 
     def install(self) -> None:
         """Its packages, where they are missing."""
@@ -95,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     _train(file, overrides, asked.launcher, run.layout.world_size)
     equal = _verified(file, overrides) if asked.verify else None
     found = last_figures(run.events_folder)
-    told = {"example": asked.name, example.figure: round(found[example.figure], 4), "equal": equal}
+    figures = {name: round(found[name], 4) for name in (example.figure, *example.more)}
+    told = {"example": asked.name, **figures, "equal": equal}
     print(json.dumps(told), flush=True)
     return told
 
@@ -148,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a folder of examples/")
     parser.add_argument("--run", default="run", help="which run file of the folder, without .toml")
-    parser.add_argument("--data", default="", help="where the example's data are")
+    parser.add_argument("--data", nargs="+", action="extend", default=[], help="where the example's data are")
     parser.add_argument("--launcher", default="local", choices=LAUNCHERS)
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a value of the run file")
     parser.add_argument("--verify", action="store_true", help="compare the layout with one device before all else")

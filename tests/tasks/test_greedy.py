@@ -47,7 +47,7 @@ def looked_at(sources: list[list[int]], next_token: Next) -> tuple[list[Tokens],
         while True:
             shapes.append((batch["input_ids"].shape, batch["decoder_input_ids"].shape))
             assert (batch["decoder_input_ids"][:, 0] == START).all()
-            best = torch.zeros_like(batch["labels"])
+            best = torch.zeros_like(batch["target_labels"])
             for row in range(len(best)):
                 shown = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
                 before = batch["decoder_input_ids"][row].tolist()
@@ -87,5 +87,5 @@ def test_a_batch_has_the_target_one_place_later() -> None:
     assert batch["input_ids"].tolist() == [[5, 0, 2, 2], [6, 7, 0, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch["decoder_input_ids"].tolist() == [[1, 8, 9, 2], [1, 4, 2, 2]]
-    assert batch["labels"].tolist() == [[8, 9, 0, -100], [4, 0, -100, -100]]
+    assert batch["target_labels"].tolist() == [[8, 9, 0, -100], [4, 0, -100, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}

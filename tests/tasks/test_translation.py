@@ -50,15 +50,15 @@ def test_samples_are_tokens_of_both_texts_and_the_end(data: Path) -> None:
     assert made.num_samples("train") > 50
     batch = made.samples([0, 1, 2], "train")
     assert {name: tensor.shape[0] for name, tensor in batch.items()} == dict.fromkeys(batch, 3)
-    assert batch["input_ids"].shape[1] % 4 == batch["labels"].shape[1] % 4 == 0
+    assert batch["input_ids"].shape[1] % 4 == batch["target_labels"].shape[1] % 4 == 0
     known = made.summary
     for row in range(3):
         source = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
-        target = batch["labels"][row][batch["labels"][row] != -100].tolist()
+        target = batch["target_labels"][row][batch["target_labels"][row] != -100].tolist()
         assert source == made.sources["train"].row(row).tolist()
         assert source[-1] == target[-1] == known.end
         assert batch["decoder_input_ids"][row][: len(target)].tolist() == [known.start, *target[:-1]]
-    assert made.weight(batch) == (batch["labels"] != -100).sum()
+    assert made.weight(batch) == (batch["target_labels"] != -100).sum()
     with pytest.raises(ConfigError, match="samples of train are numbered"):
         made.samples([10**6], "train")
 
@@ -78,15 +78,19 @@ def test_both_languages_come_back_from_their_tokens_and_no_held_out_source_is_tr
 def test_the_loss_smooths_labels_as_torch_does_and_as_by_hand(data: Path) -> None:
     made = task(data, label_smoothing=0.2)
     batch = made.samples([0, 1, 2, 3], "train")
-    logits = torch.randn(*batch["labels"].shape, made.vocabulary_size, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(
+        *batch["target_labels"].shape, made.vocabulary_size, generator=torch.Generator().manual_seed(0)
+    )
     found = made.loss({"loss": torch.tensor(99.0), "logits": logits}, batch)
-    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.2)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["target_labels"].flatten(), label_smoothing=0.2
+    )
     torch.testing.assert_close(found, wanted)
-    log_p, counted = logits.log_softmax(-1), batch["labels"] != -100
-    own = log_p.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    log_p, counted = logits.log_softmax(-1), batch["target_labels"] != -100
+    own = log_p.gather(-1, batch["target_labels"].clamp(min=0)[..., None])[..., 0]
     by_hand = -(0.8 * own + 0.2 * log_p.mean(-1))[counted].mean()
     torch.testing.assert_close(found, by_hand)
-    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    nothing = {**batch, "target_labels": torch.full_like(batch["target_labels"], -100)}
     assert made.loss(logits, nothing) == 0
     assert made.loss(logits.to(torch.bfloat16), batch).dtype == torch.float32
 
@@ -97,7 +101,8 @@ def test_a_step_has_pairs_of_like_lengths_and_an_epoch_all_of_them(data: Path) -
     seen = [made.indices(seed=1, step=step, global_batch=8) for step in range(count // 8)]
     assert len({index for indices in seen for index in indices}) > 0.9 * count - 8 * 4
     shapes = {
-        tuple(made.samples(indices, "train")[name].shape[1] for name in ("input_ids", "labels")) for indices in seen
+        tuple(made.samples(indices, "train")[name].shape[1] for name in ("input_ids", "target_labels"))
+        for indices in seen
     }
     assert len(shapes) > 1
     spread = [len({made.sources["train"].lengths[i] // 4 for i in indices}) for indices in seen]
@@ -113,7 +118,7 @@ def played(made: Translation, translate: Any) -> tuple[Score, int]:
         while True:
             asked += 1
             assert set(batch) == set(made.samples([0], "train"))
-            rows, places = batch["labels"].shape
+            rows, places = batch["target_labels"].shape
             logits = torch.zeros(rows, places, known.vocabulary_size)
             for row in range(rows):
                 source = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()

@@ -52,7 +52,7 @@ def seq2seq_batch(
     start: int, padding: int,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What an encoder-decoder is shown, int64: `input_ids`, `attention_mask` (rows, lengths[0]), `decoder_input_ids`,
-    which are `start` and all of a guess but its last place, and `labels`, the guess (rows, lengths[1])."""
+    which are `start` and all of a guess but its last place, and `target_labels`, the guess, (rows, lengths[1])."""
     ids = np.full((len(sources), lengths[0]), padding, dtype=np.int64)
     mask = np.zeros_like(ids)
     shown = np.full((len(sources), lengths[1]), padding, dtype=np.int64)
@@ -61,7 +61,7 @@ def seq2seq_batch(
         ids[place, : len(source)], mask[place, : len(source)] = source, 1
         shown[place, 1 : len(guess)], labels[place, : len(guess)] = guess[:-1], guess
     shown[:, 0] = start
-    made = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": shown, "labels": labels}
+    made = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": shown, "target_labels": labels}
     return {name: torch.from_numpy(array) for name, array in made.items()}
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from shardwise.tasks.pairs import Pair, SplitPairs, split_pairs
 from shardwise.tasks.parallel_text import read_pairs
 from shardwise.tasks.played import Game
 from shardwise.tasks.ragged import Ragged
-from shardwise.tasks.task import IGNORED_LABEL, SPLITS, Batch, Split, check_indices, label_count, logits_of
+from shardwise.tasks.task import IGNORED_LABEL, SPLITS, Batch, Split, check_indices, logits_of
 from shardwise.tasks.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, train_tokenizer
 from shardwise.tasks.translation_score import check_sacrebleu, translation_score
 
@@ -112,6 +113,8 @@ class PreparedTranslation:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Translation:
     """A task over a prepared folder. Memory-mapped; pickles as its path and options."""
+
+    counts: ClassVar[str] = "tokens"  # see `Counted`
 
     how: PreparedTranslation
     summary: PairSummary
@@ -200,8 +203,8 @@ class Translation:
         return alike_indices(self.order, seed=seed, step=step, global_batch=global_batch, num_batches=self.how.alike)
 
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `decoder_input_ids` and `labels`, int64 (len(indices), tokens of the longest,
-        padded)."""
+        """`input_ids`, `attention_mask`, `decoder_input_ids` and `target_labels`, int64 (len(indices), tokens of the
+        longest, padded)."""
         check_indices(indices, num_samples=self.num_samples(split), split=split)
         sources, targets = ([side[split].row(i) for i in indices] for side in (self.sources, self.targets))
         lengths = (self._padded(max(map(len, sources), default=1)), self._padded(max(map(len, targets), default=1)))
@@ -209,11 +212,11 @@ class Translation:
 
     def loss(self, outputs: object, batch: Batch) -> Tensor:
         """Cross entropy of the logits (batch, tokens, vocabulary), of which `label_smoothing` goes to all tokens alike
-        (Szegedy et al. 2016, section 7); nats per token, scalar. A loss that the model returns too is not used."""
+        (Szegedy et al. 2016, section 7); nats per token, scalar."""
         logits = logits_of(outputs)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        targets = batch["labels"].to(logits.device).flatten()
+        targets = batch["target_labels"].to(logits.device).flatten()
         total = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             targets,
@@ -225,7 +228,7 @@ class Translation:
 
     def weight(self, batch: Batch) -> float:
         """Tokens of translations."""
-        return label_count(batch)
+        return float((batch["target_labels"] != IGNORED_LABEL).sum().item())
 
     def metrics(self, loss: float) -> dict[str, float]:
         """None: figures come from `play`."""
