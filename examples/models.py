@@ -261,6 +261,38 @@ def _llava() -> Example:
     return Example(model=hf.LlavaForConditionalGeneration(config), batch=batch)
 
 
+def _pi0() -> Example:
+    """The vision-language-action model of Physical Intelligence: its action expert reads the keys and values that every
+    layer of the language model leaves in a cache."""
+    image_token, patches = VOCABULARY - 1, (_IMAGE // 8) ** 2
+    text = {**_SIZES, "num_key_value_heads": 1, "head_dim": 8}
+    config = hf.PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": {"model_type": "gemma", "vocab_size": VOCABULARY, **text},
+            "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **_TOWER},
+            "projection_dim": 32,
+            "image_token_id": image_token,
+        },
+        dit_config={"model_type": "gemma", **text, "hidden_size": 16, "intermediate_size": 32},
+        chunk_size=2,
+        max_state_dim=4,
+        max_action_dim=7,
+    )
+    tokens = torch.cat([torch.full((BATCH, patches), image_token), _tokens()], dim=1)  # (batch, patches + tokens)
+    batch = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "pixel_values": _pixels()[:, None],  # (batch, cameras, 3, side, side)
+        "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool),
+        "state": torch.randn(BATCH, 4),
+        "actions": torch.randn(BATCH, 2, 7),
+        "noise": torch.randn(BATCH, 2, 7),  # without them it draws its own
+        "timestep": torch.rand(BATCH),
+    }
+    return Example(model=hf.PI0ForConditionalGeneration(config), batch=batch)
+
+
 # -- written by hand ----------------------------------------------------------------------------------
 
 
@@ -327,6 +359,7 @@ MODELS: Mapping[str, Callable[[], Example]] = MappingProxyType(
         "clip": _clip,
         "wav2vec2": _wav2vec2,
         "llava": _llava,
+        "pi0": _pi0,
         "llama-inner-loss": _llama_inner,
         "unet": _unet,
         "tied": _tied,

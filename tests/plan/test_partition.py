@@ -80,6 +80,33 @@ def test_every_stage_has_a_call_with_parameters() -> None:
         place(profile, Layout(pp=3))
 
 
+def filled(profile, *pairs):
+    """The profile in which the second call of a pair also reads the first one's output, which cannot be sent."""
+    nodes, values = list(profile.flow.nodes), list(profile.flow.values)
+    for made, read in pairs:
+        values[made] = dataclasses.replace(values[made], crossable=False)
+        nodes[read] = dataclasses.replace(nodes[read], reads=tuple(sorted({*nodes[read].reads, made})))
+    return dataclasses.replace(
+        profile, flow=dataclasses.replace(profile.flow, nodes=tuple(nodes), values=tuple(values))
+    )
+
+
+def test_calls_that_hand_each_other_what_cannot_be_sent_stay_together() -> None:
+    caches = filled(chain([BIG] * 6), (1, 3), (2, 4))
+    assert stages(caches, Layout(pp=2)) == "011111"
+    assert stages(caches, Layout(pp=3)) == "011112"
+    cut_stages(caches.flow, place(caches, Layout(pp=3)), 3)
+    with pytest.raises(
+        LayoutError, match=r"such as those from layers.1#0 to layers.4#0: 3 groups; use 3 stages or fewer"
+    ):
+        place(caches, Layout(pp=4))
+    apart = (("layers.0-1",), ("layers.2-5",))
+    with pytest.raises(
+        LayoutError, match=r"stage 1 cannot get what layers.2#0 reads: layers.1#0 comes from stages \[0\]"
+    ):
+        cut_stages(caches.flow, place(caches, Layout(pp=2, stages=apart)), 2)
+
+
 @pytest.mark.parametrize(
     "by_hand, expected",
     [

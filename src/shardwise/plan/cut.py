@@ -290,7 +290,8 @@ def _uncuttable(flow: Dataflow, values: Sequence[int], needs: set[int], stage: i
     for node in flow.nodes:
         for read in node.reads:
             readers.setdefault(read, node)
-    blocked = [v for v in values if v in needs and (not flow.values[v].crossable or above[v])]
+    stuck = [v for v in values if v in needs and not flow.values[v].crossable]
+    blocked = stuck or [v for v in values if v in needs and above[v]]
     value = blocked[0] if blocked else next(iter(needs))
     reader = readers.get(value)
     made = flow.nodes[flow.values[value].node].label

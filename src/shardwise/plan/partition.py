@@ -6,6 +6,7 @@ and layouts; what crosses in detail is the business of the cut.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -33,11 +34,17 @@ def place(model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, 
         return _by_hand(flow, layout.stages)
     if weights is None:
         weights = _weights(model, layout.stages)
-    has_parameters = [bool(node.parameters) for node in flow.calls]
+    calls = sum(bool(node.parameters) for node in flow.calls)
+    if calls < layout.num_stages:
+        raise LayoutError(_too_few(calls, layout))
+    firsts = _first_calls(flow)  # of groups of calls that stay together
+    groups = list(itertools.pairwise((*firsts, len(flow.calls))))
+    has_parameters = [any(node.parameters for node in flow.calls[a:b]) for a, b in groups]
     if sum(has_parameters) < layout.num_stages:
-        raise LayoutError(_too_few(sum(has_parameters), layout))
-    row = [float(weights[node.index]) for node in flow.calls]
-    traffic = _traffic(flow)
+        raise LayoutError(_too_close(flow, groups, sum(has_parameters), layout))
+    row = [sum(float(weights[node.index]) for node in flow.calls[a:b]) for a, b in groups]
+    every = _traffic(flow)
+    traffic = [every[first] for first in firsts]
     ends = balanced_ends(row, traffic, has_parameters, layout.num_stages)
     if layout.num_stages > layout.pp > 1 and layout.schedule in GENERATORS:
         ends = evened_ends(ends, row, traffic, has_parameters, _owners(layout))
@@ -45,8 +52,23 @@ def place(model: ModelProfile | Dataflow, layout: Layout, weights: Mapping[int, 
     return {
         node.index: stage
         for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
-        for node in flow.calls[start:end]
+        for a, b in groups[start:end]
+        for node in flow.calls[a:b]
     }
+
+
+def _first_calls(flow: Dataflow) -> list[int]:
+    """Places among the calls in front of which a stage may begin: not between a call that leaves something where it
+    cannot be sent from (in an object that it was given, such as a cache) and a call that finds it there."""
+    place_of = {node.index: place for place, node in enumerate(flow.calls)}
+    together = [0] * (len(flow.calls) + 1)  # differences of how many such pairs lie around the front of a call
+    for place, node in enumerate(flow.calls):
+        for read in node.reads:
+            about = flow.values[read]
+            if not about.crossable and about.node in place_of:
+                together[place_of[about.node] + 1] += 1
+                together[place + 1] -= 1
+    return [place for place, around in enumerate(accumulate(together[:-1])) if not around]
 
 
 def _owners(layout: Layout) -> list[int]:
@@ -67,6 +89,15 @@ def _too_few(calls: int, layout: Layout) -> str:
         f"every stage has a unit call with parameters, but the schedule {layout.schedule} makes {num_stages // pp} "
         f"stages of each of pp={pp} ranks, {num_stages} in all, and the model has {calls} calls; use fewer stages (a "
         "smaller pp, fewer chunks, or a schedule of one stage a rank such as 1f1b), or name smaller units"
+    )
+
+
+def _too_close(flow: Dataflow, groups: Sequence[tuple[int, int]], count: int, layout: Layout) -> str:
+    start, end = max(groups, key=lambda group: group[1] - group[0])
+    return (
+        f"every stage has a unit call with parameters, but there are {layout.num_stages} stages, and calls that hand "
+        f"each other what cannot be sent stay together, such as those from {flow.calls[start].label} to "
+        f"{flow.calls[end - 1].label}: {count} groups; use {count} stages or fewer, or name smaller units"
     )
 
 
