@@ -87,7 +87,7 @@ def test_equal_queries_are_told_apart_by_their_numbers_and_not_by_rounding() -> 
     assert first.sort(-1).values.tolist() == [[0, 1], [0, 1]]
 
 
-def test_more_boxes_than_queries_unknown_labels_and_what_is_not_finite_are_refused() -> None:
+def test_more_boxes_than_queries_and_unknown_labels_are_refused() -> None:
     labels, boxes = targets()
     few = outputs(queries=2)
     with pytest.raises(ConfigError, match=r"an image has 3 boxes and the model 2 queries; give it at least 3"):
@@ -95,9 +95,15 @@ def test_more_boxes_than_queries_unknown_labels_and_what_is_not_finite_are_refus
     small = outputs(classes=2)
     with pytest.raises(ConfigError, match=r"this one has 3 and a box is of class 2; give it at least 4"):
         matched_queries(small["logits"], small["pred_boxes"], labels, boxes, terms=TERMS)
-    found = outputs()
-    with pytest.raises(ConfigError, match="not"):
-        matched_queries(found["logits"] * torch.nan, found["pred_boxes"], labels, boxes, terms=TERMS)
+
+
+def test_what_is_no_number_is_matched_last_and_told_by_the_loss() -> None:
+    labels, boxes = targets(1)
+    found = {name: tensor.detach().clone() for name, tensor in outputs(batch=1).items()}
+    found["logits"][0, :2] = torch.nan
+    matched = matched_queries(found["logits"], found["pred_boxes"], labels, boxes, terms=TERMS)
+    assert sorted(matched[0].tolist()) == [2, 3, 4]
+    assert bool(SetLoss().of(found, labels, boxes).isnan())
 
 
 def test_the_loss_of_a_perfect_answer_is_that_of_its_certainty() -> None:

@@ -24,8 +24,8 @@ _HALF, _THREE_QUARTERS = 0, 5  # among COCO's thresholds of IoU, 0.50 to 0.95
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Boxes:
-    """Boxes of one image, (boxes, 4): left, top, right, bottom in pixels; class of each, (boxes,), and of found ones how
-    sure the detector was, (boxes,)."""
+    """Boxes of one image, (boxes, 4): left, top, right, bottom in pixels; class of each, (boxes,), and of found ones
+    how sure the detector was, (boxes,)."""
 
     corners: NDArray[np.float64]
     labels: NDArray[np.int64]

@@ -42,8 +42,8 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasOptions:
-    """Canvases of `size` x `size` pixels with one to `items` items of `smallest` to `largest` pixels a side, two of which
-    share at most `overlap` of the smaller one's box."""
+    """Canvases of `size` x `size` pixels with one to `items` items of `smallest` to `largest` pixels a side, two of
+    which share at most `overlap` of the smaller one's box."""
 
     size: int = 64
     items: int = 4

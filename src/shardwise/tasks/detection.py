@@ -185,7 +185,8 @@ class Detection:
 
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
         """`pixel_values`, float32 (images, channels, size, size); `target_labels`, int64 (images, boxes),
-        IGNORED_LABEL for no box; `target_boxes`, float32 (images, boxes, 4), middle and size in shares of the image, 0 for no box."""
+        IGNORED_LABEL for no box; `target_boxes`, float32 (images, boxes, 4), middle and size in shares of the image, 0
+        for no box."""
         check_indices(indices, num_samples=self.num_samples(split), split=split)
         scenes = [self.scenes[split].scene(index) for index in indices]
         most, channels = self.scenes[split].most, len(self.prepared.mean)
@@ -216,8 +217,8 @@ class Detection:
         return {}
 
     def answers(self, outputs: object, batch: Batch) -> dict[str, Tensor]:
-        """The surest (query, class) pairs of each image: `boxes`, float32 (batch, found, 4), left, top, right, bottom in
-        shares of the image; `labels`, int32, and `scores`, float32, (batch, found)."""
+        """The surest (query, class) pairs of each image: `boxes`, float32 (batch, found, 4), left, top, right,
+        bottom in shares of the image; `labels`, int32, and `scores`, float32, (batch, found)."""
         chances = logits_of(outputs).float().softmax(-1)[..., :-1]  # (batch, queries, classes)
         found = corners(boxes_of(outputs).float())  # (batch, queries, 4)
         num_classes = chances.shape[-1]

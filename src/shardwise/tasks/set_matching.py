@@ -26,6 +26,7 @@ from shardwise.tasks.task import IGNORED_LABEL
 __all__ = ["matched_queries", "matching_cost"]
 
 _TIE = 1e-5  # of costs that are about 1, and rounded to about 1e-7
+_WORST = 1e6  # in place of a cost that is no number: the loss tells it
 
 
 def matching_cost(
@@ -49,8 +50,8 @@ def matched_queries(
 ) -> Tensor:
     """The query that answers for each target, int64 (batch, targets); -1 for none (IGNORED_LABEL). No gradient.
 
-    Shapes as in `matching_cost`. Raises ConfigError for an image with more boxes than queries, for a label that the
-    logits do not have, and for outputs that are not finite.
+    Shapes as in `matching_cost`; what is no number is matched last. Raises ConfigError for an image with more boxes than
+    queries, and for a label that the logits do not have.
     """
     answer: Tensor = _Matching.apply(logits, boxes, target_labels, target_boxes, terms)  # type: ignore[no-untyped-call]
     return answer
@@ -72,7 +73,7 @@ class _Matching(torch.autograd.Function):
         counted = target_labels != IGNORED_LABEL
         _check(cost, counted, target_labels, num_classes=logits.shape[2] - 1)
         rows = torch.full_like(target_labels, -1, device="cpu")
-        costs, present = cost.cpu().numpy(), counted.cpu().numpy()
+        costs, present = np.nan_to_num(cost.cpu().numpy(), nan=_WORST), counted.cpu().numpy()
         for image, own in enumerate(present):
             (targets,) = own.nonzero()
             ties = _TIE * np.outer(np.arange(costs.shape[1]), np.arange(1, len(targets) + 1))
@@ -100,9 +101,4 @@ def _check(cost: Tensor, counted: Tensor, labels: Tensor, *, num_classes: int) -
         raise ConfigError(
             f"every box is matched with a query of its own, but an image has {most} boxes and the model "
             f"{cost.shape[1]} queries; give it at least {most} (num_detection_tokens, num_queries)"
-        )
-    if not bool(torch.isfinite(cost).all()):
-        raise ConfigError(
-            "queries are matched by finite logits and boxes, but the model's are not; lower the learning rate, or clip "
-            "gradients"
         )

@@ -104,7 +104,7 @@ def _told(factory: Callable[..., object], head: ModelHead) -> dict[str, Any]:
         known = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # it cannot be looked into
         return {}
-    return {name: value for name, value in head.inputs.items() if name in known}
+    return {name: value for name, value in {**head.config, **head.inputs}.items() if name in known}
 
 
 def _fit(config: Any, head: ModelHead, options: ModelOptions) -> None:
