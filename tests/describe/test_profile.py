@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -64,6 +65,13 @@ def test_a_large_model_goes_to_json_and_back() -> None:
 def test_json_that_is_no_profile_is_refused(text) -> None:
     with pytest.raises(ModelError, match="compare with the output"):
         ModelProfile.from_json(text)
+
+
+def test_a_value_of_a_node_that_is_not_there_is_refused() -> None:
+    told = json.loads(chain([1, 1]).to_json())
+    told["flow"]["values"][0]["node"] = 99
+    with pytest.raises(ModelError, match=r"a value is made by one of the nodes, of .*, but it is number 99"):
+        ModelProfile.from_json(json.dumps(told))
 
 
 def test_calls_that_are_not_those_of_the_dataflow_are_refused() -> None:

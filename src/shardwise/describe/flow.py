@@ -10,7 +10,7 @@ computed, drawn and tested without torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from shardwise.errors import ModelError
@@ -74,7 +74,11 @@ class Dataflow:
     results: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        places = [value.node for value in self.values]
+        _check_among(places, len(self.nodes), "a value is made by one of the nodes")
+        _check_among(self.results, len(self.values), "a result is one of the values")
         for node in self.nodes:
+            _check_among(node.reads, len(self.values), "a node reads some of the values")
             for read in node.reads:
                 if self.values[read].node >= node.index:
                     made_by = self.nodes[self.values[read].node].label
@@ -116,6 +120,12 @@ class Dataflow:
             return cls(nodes=nodes, values=values, results=tuple(data["results"]))  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"a dataflow has nodes, values and results; this one does not ({error!r})") from error
+
+
+def _check_among(numbers: Sequence[int], count: int, rule: str) -> None:
+    wrong = [number for number in numbers if not 0 <= number < count]
+    if wrong:
+        raise ModelError(f"{rule}, of which there are {count}, but it is number {wrong[0]}; trace the model again")
 
 
 def _tuples(record: Mapping[str, list[object]], *names: str) -> dict[str, tuple[object, ...]]:

@@ -247,7 +247,7 @@ class ModelProfile:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ModelError(
                 "a profile in JSON has the fields of ModelProfile, but reading it failed with "
-                f"{type(error).__name__}: {error}; compare with the output of ModelProfile.to_json"
+                f"{type(error).__name__}: {str(error)[:200]}; compare with the output of ModelProfile.to_json"
             ) from error
 
 

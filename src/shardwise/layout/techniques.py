@@ -162,7 +162,7 @@ class Techniques:
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
+        raise ConfigError(f"{name}={value!r:.200} is not one of {', '.join(known)}; use one of these")
 
 
 def _is_fraction(text: str) -> bool:

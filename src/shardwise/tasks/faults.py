@@ -49,11 +49,11 @@ def fault_text(where: str, fault: Mapping[str, Any]) -> str:
     if kind in _TYPES:
         rule, repair = _TYPES[kind]
         repair = f"write [{where}] and its keys below" if rule == "a table" else repair
-        return f"{where} is {rule}, but got {given!r}; {repair}"
+        return f"{where} is {rule}, but got {given!r:.200}; {repair}"
     if kind in _BOUNDS:
         name, words, repair = _BOUNDS[kind]
         bound = f"{limits[name]:g}"
-        return f"{where} is {words} {bound}, but got {given!r}; use {repair.format(bound)}"
+        return f"{where} is {words} {bound}, but got {given!r:.200}; use {repair.format(bound)}"
     if kind == "literal_error":
         return _choice_text(where, str(limits["expected"]), given)
     message = str(fault["msg"]).removeprefix("Value error, ")
@@ -73,4 +73,4 @@ def _choice_text(where: str, expected: str, given: object) -> str:
     choices = [part.strip().strip("'") for part in expected.replace(" or ", ",").split(",")]
     close = difflib.get_close_matches(str(given), choices, n=1)
     repair = f'write "{close[0]}"' if close else "use one of these"
-    return f"{where} is one of {', '.join(choices)}, but got {given!r}; {repair}"
+    return f"{where} is one of {', '.join(choices)}, but got {given!r:.200}; {repair}"

@@ -85,7 +85,7 @@ def read_config(config: Any) -> Any:
     except Exception as error:  # its checks raise errors of several libraries, none of them a ValueError alone
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{where} is none that transformers takes as {config['model_type']}: {reason}; correct it"
+            f"{where} is none that transformers takes as {config['model_type']}: {reason:.300}; correct it"
         ) from error
     if written:
         _check_names(values, read)
