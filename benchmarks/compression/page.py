@@ -101,7 +101,8 @@ def _noise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     apart = max(plain) / min(plain) - 1
     return [
         f"The runs that compress nothing are one training, summed in another order; behind 200 steps they are "
-        f"{100 * apart:.1f} % apart. That much is rounding, which grows along a curve: differences below it say nothing.",
+        f"{100 * apart:.1f} % apart. That much is rounding, which grows along a curve: differences below it say "
+        "nothing.",
         "",
     ]
 
