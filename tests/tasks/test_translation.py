@@ -170,17 +170,21 @@ def test_the_head_gives_sizes_and_tokens_to_a_model_without_values(data: Path) -
 def test_a_loaded_tokenizer_keeps_its_tokens_and_config_says_what_they_mean(data: Path) -> None:
     folder = data / "model"
     folder.mkdir()
-    words = ["<s>", "<pad>", "</s>", "<unk>", *WORDS, *WORDS.values()]
+    words = ["<s>", "<pad>", "<stop>", "<unk>", *WORDS, *WORDS.values()]
     live = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     live.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    live.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    live.post_processor = processors.BertProcessing(("<stop>", 2), ("<s>", 0))
+    live.add_special_tokens(words[:3])
     live.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<stop>"}))
     (folder / "config.json").write_text(json.dumps({"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}))
     made = task(data, tokenizer=str(folder))
     known = made.summary
     assert (known.start, known.end, known.padding, known.vocabulary_size) == (2, 2, 1, len(words))
     assert made.sources["train"].row(0)[0] == 0  # <s> cat </s>, as the tokenizer writes it
     assert made.sources["train"].row(0).tolist().count(2) == 1
+    right, _ = played(made, lambda text: " ".join(WORDS[word] for word in text.split()))
+    assert right.figures["bleu"] == pytest.approx(100)
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="a model config is a JSON object"):
         task(data, tokenizer=str(folder))

@@ -22,10 +22,18 @@ from shardwise.tasks.cache import content_key, filled_folder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["END_OF_TEXT", "TOKENIZER_FILE", "TextTokenizer", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "TOKENIZER_CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "TextTokenizer",
+    "load_tokenizer",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # beside it: transformers' names of tokens
 
 _FORMAT = "bpe-1"  # a new number makes cached tokenizers of older versions unused
 _MIN_VOCABULARY_SIZE = 257  # every byte, and the end of text
@@ -135,7 +143,7 @@ def _train(documents: Sequence[str], vocabulary_size: int, specials: Sequence[st
 
 
 def _end_token(vocabulary: dict[str, int], file: Path, asked: str | None) -> int:
-    configured = _configured_end(file.parent / "tokenizer_config.json")
+    configured = _configured_end(file.parent / TOKENIZER_CONFIG_FILE)
     candidates = [asked] if asked is not None else [configured, *_USUAL_ENDS]
     for name in candidates:
         if name is not None and name in vocabulary:

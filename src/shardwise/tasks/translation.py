@@ -32,7 +32,13 @@ from shardwise.tasks.parallel_text import read_pairs
 from shardwise.tasks.played import Game
 from shardwise.tasks.ragged import Ragged
 from shardwise.tasks.task import IGNORED_LABEL, SPLITS, Batch, Split, check_indices, logits_of
-from shardwise.tasks.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, train_tokenizer
+from shardwise.tasks.tokenizer import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from shardwise.tasks.translation_score import check_sacrebleu, translation_score
 
 __all__ = ["FAMILY", "PreparedTranslation", "Translation", "TranslationOptions"]
@@ -346,7 +352,9 @@ def _filler(split: SplitPairs, vocabulary: _Vocabulary, key: str, max_tokens: in
             num_held_out=counts["held_out"],
             left_out=left_out,
         )
+        end = vocabulary.tokenizer.live.id_to_token(vocabulary.end)
         (folder / TOKENIZER_FILE).write_text(vocabulary.tokenizer.to_json(), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps({"eos_token": end}), encoding="utf-8")
         (folder / _SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
 
     return fill

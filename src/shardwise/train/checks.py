@@ -50,10 +50,11 @@ def check_task(job: Job) -> None:
             f"model.config.vocab_size={tokens} or task.vocabulary_size={rows}"
         )
     if places is not None and places < task.sequence_length:
+        option = "max_tokens" if isinstance(task, TokenClassification | Translation) else "sequence_length"
         raise ConfigError(
             f"a model has a place for every token of a sequence, but max_position_embeddings={places} and "
             f"sequence_length={task.sequence_length}; set model.config.max_position_embeddings={task.sequence_length} "
-            f"or task.sequence_length={places}"
+            f"or task.{option}={places}"
         )
 
 
