@@ -4,11 +4,14 @@ from shardwise.tasks.by_step import Augmented, Ordered, alike_indices, indices_a
 from shardwise.tasks.detection import Detection
 from shardwise.tasks.head import Headed, ModelHead
 from shardwise.tasks.images import ImageClassification
+from shardwise.tasks.imitation import Imitation
 from shardwise.tasks.language_modelling import CorpusOptions, EncodedCorpus, LanguageModelling
 from shardwise.tasks.played import Game, Played
 from shardwise.tasks.registry import head_of_kind, may_have_head, prepare_task, task_from, wanted_of_run
 from shardwise.tasks.sampler import sample_indices
 from shardwise.tasks.scored import Answers, Score, Scored
+from shardwise.tasks.sight import Outcome, Sight
+from shardwise.tasks.simulator import Expert, Pictured, Simulator
 from shardwise.tasks.synthetic import RandomTokens
 from shardwise.tasks.task import (
     IGNORED_LABEL,
@@ -38,16 +41,22 @@ __all__ = [
     "Counted",
     "Detection",
     "EncodedCorpus",
+    "Expert",
     "Game",
     "Headed",
     "ImageClassification",
+    "Imitation",
     "LanguageModelling",
     "ModelHead",
     "Ordered",
+    "Outcome",
+    "Pictured",
     "Played",
     "RandomTokens",
     "Score",
     "Scored",
+    "Sight",
+    "Simulator",
     "Split",
     "Task",
     "TokenClassification",

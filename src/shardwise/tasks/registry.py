@@ -205,7 +205,7 @@ def _from_factory(kind: str, options: Options) -> Task:
 def _checked(cls: type[T], options: Options) -> T:
     """An instance of a dataclass from a mapping, with names and types checked."""
     known = [field.name for field in fields(cls)]
-    needed = [field.name for field in fields(cls) if field.default is MISSING]
+    needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
     faults = [unknown_text(f"task.{name}", name, known) for name in options if name not in known]
     faults += [f"task.{name} is missing; add it" for name in needed if name not in options]
     if faults:
