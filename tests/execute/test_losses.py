@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -52,6 +53,25 @@ def matches(outputs: Outputs, batch: Any) -> torch.Tensor:
     return outputs["logits"][rows, columns].square().sum()
 
 
+class Best(torch.autograd.Function):
+    """The columns of an assignment, found in numpy."""
+
+    @staticmethod
+    def forward(ctx: Any, costs: torch.Tensor) -> torch.Tensor:
+        columns = torch.from_numpy(linear_sum_assignment(costs.numpy())[1])
+        ctx.mark_non_differentiable(columns)
+        return columns
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        return None
+
+
+def sets_apart(outputs: Outputs, batch: Any) -> torch.Tensor:
+    columns = Best.apply(outputs["logits"])
+    return outputs["logits"].gather(1, columns[:, None]).square().sum()
+
+
 def plain(outputs: Outputs, batch: Any) -> torch.Tensor:
     return F.cross_entropy(outputs["logits"], batch["target_labels"], ignore_index=-100)
 
@@ -66,16 +86,34 @@ def names(trace: Traced) -> list[str]:
     return [node.name for node in trace.tape.flow.nodes]
 
 
-@pytest.mark.parametrize("loss", [masks, looks, matches, plain])
+@pytest.mark.parametrize("loss", [masks, looks, matches, sets_apart, plain])
 def test_stages_of_a_model_have_its_gradients_whatever_its_loss_looks_at(loss: Callable[..., torch.Tensor]) -> None:
     made = example(loss)
     wanted, wanted_gradients = run_whole(made)
     trace = traced(made)
-    assert ("loss_of" in names(trace)) == (loss is not plain)
+    assert ("loss_of" in names(trace)) == (loss in (masks, looks, matches))
+    assert ("Best" in names(trace)) == (loss is sets_apart)
     for num_stages in (1, 2, 3):
         value, gradients = trace.run(trace.cut(num_stages))
         assert value == pytest.approx(wanted, rel=1e-6)
         assert worst_error(gradients, wanted_gradients) <= 1e-6
+
+
+class Rounded(nn.Linear):
+    """A layer that asks numpy."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * float(np.rint(x.detach().numpy()).max())
+
+
+def test_a_unit_that_asks_numpy_is_run_on_real_numbers_while_it_is_recorded() -> None:
+    made = example(plain)
+    made.model.get_submodule("layers")[1] = Rounded(WIDTH, WIDTH)
+    wanted, wanted_gradients = run_whole(made)
+    trace = traced(made)
+    value, gradients = trace.run(trace.cut(2))
+    assert value == pytest.approx(wanted, rel=1e-6)
+    assert worst_error(gradients, wanted_gradients) <= 1e-6
 
 
 def test_a_loss_that_looks_is_one_function_whatever_it_finds() -> None:

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from shardwise.describe.flow import Node, NodeKind
@@ -33,7 +33,7 @@ from shardwise.trace.functions import as_one_function
 from shardwise.trace.glue import Glue
 from shardwise.trace.keys import key_of
 from shardwise.trace.randomness import Scope
-from shardwise.trace.running import DataDependent, GlueLooks, HookedModule, Running, UnitCall
+from shardwise.trace.running import DataDependent, GlueLooks, HookedModule, Running, UnitCall, as_numpy
 from shardwise.trace.tape import Fixed, Record, Structure, Tape
 from shardwise.trace.writing import write_call
 
@@ -86,6 +86,7 @@ class Recorder:
                 as_one_function(lambda: self._glue if self.running.in_glue else None),
                 noticed(self),
                 mock.patch.object(torch.utils, "swap_tensors", moved),  # of `module.to(dtype)` in a forward
+                mock.patch.object(FakeTensor, "numpy", as_numpy),
                 warnings.catch_warnings(),
             ):
                 # a fake twin of a real tensor that was written asks also for its gradient

@@ -6,15 +6,23 @@ Plain state that the modes fill and that the tape is written from. Refuses to kn
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from shardwise.trace.tape import Place
 
-__all__ = ["DataDependent", "GlueLooks", "GlueOp", "HookedModule", "Running", "Touched", "UnitCall"]
+__all__ = ["DataDependent", "GlueLooks", "GlueOp", "HookedModule", "Running", "Touched", "UnitCall", "as_numpy"]
 
 DataDependent = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def as_numpy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`FakeTensor.numpy` while a forward is recorded: it looks at values, as `tolist` does, and is told as such."""
+    if torch.overrides._get_current_function_mode() is not None:  # type: ignore[no-untyped-call]
+        return torch.Tensor.numpy(tensor, *args, **kwargs)  # which is asked first
+    raise DataDependentOutputException(torch.Tensor.numpy)  # type: ignore[arg-type]
 
 
 class GlueLooks(Exception):  # noqa: N818  it is a finding, not a fault
