@@ -46,7 +46,7 @@ def box_score(true: Sequence[Boxes], found: Sequence[Boxes], names: Sequence[str
         run.accumulate()
     # (thresholds, recalls, classes, areas, most boxes), -1 where a class has no true box: all areas, 100 boxes
     precision = np.asarray(run.eval["precision"])[:, :, :, 0, -1]
-    counts = np.bincount(np.concatenate([each.labels for each in true] or [[]]).astype(int), minlength=len(names))
+    labels = [label for each in true for label in each.labels.tolist()]
     figures = {
         "map": _mean(precision),
         "map_50": _mean(precision[_HALF]),
@@ -55,9 +55,9 @@ def box_score(true: Sequence[Boxes], found: Sequence[Boxes], names: Sequence[str
     wide = max([len("class"), *map(len, names)])
     lines = [f"{'class':<{wide}}     map  map_50   boxes"]
     for label, name in enumerate(names):
-        if counts[label]:
-            own = precision[:, :, label]
-            lines.append(f"{name:<{wide}}  {_mean(own):.4f}  {_mean(own[_HALF]):.4f}  {counts[label]:6d}")
+        if label in labels:
+            own, count = precision[:, :, label], labels.count(label)
+            lines.append(f"{name:<{wide}}  {_mean(own):.4f}  {_mean(own[_HALF]):.4f}  {count:6d}")
     return Score(figures=figures, report="\n".join(lines))
 
 

@@ -46,7 +46,7 @@ class BoxedImages:
     @property
     def most(self) -> int:
         """Boxes of an image, at most."""
-        return self.boxes.shape[1]
+        return int(self.boxes.shape[1])
 
     def scene(self, number: int) -> Scene:
         """An image and its boxes."""

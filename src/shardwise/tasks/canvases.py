@@ -153,8 +153,8 @@ def _weights(length: int, side: int) -> NDArray[np.float64]:
 
 def _tight(pixels: NDArray[np.uint8]) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom around all that is to be seen, None if that is nothing."""
-    seen = (pixels >= _FAINT).any(0)
-    rows, columns = seen.any(1).nonzero()[0], seen.any(0).nonzero()[0]
+    seen = np.any(pixels >= _FAINT, axis=0)  # (height, width)
+    rows, columns = (np.flatnonzero(np.any(seen, axis=axis)) for axis in (1, 0))
     if not len(rows):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

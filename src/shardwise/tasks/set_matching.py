@@ -50,8 +50,8 @@ def matched_queries(
 ) -> Tensor:
     """The query that answers for each target, int64 (batch, targets); -1 for none (IGNORED_LABEL). No gradient.
 
-    Shapes as in `matching_cost`; what is no number is matched last. Raises ConfigError for an image with more boxes than
-    queries, and for a label that the logits do not have.
+    Shapes as in `matching_cost`; what is no number is matched last. Raises ConfigError for an image with more boxes
+    than queries, and for a label that the logits do not have.
     """
     answer: Tensor = _Matching.apply(logits, boxes, target_labels, target_boxes, terms)  # type: ignore[no-untyped-call]
     return answer

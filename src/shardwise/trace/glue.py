@@ -26,7 +26,7 @@ __all__ = ["Glue"]
 _SHAPED_BY_VALUES = frozenset(
     "nonzero argwhere unique unique_consecutive masked_select __getitem__ repeat_interleave bincount where".split()
 )
-_TO_NUMPY = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
+_TO_NUMPY: frozenset[Any] = frozenset((torch.Tensor.numpy, torch.Tensor.__array__))
 
 
 class Glue(TorchFunctionMode):
