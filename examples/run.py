@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())  # as the command line does: a run names its model "examples.vla.policy:Policy"
     try:
         main()
     except ShardwiseError as error:

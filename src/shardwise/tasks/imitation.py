@@ -26,7 +26,7 @@ from shardwise.tasks.demonstrations import Demonstrations, record
 from shardwise.tasks.film import Frame, write_film
 from shardwise.tasks.head import ModelHead
 from shardwise.tasks.played import Game
-from shardwise.tasks.playing import Played, Seat, score_of
+from shardwise.tasks.playing import Episode, Seat, score_of
 from shardwise.tasks.scored import Answers, Score
 from shardwise.tasks.simulator import Expert, Pictured, Simulator, simulator_from
 from shardwise.tasks.task import IGNORED_LABEL, SPLITS, Batch, Split, check_indices, class_loss, label_count, logits_of
@@ -263,7 +263,7 @@ class Imitation:
         ]
         for seat in seats:
             seat.begin(start)
-        played: list[Played] = []
+        played: list[Episode] = []
         films: dict[int, list[Frame]] = {}
         while any(seat.seed is not None for seat in seats):
             replies = yield self._shown(seats)

@@ -19,11 +19,13 @@ from shardwise.tasks.scored import Score
 from shardwise.tasks.sight import Sight
 from shardwise.tasks.simulator import Pictured, Simulator
 
-__all__ = ["Played", "Seat", "score_of"]
+__all__ = ["Episode", "Seat", "score_of"]
+
+_HELD = 3  # times that the last frame of an episode is shown again
 
 
 @dataclass(frozen=True, kw_only=True)
-class Played:
+class Episode:
     """How an episode went."""
 
     seed: int
@@ -57,7 +59,7 @@ class Seat:
         self.images, self.taken = [sight.image], [start]
         self._film(sight)
 
-    def act(self, action: int) -> Played | None:
+    def act(self, action: int) -> Episode | None:
         """Do it; how the episode went, if it has ended."""
         assert self.seed is not None
         outcome = self.world.step(action)
@@ -67,14 +69,15 @@ class Seat:
         self._film(outcome.sight)
         if not outcome.ended:
             return None
-        return Played(seed=self.seed, instruction=self.instruction, succeeded=outcome.succeeded, steps=self.steps)
+        self.frames += self.frames[-1:] * _HELD
+        return Episode(seed=self.seed, instruction=self.instruction, succeeded=outcome.succeeded, steps=self.steps)
 
     def _film(self, sight: Sight) -> None:
         if self.seed in self.filmed and isinstance(self.world, Pictured):
             self.frames.append((self.world.picture(), sight.instruction))
 
 
-def score_of(played: Sequence[Played]) -> Score:
+def score_of(played: Sequence[Episode]) -> Score:
     """`success`, the share of episodes in which it was done, and `steps`, the mean of those; the report names the
     others."""
     well = [each for each in played if each.succeeded]
