@@ -162,6 +162,13 @@ def test_a_factory_gets_its_options_and_must_return_a_module() -> None:
         model_factory(ModelOptions(factory="builtins:dict"))()
 
 
+def test_a_factory_is_told_what_follows_from_the_data_unless_the_run_says_it() -> None:
+    head = ModelHead(family="", inputs={"in_features": 2, "out_features": 3, "num_words": 4})
+    options = {"out_features": 5}
+    built = model_factory(ModelOptions(factory="torch.nn:Linear", options=options), head)()
+    assert built.weight.shape == (5, 2)  # and nothing that it has no parameter for
+
+
 def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         open_safetensors(tmp_path)

@@ -7,7 +7,8 @@ A world knows no task, no model and no ranks. One whose seed is the same goes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -71,6 +72,7 @@ SIMULATORS = ("babyai",)
 
 def simulator_from(name: str, options: Mapping[str, object]) -> Simulator:
     """The simulator "babyai", or what "package.module:factory" makes of the options. Raises ConfigError."""
+    factory: Callable[..., Simulator]
     if name == "babyai":
         factory = BabyAI.make
     elif ":" in name:
@@ -81,9 +83,9 @@ def simulator_from(name: str, options: Mapping[str, object]) -> Simulator:
             "task.simulator"
         )
     try:
-        made: Simulator = factory(**options)
+        inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise ConfigError(
             f"simulator_options are what {name} is called with, but {error}; correct task.simulator_options"
         ) from error
-    return made
+    return factory(**options)
