@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -67,25 +68,22 @@ class Pictured(Protocol):
         ...
 
 
-SIMULATORS = ("babyai",)
+SIMULATORS: Mapping[str, Callable[..., Simulator]] = MappingProxyType({"babyai": BabyAI.make})
 
 
 def simulator_from(name: str, options: Mapping[str, object]) -> Simulator:
-    """The simulator "babyai", or what "package.module:factory" makes of the options. Raises ConfigError."""
-    factory: Callable[..., Simulator]
-    if name == "babyai":
-        factory = BabyAI.make
-    elif ":" in name:
-        factory = found(name, "a simulator")
-    else:
+    """A simulator of SIMULATORS, or what "package.module:factory" makes of the options. Raises ConfigError."""
+    if name not in SIMULATORS and ":" not in name:
         raise ConfigError(
             f"a simulator is one of {', '.join(SIMULATORS)} or package.module:factory, but got {name!r}; correct "
             "task.simulator"
         )
+    factory = SIMULATORS[name] if name in SIMULATORS else found(name, "a simulator")
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise ConfigError(
             f"simulator_options are what {name} is called with, but {error}; correct task.simulator_options"
         ) from error
-    return factory(**options)
+    made: Simulator = factory(**options)
+    return made
