@@ -70,7 +70,7 @@ def test_an_unknown_example_and_missing_data_are_named(tmp_path: Path) -> None:
         main(["ner", "--data", str(tmp_path / "nowhere")])
 
 
-@pytest.mark.parametrize("name", ["ner", "images"])
+@pytest.mark.parametrize("name", ["ner", "images", "detection"])
 def test_every_example_has_a_page_and_a_figure(name: str) -> None:
     example = Example.read(name)
     assert example.figure

@@ -14,6 +14,7 @@ from models import Example
 from scipy.optimize import linear_sum_assignment
 
 from one_process import Traced, run_whole, traced, worst_error
+from shardwise.trace.objective import objective
 
 WIDTH = 8
 
@@ -114,6 +115,19 @@ def test_a_unit_that_asks_numpy_is_run_on_real_numbers_while_it_is_recorded() ->
     value, gradients = trace.run(trace.cut(2))
     assert value == pytest.approx(wanted, rel=1e-6)
     assert worst_error(gradients, wanted_gradients) <= 1e-6
+
+
+class Listing(Layers):
+    def forward(self, x: torch.Tensor, target_labels: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x + target_labels.clamp(min=0)[:, None])
+
+
+def test_a_target_that_forward_lists_is_given_to_the_model_too() -> None:
+    made = example(plain)
+    listing = Listing()
+    listing.load_state_dict(made.model.state_dict())
+    found = objective(listing, made.batch, plain)
+    assert float(found.detach()) != pytest.approx(float(objective(made.model, made.batch, plain).detach()))
 
 
 def test_a_loss_that_looks_is_one_function_whatever_it_finds() -> None:

@@ -90,7 +90,7 @@ def test_equal_queries_are_told_apart_by_their_numbers_and_not_by_rounding() -> 
 def test_more_boxes_than_queries_and_unknown_labels_are_refused() -> None:
     labels, boxes = targets()
     few = outputs(queries=2)
-    with pytest.raises(ConfigError, match=r"an image has 3 boxes and the model 2 queries; give it at least 3"):
+    with pytest.raises(ConfigError, match=r"an image has up to 3 boxes and the model 2 queries; give it at least 3"):
         matched_queries(few["logits"], few["pred_boxes"], labels, boxes, terms=TERMS)
     small = outputs(classes=2)
     with pytest.raises(ConfigError, match=r"this one has 3 and a box is of class 2; give it at least 4"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from models import Example
 
+from one_process import run_whole, traced, worst_error
 from shardwise.launch import RankStarter
 from shardwise.tasks.set_loss import SetLoss
 from shardwise.verify import verify
@@ -31,6 +34,29 @@ def yolos() -> hf.YolosForObjectDetection:
     return hf.YolosForObjectDetection(config)
 
 
+def detr() -> hf.DetrForObjectDetection:
+    """A ConvNeXt, an encoder and a decoder."""
+    backbone = hf.ConvNextConfig(
+        num_channels=1, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"], patch_size=2
+    )
+    config = hf.DetrConfig(
+        backbone_config=backbone,
+        num_channels=1,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=QUERIES,
+        num_labels=CLASSES,
+    )
+    return hf.DetrForObjectDetection(config)
+
+
 def batch(size: int = 8) -> dict[str, torch.Tensor]:
     """Images with 0 to 3 boxes, so that micro-batches have different numbers of them, and one has none."""
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +77,27 @@ def weight(inputs: Any) -> float:
     return float(len(inputs["target_labels"]))
 
 
-@pytest.mark.parametrize("layout", ["pp=2,micro_batches=4", "dp=2,micro_batches=2", "tp=2,micro_batches=2"])
+@pytest.mark.parametrize("factory", [yolos, detr])
+def test_stages_of_a_detector_are_the_model(factory: Callable[[], torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    made = Example(model=factory().eval(), batch=batch(4), loss=loss)
+    wanted, wanted_gradients = run_whole(made)
+    trace = traced(made)
+    assert "_Matching" in [node.name for node in trace.tape.flow.nodes]
+    for num_stages in (2, 3):
+        value, gradients = trace.run(trace.cut(num_stages))
+        assert value == pytest.approx(wanted, rel=1e-5)
+        assert worst_error(gradients, wanted_gradients) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("pp=2,micro_batches=4", marks=pytest.mark.slow),
+        "dp=2,micro_batches=2",
+        "tp=2,micro_batches=2",
+    ],
+)
 def test_a_detector_is_one_device(layout: str, starter: RankStarter) -> None:
     comparison = verify(yolos, batch(), layout=layout, loss=loss, weight=weight, steps=2, starter=starter)
     assert comparison.equal, str(comparison)

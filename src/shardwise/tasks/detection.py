@@ -26,7 +26,7 @@ from shardwise.tasks.boxes import corners
 from shardwise.tasks.cache import content_key, filled_folder
 from shardwise.tasks.canvases import Canvases, CanvasOptions, Scene
 from shardwise.tasks.head import ModelHead
-from shardwise.tasks.image_files import has_idx, read_images
+from shardwise.tasks.image_files import has_idx, named_classes, read_images
 from shardwise.tasks.scored import Answers, Score
 from shardwise.tasks.set_loss import SetLoss, boxes_of
 from shardwise.tasks.task import IGNORED_LABEL, SPLITS, Batch, Split, batch_size, check_indices, logits_of
@@ -260,14 +260,8 @@ def _middles(scene: Scene) -> NDArray[np.float32]:
 def _items(data: Path, options: DetectionOptions) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     """Arrays by split and kind of what canvases are composed of, and names of the classes."""
     read = read_images(data, size=0, channels=options.channels)
-    names = options.classes or read["train"].names
-    if len(names) < len(read["train"].names):
-        raise ConfigError(
-            f"every class has a name, but there are {len(read['train'].names)} classes and classes names {len(names)}; "
-            "name them all, or none"
-        )
     arrays = {f"{s}-{kind}": getattr(read[s], kind) for s in SPLITS for kind in ("pixels", "labels")}
-    return arrays, names
+    return arrays, named_classes(read["train"], options.classes)
 
 
 def _boxed(data: Path, options: DetectionOptions) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shardwise.errors import ConfigError
 from shardwise.tasks.task import Split
 
-__all__ = ["Images", "has_idx", "read_idx", "read_images", "whole_pixels"]
+__all__ = ["Images", "has_idx", "named_classes", "read_idx", "read_images", "whole_pixels"]
 
 _IDX: Mapping[Split, str] = {"train": "train", "held_out": "t10k"}
 _FOLDERS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "held_out": ("val", "valid", "dev", "test")}
@@ -62,6 +62,16 @@ def read_images(data: Path, *, size: int, channels: int) -> dict[Split, Images]:
     names = tuple(sorted(folder.name for folder in train.iterdir() if folder.is_dir()))
     folders: dict[Split, Path] = {"train": train, "held_out": held_out}
     return {split: _of_folder(folder, names, size, channels or 3) for split, folder in folders.items()}
+
+
+def named_classes(images: Images, names: Sequence[str]) -> tuple[str, ...]:
+    """Names of the classes: `names`, else the images' own. Raises ConfigError for fewer than there are classes."""
+    if names and len(names) < len(images.names):
+        raise ConfigError(
+            f"every class has a name, but there are {len(images.names)} classes and classes names {len(names)}; name "
+            "them all, or none"
+        )
+    return tuple(names) or images.names
 
 
 def has_idx(data: Path) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from shardwise.errors import ConfigError
 from shardwise.tasks.cache import content_key, filled_folder
 from shardwise.tasks.head import ModelHead
-from shardwise.tasks.image_files import Images, read_images
+from shardwise.tasks.image_files import Images, named_classes, read_images
 from shardwise.tasks.mixing import UInts, derive_keys, mix
 from shardwise.tasks.scored import Answers, Score
 from shardwise.tasks.task import SPLITS, Batch, Split, check_indices, class_loss, label_count, logits_of
@@ -86,12 +86,7 @@ class ImageClassification:
     def prepare(options: ImageOptions) -> Path:
         """Read and store; returns the folder to `open`. Raises ConfigError for data that are no images."""
         images = read_images(Path(options.data).expanduser(), size=options.size, channels=options.channels)
-        names = options.classes or images["train"].names
-        if len(names) < len(images["train"].names):
-            raise ConfigError(
-                f"every class has a name, but there are {len(images['train'].names)} classes and classes names "
-                f"{len(names)}; name them all, or none"
-            )
+        names = named_classes(images["train"], options.classes)
         arrays = [array.tobytes() for split in SPLITS for array in (images[split].pixels, images[split].labels)]
         key = content_key([_FORMAT, *names, str(images["train"].pixels.shape), *arrays])
         return filled_folder(Path(options.cache) / f"images-{key}", _filler(images, names, key)).resolve()

@@ -50,8 +50,8 @@ def matched_queries(
 ) -> Tensor:
     """The query that answers for each target, int64 (batch, targets); -1 for none (IGNORED_LABEL). No gradient.
 
-    Shapes as in `matching_cost`; what is no number is matched last. Raises ConfigError for an image with more boxes
-    than queries, and for a label that the logits do not have.
+    Shapes as in `matching_cost`; what is no number is matched last. Raises ConfigError for more targets than
+    queries, and for a label that the logits do not have.
     """
     answer: Tensor = _Matching.apply(logits, boxes, target_labels, target_boxes, terms)  # type: ignore[no-untyped-call]
     return answer
@@ -69,9 +69,9 @@ class _Matching(torch.autograd.Function):
         target_boxes: Tensor,
         terms: tuple[float, float, float],
     ) -> Tensor:
+        _check(target_labels, num_queries=logits.shape[1], num_classes=logits.shape[2] - 1)
         cost = matching_cost(logits.float(), boxes.float(), target_labels, target_boxes.float(), terms=terms)
         counted = target_labels != IGNORED_LABEL
-        _check(cost, counted, target_labels, num_classes=logits.shape[2] - 1)
         rows = torch.full_like(target_labels, -1, device="cpu")
         costs, present = np.nan_to_num(cost.cpu().numpy(), nan=_WORST), counted.cpu().numpy()
         for image, own in enumerate(present):
@@ -88,17 +88,16 @@ class _Matching(torch.autograd.Function):
         return (None,) * 5
 
 
-def _check(cost: Tensor, counted: Tensor, labels: Tensor, *, num_classes: int) -> None:
-    """(batch, queries, targets), (batch, targets), (batch, targets)"""
+def _check(labels: Tensor, *, num_queries: int, num_classes: int) -> None:
+    """(batch, targets)"""
+    if labels.shape[1] > num_queries:
+        raise ConfigError(
+            f"every box is matched with a query of its own, but an image has up to {labels.shape[1]} boxes and the "
+            f"model {num_queries} queries; give it at least {labels.shape[1]} (num_detection_tokens, num_queries)"
+        )
     label = int(labels.max()) if labels.numel() else IGNORED_LABEL
     if label >= num_classes:
         raise ConfigError(
             f"a detector has a logit for every class and one for none, but this one has {num_classes + 1} and a box is "
             f"of class {label}; give it at least {label + 2} (num_labels, id2label)"
-        )
-    most = int(counted.sum(-1).max()) if counted.numel() else 0
-    if most > cost.shape[1]:
-        raise ConfigError(
-            f"every box is matched with a query of its own, but an image has {most} boxes and the model "
-            f"{cost.shape[1]} queries; give it at least {most} (num_detection_tokens, num_queries)"
         )
