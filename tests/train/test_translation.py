@@ -38,12 +38,19 @@ def told(folder: Path, rank: int = 0) -> tuple[list[float], Event]:
 
 
 @on_ranks(2, timeout_s=90)
-@pytest.mark.parametrize("layout", ["pp=2,micro_batches=3", "dp=2", "tp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp=2,micro_batches=3",
+        pytest.param("dp=2", marks=pytest.mark.slow),
+        pytest.param("tp=2", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_translate_as_one(rank: RankContext, data: Path, layout: str) -> None:  # noqa: F811
     task = {"kind": "translation", "data": str(data), "cache": str(data / f"cache-{rank.rank}"), **TASK}
     described = {"folder": str(data / "run"), "layout": layout, "model": {"config": CONFIG}, "task": task}
     job = prepare(run_from({**described, "training": TRAINING}))
-    losses = train_on_rank(rank, job)
+    losses = list(train_on_rank(rank, job).losses)
     alone(job, rank.rank)
     here, one = told(data / "run", rank.rank), told(data / f"run-alone-{rank.rank}")
     assert here[0] == losses
