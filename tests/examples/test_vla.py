@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples.run import Example, main
+from examples.vla.pi0 import Pi0Policy
 from examples.vla.policy import Policy
 from shardwise.launch import RankStarter
 from shardwise.verify import verify
@@ -49,6 +50,14 @@ def weight(inputs: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("layout", [f"pp=2,micro_batches=4,{TOWERS}", "dp=2,micro_batches=2", f"dp=2,pp=2,{TOWERS}"])
 def test_a_policy_of_two_towers_is_one_device(layout: str, starter: RankStarter) -> None:
     comparison = verify(policy, batch(), layout=layout, loss=loss, weight=weight, steps=2, starter=starter)
+    assert comparison.equal, str(comparison)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp=2,micro_batches=4", "dp=2,pp=2", "tp=2,micro_batches=2"])
+def test_pi0_is_one_device_with_the_noise_that_it_draws(layout: str, starter: RankStarter) -> None:
+    sizes = {name: value for name, value in SIZES.items() if name not in ("num_words", "num_steps")}
+    comparison = verify(lambda: Pi0Policy(**sizes, heads=2), batch(), layout=layout, weight=weight, starter=starter)
     assert comparison.equal, str(comparison)
 
 
