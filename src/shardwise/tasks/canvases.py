@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.errors import ConfigError
-from shardwise.tasks.mixing import derive_keys, mix
+from shardwise.tasks.mixing import UInts, derive_keys, mix
 from shardwise.tasks.task import Split
 
 __all__ = ["CanvasOptions", "Canvases", "Scene"]
@@ -79,13 +79,16 @@ class Canvases:
 
     def scene(self, number: int) -> Scene:
         """Canvas `number`. An item without a free place is left out, the first one never is."""
-        return _composed(self.pixels, self.labels, number, self.split, self.options)
+        return _composed(self.pixels, self.labels, number, self._keys, self.options)
+
+    @cached_property
+    def _keys(self) -> UInts:
+        return derive_keys("canvas", self.options.seed, int(self.split == "train"))
 
 
 def _composed(
-    items: NDArray[np.uint8], of_items: NDArray[np.int64], number: int, split: Split, options: CanvasOptions
+    items: NDArray[np.uint8], of_items: NDArray[np.int64], number: int, keys: UInts, options: CanvasOptions
 ) -> Scene:
-    keys = derive_keys("canvas", options.seed, int(split == "train"))
     own = mix(np.array([number], dtype=np.uint64) + keys[0])[0]
     count = 1 + int(mix(np.array([own ^ keys[1]]))[0]) % options.items
     drawn = mix(np.arange(count * _DRAWS, dtype=np.uint64) + (own ^ keys[2])) >> np.uint64(11)
