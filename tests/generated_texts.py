@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from shardwise.execute.assemble import assemble
+from shardwise.execute.generate_tokens import Forced
 from shardwise.execute.generation import Generated, generate
 from shardwise.execute.program import Program
 from shardwise.layout import Layout
@@ -69,6 +70,21 @@ def t5() -> Any:
     return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, **tokens, tie_word_embeddings=False))
 
 
+def bart() -> Any:
+    """The first and the last token are forced: see `BART_FORCES`."""
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in
+             (("layers", 2), ("attention_heads", HEADS), ("ffn_dim", 48))}  # fmt: skip
+    tokens: dict[str, Any] = {"decoder_start_token_id": 2, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    model = tf.BartForConditionalGeneration(
+        tf.BartConfig(d_model=32, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **tokens)
+    )
+    model.generation_config.update(forced_bos_token_id=BART_FORCES.first, forced_eos_token_id=BART_FORCES.last)
+    return model
+
+
+BART_FORCES = Forced(first=5, last=2)
+
+
 @cache
 def settled(make: Callable[[], Any]) -> Any:
     """The model with weights so large that what it says depends on what it has read."""
@@ -77,7 +93,7 @@ def settled(make: Callable[[], Any]) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, {marian: 0.15, t5: 0.6}.get(make, 0.3))
+                parameter.normal_(0, {marian: 0.15, bart: 0.15, t5: 0.6}.get(make, 0.3))
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     return model
 
@@ -115,11 +131,13 @@ def generated(model: Any, layout: str, rank: int, batch: dict[str, torch.Tensor]
         program.close()
 
 
-def assert_tokens_of_transformers(make: Callable[[], Any], layout: str, rank: int, *, padded: bool = True) -> Generated:
+def assert_tokens_of_transformers(
+    make: Callable[[], Any], layout: str, rank: int, *, padded: bool = True, **options: Any
+) -> Generated:
     model = settled(make)
     batch = prompts(padded=padded, on_the_right=model.config.is_encoder_decoder)
     expected = wanted(model, batch)
     assert len({row[-6:] for row in expected}) > 1, "texts that end alike would also with the cache of another"
-    got = generated(model, layout, rank, batch)
+    got = generated(model, layout, rank, batch, **options)
     assert list(got.tokens) == expected
     return got

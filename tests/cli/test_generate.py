@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 
+from generated_texts import BART_FORCES, bart, settled
 from shardwise.cli import run_command
 from shardwise.generate import generate
 from shardwise.tasks.tokenizer import train_tokenizer
@@ -110,6 +111,18 @@ def test_processes_of_a_layout_say_the_same(folder: Path, layout: str, capsys: p
     assert run_command(["generate", str(folder), *PROMPTS, "--layout", layout, *options]) == 0
     shown = "".join(f"── {prompt}\n{text}\n" for prompt, text in zip(PROMPTS, alone.texts, strict=True))
     assert capsys.readouterr().out == shown
+
+
+def test_the_generation_config_of_an_encoder_decoder_is_followed() -> None:
+    model = settled(bart)
+    rows = [[5, 9, 11, 7], [8, 4]]
+    expected = []
+    for row in rows:
+        out = model.generate(torch.tensor([row]), max_new_tokens=5, do_sample=False, eos_token_id=None)
+        expected.append(tuple(out[0, 1:].tolist()))
+    assert {row[0] for row in expected} == {BART_FORCES.first}
+    assert {row[-1] for row in expected} == {BART_FORCES.last}
+    assert generate(model, rows, max_new_tokens=5, stop=()).tokens == tuple(expected)
 
 
 def shown_alone(folder: Path, **options: Any) -> str:

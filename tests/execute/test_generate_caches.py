@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 
-from shardwise.execute.generate_caches import copied, describe, empty_cache, held_bytes, recording, replay, stand_in
+from shardwise.execute.generate_caches import (
+    _JoiningShapes,
+    copied,
+    describe,
+    empty_cache,
+    held_bytes,
+    recording,
+    replay,
+    stand_in,
+)
 
 CPU = torch.device("cpu")
 
@@ -45,6 +55,26 @@ def test_what_was_noted_of_one_cache_advances_another_without_memory() -> None:
     for layer in range(2):
         assert elsewhere.get_mask_sizes(1, layer) == beside.get_mask_sizes(1, layer)
         assert elsewhere.layers[layer].keys.shape == beside.layers[layer].keys.shape
+
+
+def test_tensors_without_values_are_joined_as_torch_joins_them() -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for tensors, dim in (
+        ([meta(2, 3, 4, 8), meta(2, 3, 1, 8)], -2),
+        ([meta(2, 3), meta(1, 3), meta(4, 3)], 0),
+        ([meta(0), meta(2, 3, dtype=torch.bfloat16)], 0),  # what torch does with an empty one
+        ([meta(2, 3), meta(2, 3, dtype=torch.bfloat16)], 1),
+    ):
+        expected = torch.cat(tensors, dim)
+        with _JoiningShapes():
+            got = torch.cat(tensors, dim=dim)
+        assert (got.shape, got.dtype, got.device) == (expected.shape, expected.dtype, expected.device)
+    with _JoiningShapes(), pytest.raises(RuntimeError):
+        torch.cat([meta(2, 3), meta(2, 4)], dim=0)
+    with _JoiningShapes():
+        assert torch.cat([torch.ones(2), torch.zeros(1)]).tolist() == [1, 1, 0]
 
 
 def test_ticks_of_a_cache_are_noted_too() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardwise.errors import ConfigError
-from shardwise.execute.generate_tokens import Choice, next_tokens, scores_of
+from shardwise.execute.generate_tokens import Choice, Forced, next_tokens, scores_of
 
 ROWS, VOCABULARY = 5, 40
 
@@ -52,6 +52,22 @@ def test_greedy_takes_the_likeliest_and_leaves_the_logits_alone() -> None:
     chosen = next_tokens(given, [], Choice(), samples=range(ROWS), number=0)
     assert chosen.tolist() == given.argmax(dim=-1).tolist()
     assert torch.equal(given, logits())
+
+
+def test_tokens_are_forced_and_left_out_as_transformers_does() -> None:
+    from transformers.generation import logits_process as theirs
+
+    forced = Forced(never=(3, 7), never_first=(int(logits()[0].argmax()),), first=None, last=9)
+    text, after = torch.zeros(ROWS, 1, dtype=torch.int64), torch.zeros(ROWS, 2, dtype=torch.int64)
+    for number, given in ((0, text), (1, after)):
+        scores = theirs.SuppressTokensLogitsProcessor([3, 7])(given, logits())
+        scores = theirs.SuppressTokensAtBeginLogitsProcessor(list(forced.never_first), 1)(given, scores)
+        chosen = next_tokens(logits(), [], Choice(), samples=range(ROWS), number=number, forced=forced)
+        assert chosen.tolist() == scores.argmax(dim=-1).tolist()
+    last = next_tokens(logits(), [], Choice(), samples=range(ROWS), number=5, forced=forced, is_last=True)
+    assert last.tolist() == [9] * ROWS
+    begun = next_tokens(logits(), [], Choice(), samples=range(ROWS), number=0, forced=Forced(first=4))
+    assert begun.tolist() == [4] * ROWS
 
 
 def test_a_draw_is_of_the_sample_and_the_number_and_not_of_the_rows_beside_it() -> None:

@@ -10,8 +10,10 @@ import torch
 import transformers as tf
 
 from generated_texts import (
+    BART_FORCES,
     SIZES,
     assert_tokens_of_transformers,
+    bart,
     gemma,
     generated,
     lfm,
@@ -26,7 +28,7 @@ from generated_texts import (
 )
 from shardwise.errors import BatchError, LayoutError, ModelError
 from shardwise.execute.assemble import assemble
-from shardwise.execute.generate_tokens import Choice
+from shardwise.execute.generate_tokens import Choice, Forced
 from shardwise.execute.generation import check_class, generate
 from shardwise.launch import RankContext
 from shardwise.layout import Layout
@@ -57,6 +59,21 @@ def test_windows_states_and_encoders_are_kept_by_the_stage_of_their_layer(
         batch = prompts(padded=True, on_the_right=make in (marian, t5))
         whole = generated(settled(make), "", 0, batch, num_micro_batches=2)
         assert sum(each.cache_bytes for each in got.rates) == whole.rates[0].cache_bytes
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout_s=240)
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+@pytest.mark.parametrize(("make", "forced"), [(t5, None), (marian, None), (bart, BART_FORCES)])
+def test_both_halves_of_an_encoder_decoder_are_divided(
+    rank: RankContext, make: Callable[[], Any], forced: Forced | None, layout: str
+) -> None:
+    assert_tokens_of_transformers(make, layout, rank.rank, forced=forced)
+    batch = prompts(padded=True, on_the_right=True)
+    drawn = {"choice": Choice(temperature=1.3, top_p=0.9, seed=5), "forced": forced}
+    tokens = generated(settled(make), layout, rank.rank, batch, **drawn).tokens
+    if rank.rank == 0:
+        assert tokens == generated(settled(make), "", 0, batch, **drawn).tokens
 
 
 @pytest.mark.slow

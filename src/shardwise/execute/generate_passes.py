@@ -101,6 +101,7 @@ class Passes:
         self._rows: dict[frozenset[tuple[int, int]], Row] = {}
         self._under_way = UnderWay()
         self._states = ModuleStates(self._model)
+        self._looked_at: set[int] = set()  # numbers of passes of which it is known what they leave in modules
         self.logits_stage = 0  # of the last pass
 
     def begin(self, texts: Texts) -> None:
@@ -116,7 +117,9 @@ class Passes:
         """The logits of the next token, (batch, vocabulary), where the last units are; None elsewhere. Every rank of
         the pipeline calls it, for the same texts in the same order."""
         program = self._program
-        kept = self._states.of(texts.states, looks=texts.passes < 2)
+        looks = texts.passes < 2 and texts.passes not in self._looked_at  # what one micro-batch leaves, all do
+        self._looked_at.add(texts.passes)
+        kept = self._states.of(texts.states, looks=looks)
         with torch.no_grad(), program.numerics.running(), self._divided(), kept:
             if program.place.num_stages == 1:
                 way = _Way(self._model, {0: self._prepared(texts, texts.caches[0])})

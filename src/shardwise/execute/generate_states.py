@@ -48,17 +48,10 @@ class ModuleStates:
         """
         for place, found in self._found.items():
             self._put(place, own.get(place, found))
-        if not looks:
-            try:
-                yield
-            finally:
-                self._take(own)
-            return
-        attributes = self._attributes()
-        changed = changed_attributes(self._model, self._names)
+        attributes = self._attributes() if looks else {}
+        changed = changed_attributes(self._model, self._names) if looks else dict
         try:
             yield
-        finally:
             for left in changed().values():
                 assert isinstance(left, AtAttribute)
                 if left.path:
@@ -69,7 +62,12 @@ class ModuleStates:
                     )
                 if left not in self._found:
                     self._found[left] = attributes.get((left.module, left.name), _MISSING)
-            self._take(own)
+        finally:
+            for place, found in self._found.items():
+                value = self._values(place).get(place.name)
+                if isinstance(value, torch.Tensor) and value is not found:
+                    own[place] = value
+                self._put(place, found)
 
     @contextlib.contextmanager
     def recorded(self, own: States, left: dict[AtAttribute, tuple[torch.Size, torch.dtype]]) -> Iterator[None]:
@@ -79,10 +77,10 @@ class ModuleStates:
             self._put(place, tensor)
         changed = changed_attributes(self._model, self._names)
         yield
-        for place in changed().values():
-            if isinstance(place, AtAttribute) and not place.path:
-                tensor = vars(self._modules[place.module])[place.name]
-                left[place] = tensor.shape, tensor.dtype
+        for each in changed().values():
+            if isinstance(each, AtAttribute) and not each.path:
+                tensor = self._values(each)[each.name]
+                left[each] = tensor.shape, tensor.dtype
 
     def _forget(self) -> None:
         """States of texts that the model has met before are no beginning of others: what its class does not put there
@@ -95,7 +93,7 @@ class ModuleStates:
             fresh = dict(type(described)(copy.deepcopy(described.config)).named_modules())
         for module, name in kept:
             if module in fresh and vars(fresh[module]).get(name, _MISSING) is None:
-                vars(self._modules[module])[name] = None
+                self._modules[module].__dict__[name] = None
 
     def _attributes(self) -> dict[tuple[str, str], Any]:
         return {
@@ -107,16 +105,13 @@ class ModuleStates:
 
     def _put(self, place: AtAttribute, value: Any) -> None:
         if value is _MISSING:
-            vars(self._modules[place.module]).pop(place.name, None)
+            self._values(place).pop(place.name, None)
         else:
-            vars(self._modules[place.module])[place.name] = value
+            self._values(place)[place.name] = value
 
-    def _take(self, own: States) -> None:
-        for place, found in self._found.items():
-            value = vars(self._modules[place.module]).get(place.name)
-            if isinstance(value, torch.Tensor) and value is not found:
-                own[place] = value
-            self._put(place, found)
+    def _values(self, place: AtAttribute) -> dict[str, Any]:
+        values: dict[str, Any] = self._modules[place.module].__dict__
+        return values
 
 
 def _dotted(place: AtAttribute) -> str:

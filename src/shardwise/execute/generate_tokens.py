@@ -14,7 +14,7 @@ import torch
 from shardwise.errors import ConfigError
 from shardwise.trace.keys import key_of
 
-__all__ = ["Choice", "next_tokens", "scores_of"]
+__all__ = ["Choice", "Forced", "next_tokens", "scores_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +51,54 @@ class Choice:
         return self.temperature == 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Forced:
+    """What a model's generation config says of tokens, whatever is likely.
+
+    never          tokens that are never chosen; `never_first`: not as the first
+    first, last    what the first token is, and the last where a text has not ended before; None: chosen
+    """
+
+    never: tuple[int, ...] = ()
+    never_first: tuple[int, ...] = ()
+    first: int | None = None
+    last: int | None = None
+
+    def token(self, number: int, *, is_last: bool) -> int | None:
+        """The token of this number, where it is not chosen."""
+        if is_last and self.last is not None:
+            return self.last
+        return self.first if number == 0 else None
+
+    def left_out(self, number: int) -> tuple[int, ...]:
+        """Tokens that are not chosen."""
+        return self.never + self.never_first if number == 0 else self.never
+
+
 def next_tokens(
-    logits: torch.Tensor, texts: Sequence[torch.Tensor], choice: Choice, *, samples: Sequence[int], number: int
+    logits: torch.Tensor,
+    texts: Sequence[torch.Tensor],
+    choice: Choice,
+    *,
+    samples: Sequence[int],
+    number: int,
+    forced: Forced | None = None,
+    is_last: bool = False,
 ) -> torch.Tensor:
     """One token a row, int64 (batch,), on the device of `logits` (batch, vocabulary).
 
     `texts` are the tokens so far of each row, without padding; `samples` the numbers of the rows among all prompts;
-    `number` that of the token to come, from 0.
+    `number` that of the token to come, from 0; `is_last`: no other follows.
     """
+    if forced is not None:
+        token = forced.token(number, is_last=is_last)
+        if token is not None:
+            return torch.full((len(logits),), token, dtype=torch.int64, device=logits.device)
+        left_out = forced.left_out(number)
+        if left_out:
+            logits = logits.index_fill(-1, torch.tensor(left_out, device=logits.device), -torch.inf)
+    if choice.is_greedy and choice.repetition_penalty == 1:
+        return logits.argmax(dim=-1)
     scores = scores_of(logits, texts, choice)
     if choice.is_greedy:
         return scores.argmax(dim=-1)

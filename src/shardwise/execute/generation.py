@@ -22,7 +22,7 @@ from shardwise.comm.point_to_point import Waitable
 from shardwise.errors import BatchError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.generate_passes import Passes, Texts
-from shardwise.execute.generate_tokens import Choice, next_tokens
+from shardwise.execute.generate_tokens import Choice, Forced, next_tokens
 from shardwise.execute.modes import evaluating
 from shardwise.execute.program import Program
 
@@ -66,6 +66,7 @@ def generate(
     *,
     max_new_tokens: int,
     choice: Choice | None = None,
+    forced: Forced | None = None,
     ends: Sequence[int] = (),
     pad: int = 0,
     start: int | None = None,
@@ -76,8 +77,9 @@ def generate(
     attention_mask is 0. Of an encoder-decoder they are what its encoder reads, and texts begin with `start`.
 
     A text ends behind one of `ends`, or with `max_new_tokens`. Each replica continues its share of the prompts, in
-    `num_micro_batches` that fill its pipeline (as many as it has stages, at most one a prompt). `told` is given the
-    tokens of this rank's replica as they come. Collective. The model is put into evaluation mode meanwhile.
+    `num_micro_batches` that fill its pipeline (as many as it has stages, at most one a prompt). `forced` are tokens
+    that are not chosen by `choice`. `told` is given the tokens of this rank's replica as they come. Collective. The
+    model is put into evaluation mode meanwhile.
 
     Raises BatchError for wrong prompts, LayoutError where replicas must compute together (ep, fsdp) or sequences are
     divided (cp, sequence_parallel), ModelError for a model that keeps no cache of transformers.
@@ -88,7 +90,9 @@ def generate(
     own = range(prompts * place.replica // place.dp, prompts * (place.replica + 1) // place.dp)
     choice = choice or Choice()
     with evaluating(program.model):
-        run = _Run(program, choice=choice, ends=frozenset(ends), pad=pad, told=told, limit=max_new_tokens)
+        run = _Run(
+            program, choice=choice, forced=forced, ends=frozenset(ends), pad=pad, told=told, limit=max_new_tokens
+        )
         for texts in _dealt(batch, own, num_micro_batches or place.pp, program, start):
             run.add(texts)
         tokens, rates = run.to_the_end() if own else ({}, Rates(**dict.fromkeys(_RATES, 0)))
@@ -102,11 +106,20 @@ class _Run:
     """The texts of one replica, until all have ended."""
 
     def __init__(
-        self, program: Program, *, choice: Choice, ends: frozenset[int], pad: int, told: Told | None, limit: int
+        self,
+        program: Program,
+        *,
+        choice: Choice,
+        forced: Forced | None,
+        ends: frozenset[int],
+        pad: int,
+        told: Told | None,
+        limit: int,
     ) -> None:
         self._passes = Passes(program)
         self._program = program
         self._choice = choice
+        self._forced = forced
         self._ends = ends
         self._pad = pad
         self._told = told
@@ -164,7 +177,15 @@ class _Run:
             return
         assert logits is not None  # this rank has the last units
         samples = growing.texts.micro_batch.samples
-        chosen = next_tokens(logits, growing.seen(self._choice), self._choice, samples=samples, number=number)
+        chosen = next_tokens(
+            logits,
+            growing.seen(self._choice),
+            self._choice,
+            samples=samples,
+            number=number,
+            forced=self._forced,
+            is_last=number + 1 == self._limit,
+        )
         growing.pending = None, chosen
         for rank in (own - place.shard + shard for own in place.pipeline() for shard in range(place.tp)):
             if rank != chooser:
@@ -275,11 +296,11 @@ def _check(program: Program, batch: Mapping[str, Any], max_new_tokens: int) -> N
     check_class(type(model))
 
 
-def check_class(kind: type) -> None:
+def check_class(kind: Any) -> None:
     """Raises ModelError for a class of models that does not generate, or keeps no cache that is one of transformers."""
     from transformers import GenerationMixin
 
-    if not issubclass(kind, GenerationMixin) or not kind.can_generate():  # type: ignore[attr-defined]
+    if not issubclass(kind, GenerationMixin) or not kind.can_generate():
         raise ModelError(
             f"a model that generates is one of transformers with a head for it, but this is a {kind.__name__}; use "
             "...ForCausalLM or ...ForConditionalGeneration"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from shardwise.errors import ConfigError, LayoutError
 from shardwise.execute.assemble import assemble
-from shardwise.execute.generate_tokens import Choice
+from shardwise.execute.generate_tokens import Choice, Forced
 from shardwise.execute.generation import Generated, check_class
 from shardwise.execute.generation import generate as generate_on_rank
 from shardwise.execute.modes import evaluating
@@ -60,6 +60,7 @@ class _Job:
     prompts: Prompts
     layout: Layout
     choice: Choice
+    forced: Forced
     ends: tuple[int, ...]
     pad: int
     max_new_tokens: int
@@ -124,6 +125,7 @@ def generate(
             choice=Choice(
                 temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
             ),
+            forced=_forced(described, config),
             ends=ends,
             pad=pad,
             max_new_tokens=max_new_tokens,
@@ -176,6 +178,17 @@ def _described(source: Checkpoint | nn.Module) -> tuple[Any, Any]:
     if (source.described / "generation_config.json").is_file():
         return config, transformers.GenerationConfig.from_pretrained(source.described)
     return config, transformers.GenerationConfig.from_model_config(config)
+
+
+def _forced(described: Any, config: Any) -> Forced:
+    """Tokens that the generation config forces and forbids. Words of several tokens are not looked for."""
+    words = [word[0] for word in described.bad_words_ids or () if len(word) == 1]
+    return Forced(
+        never=(*words, *_numbers(described.suppress_tokens)),
+        never_first=_numbers(described.begin_suppress_tokens),
+        first=described.forced_bos_token_id if config.is_encoder_decoder else None,
+        last=next(iter(_numbers(described.forced_eos_token_id)), None),
+    )
 
 
 def _numbers(value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -263,6 +276,7 @@ def _on_rank(context: RankContext, job: _Job, told: Told | None) -> tuple[Genera
                 job.prompts.batch,
                 max_new_tokens=job.max_new_tokens,
                 choice=job.choice,
+                forced=job.forced,
                 ends=job.ends,
                 pad=job.pad,
                 num_micro_batches=job.micro_batches,
