@@ -115,7 +115,7 @@ class TracedProfiles:
         self._precision = precision
         self._proof_batch = self._of_size(min(2, self._size)) if proof_batch is None else proof_batch
         self._wholes: dict[int, _Whole] = {}
-        self._tensor: dict[Hashable, TensorPlan] = {}
+        self._tensor: dict[tuple[int, SequenceParallel], TensorPlan] = {}
         self._context: dict[Hashable, ContextPlan] = {}
         self._experts: dict[int, ExpertPlan] = {}
         self._shards: dict[Hashable, ModelProfile] = {}
@@ -180,8 +180,10 @@ class TracedProfiles:
         )
 
     def tensor_plan(self, tp: int, sequence: SequenceParallel) -> TensorPlan:
-        """How units are divided among `tp` shards."""
+        """How units are divided among `tp` shards. What is known of fewer shards, or of the same with all tokens, is
+        not tried again."""
         if (tp, sequence) not in self._tensor:
+            fewer = [size for size, how in self._tensor if tp % size == 0 and size < tp and not how]
             with _cast(self._model, self._precision):
                 self._tensor[tp, sequence] = plan_tensor(
                     self._model,
@@ -191,6 +193,8 @@ class TracedProfiles:
                     units=self._units,
                     sequence=sequence,
                     tp_plan=self._tp_plan,
+                    smaller=self._tensor[max(fewer), SequenceParallel.OFF] if fewer else None,
+                    undealt=self._tensor.get((tp, SequenceParallel.OFF)),
                 )
         return self._tensor[tp, sequence]
 

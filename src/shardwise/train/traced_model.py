@@ -25,7 +25,7 @@ from shardwise.trace.objective import LossFunction
 
 __all__ = ["Traced", "job_of", "traced_model"]
 
-_MOST_SHARDS = 16  # larger ones are tried where a layout names them
+_MOST_SHARDS = 16  # and no more than a host has devices; larger ones are tried where a layout names them
 _SAMPLE = 2  # samples of what is traced, where the batch has as many
 
 
@@ -61,7 +61,8 @@ def traced_model(
     def divided_by(tp: int) -> bool:
         return bool(profiles.tensor_plan(tp, SequenceParallel.OFF).units)
 
-    tp = _sizes(sizes, divided_by)
+    most = max(2, *(hosts.devices for hosts in cluster.hosts))  # shards meet in every layer
+    tp = _sizes([size for size in sizes if size <= most], divided_by)
     found = {
         "tp": tp,
         "cp": _sizes(sizes, lambda cp: bool(profiles.context_plan(Layout(cp=cp)).units)),  # as a ring

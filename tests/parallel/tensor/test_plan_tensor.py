@@ -12,7 +12,8 @@ import torch.nn as nn
 import transformers as hf
 
 from parallel.tensor.blocks import Block, Model, hand_plan
-from shardwise.describe.tensor import Slice, TensorPlan
+from shardwise.describe.tensor import SequenceParallel, Slice, TensorPlan
+from shardwise.parallel.tensor import search
 from shardwise.parallel.tensor.plan_tensor import plan_tensor
 
 H = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -268,3 +269,43 @@ def test_a_unit_whose_forward_is_called_by_itself_is_divided() -> None:
 
     assert plan.sharded_share == 1.0
     assert dict(only_unit(plan).slices) == dict(hand_plan().slices)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The degrees of the proofs of groups, as they are made."""
+    made: list[int] = []
+    prove = search.prove
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(kwargs["tp"])
+        return prove(*args, **kwargs)
+
+    monkeypatch.setattr(search, "prove", noted)
+    return made
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+def test_what_fewer_shards_leave_whole_is_not_tried_and_the_rest_is_planned_the_same(heads: int, monkeypatch) -> None:
+    """Three heads are divided by nothing: with two shards that is found out, with four it is known."""
+    model, batch = Model(Block(24, heads, heads)), (torch.randn(2, 3, 24),)
+    two = plan_tensor(model, batch, tp=2)
+    made = counted(monkeypatch)
+    alone = plan_tensor(model, batch, tp=4)
+    before = len(made)
+    known = plan_tensor(model, batch, tp=4, smaller=two)
+
+    assert {unit: plan.digest for unit, plan in known.units.items()} == {u: p.digest for u, p in alone.units.items()}
+    assert known.sharded_share == alone.sharded_share
+    assert (len(made) - before < before) if heads == 3 else (len(made) - before == before)
+
+
+def test_tokens_are_dealt_out_in_a_plan_that_is_known_as_in_one_that_is_found(monkeypatch) -> None:
+    model, batch = Model(Block()), (torch.randn(2, 4, 16, requires_grad=True),)
+    undealt = plan_tensor(model, batch, tp=2)
+    made = counted(monkeypatch)
+    known = plan_tensor(model, batch, tp=2, sequence=SequenceParallel.ON, undealt=undealt)
+    assert not made
+    found = plan_tensor(model, batch, tp=2, sequence=SequenceParallel.ON)
+
+    assert known.deals_tokens
+    assert known == found

@@ -7,7 +7,7 @@ import torch
 
 from shardwise.describe.tensor import Slice
 from shardwise.errors import DataflowError
-from shardwise.parallel.tensor.slices import cut, local_shape, paste, whole_shape
+from shardwise.parallel.tensor.slices import cut, join, local_shape, paste, whole_shape
 
 QKV = Slice.even(1, 6, 2, parts=(2, 2, 2))
 KEYS = Slice(dim=0, size=2, ranges=(((0, 1),), ((0, 1),), ((1, 2),), ((1, 2),)))
@@ -31,6 +31,25 @@ def test_what_several_hold_is_pasted_once_by_its_owners() -> None:
 
     assert torch.equal(sum(paste(cut(whole, KEYS, rank), KEYS, rank, owned=True) for rank in range(4)), whole)
     assert [int(cut(whole, KEYS, rank, owned=True).count_nonzero()) for rank in range(4)] == [3, 0, 3, 0]
+
+
+@pytest.mark.parametrize(("part", "shape"), [(QKV, (3, 6)), (KEYS, (2, 3)), (Slice.even(0, 4, 2), (8, 1))])
+def test_parts_are_joined_to_the_whole_that_they_were_cut_from(part: Slice, shape: tuple[int, ...]) -> None:
+    whole = torch.randn(shape, dtype=torch.float64)
+    parts = [cut(whole, part, rank) for rank in range(part.num_ranks)]
+
+    joined = join(parts, part, within=0.0)
+    assert joined is not None
+    assert torch.equal(joined, whole)
+
+
+def test_nothing_is_joined_of_which_two_ranks_hold_different_values() -> None:
+    whole = torch.randn(2, 3, dtype=torch.float64)
+    parts = [cut(whole, KEYS, rank) for rank in range(4)]
+    parts[3] = parts[3] * (1 + 1e-4)
+
+    assert join(parts, KEYS, within=1e-6) is None
+    assert join(parts, KEYS, within=1e-3) is not None
 
 
 def test_heads_folded_into_the_batch_are_cut_in_every_sample() -> None:

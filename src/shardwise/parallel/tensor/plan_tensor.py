@@ -36,6 +36,8 @@ def plan_tensor(
     sequence: SequenceParallel = SequenceParallel.OFF,
     tp_plan: GivenPlan | None = None,
     proof_bytes: int | None = None,
+    smaller: TensorPlan | None = None,
+    undealt: TensorPlan | None = None,
 ) -> TensorPlan:
     """How `model` is divided among `tp` ranks: proposed from its dataflow, proven block by block in float64.
 
@@ -50,18 +52,23 @@ def plan_tensor(
     proof_bytes: what the proof of one block may take, by default 4 GiB or half of what is free. A larger one is proven
     in two narrow instances of the same classes (its config made small), and by its ranks at start-up; `Proof` says so.
 
+    smaller: a plan for a divisor of `tp`, with the same arguments otherwise: what that leaves whole is not tried again.
+    undealt: the plan for the same `tp` without `sequence`: only tokens are left to deal out.
+
     `print(plan)` shows it; `sharded_share`, `flops_share`, `proofs` and `reasons` are its numbers. Raises `ModelError`
     as `trace` does, and for a wrong `tp_plan`, with the module and the first tensor that differs; `LayoutError` for one
     that does not divide.
     """
     own = kinds_of(model, batch, loss=loss, units=units)
     small = narrowed(model, batch, own, tp=tp, loss=loss, units=units, proof_bytes=proof_bytes)
+    if undealt is not None and sequence and not small.instances and not small.reasons:
+        return _under_keys(own, dealt_out(undealt, small.kinds, sequence))
     given = plan_as_given(model, small, tp_plan, tp=tp)
     if given is not None:
         told = dealt_out(given, small.as_they_are, sequence) if sequence else given
         return _with_numbers(model, own, told, {})
     kinds = small.kinds
-    found = {number: _plan_of_kind(kind, tp) for number, kind in enumerate(kinds)}
+    found = {number: _plan_of_kind(kind, tp, smaller) for number, kind in enumerate(kinds)}
     inside = {number: plan for number, (plan, _) in found.items() if plan is not None}
     words = vocabularies(model, kinds, inside, tp=tp)
     plans: dict[str, UnitPlan] = {}
@@ -89,20 +96,24 @@ def _with_numbers(
     model: nn.Module, kinds: Sequence[Kind], plan: TensorPlan, dead: Mapping[int, frozenset[str]]
 ) -> TensorPlan:
     """`plan` with its shares, and in every proof the key that it holds for."""
+    plan = _under_keys(kinds, plan)
+    return dataclasses.replace(
+        plan,
+        sharded_share=_share(model, kinds, plan.units, dead),
+        flops_share=flops_share(kinds, plan.units, tp=plan.tp),
+    )
+
+
+def _under_keys(kinds: Sequence[Kind], plan: TensorPlan) -> TensorPlan:
     keys = {unit: kind.key for kind in kinds for unit in kind.units}
     units = {
         unit: dataclasses.replace(one, proof=None if one.proof is None else one.proof.under(keys[unit], one.digest))
         for unit, one in plan.units.items()
     }
-    return dataclasses.replace(
-        plan,
-        units=units,
-        sharded_share=_share(model, kinds, units, dead),
-        flops_share=flops_share(kinds, units, tp=plan.tp),
-    )
+    return dataclasses.replace(plan, units=units)
 
 
-def _plan_of_kind(kind: Kind, tp: int) -> tuple[UnitPlan | None, str]:
+def _plan_of_kind(kind: Kind, tp: int, smaller: TensorPlan | None) -> tuple[UnitPlan | None, str]:
     sizes = _sizes(kind.module)
     closed = any(is_closed(module) for module in kind.module.modules())
     tables = {part.weight for part in kind.module.modules() if isinstance(part, nn.Embedding)}
@@ -111,9 +122,9 @@ def _plan_of_kind(kind: Kind, tp: int) -> tuple[UnitPlan | None, str]:
         return None, "it has no two layers, one to be divided by columns and one by rows"
     if not kind.calls:
         outside = "it is run by code outside of it, not called as a module" if kind.foreign else ""
-        return None, outside or "it is not called with this batch"
+        return None, kind.hidden or outside or "it is not called with this batch"
     try:
-        return Search(kind, sizes, tp).run()
+        return Search(kind, sizes, tp, None if smaller is None else smaller.units.get(kind.unit, UnitPlan())).run()
     except Exception as error:  # whatever a model raises when it is run alone, on random numbers
         return None, f"it does not run by itself: {type(error).__name__}: {error}"
 

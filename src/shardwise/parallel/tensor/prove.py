@@ -24,7 +24,7 @@ from shardwise.parallel.tensor.extra_outputs import picked_up
 from shardwise.parallel.tensor.install import shard_unit
 from shardwise.parallel.tensor.instance import Call, Doubled, tensors_of, twin
 from shardwise.parallel.tensor.sequence_shard import whole_tokens
-from shardwise.parallel.tensor.slices import paste
+from shardwise.parallel.tensor.slices import join, whole_shape
 from shardwise.parallel.tensor.sums import sum_partial
 from shardwise.parallel.tensor.threads import on_threads
 from shardwise.trace.multi_head import multi_head_attention
@@ -34,6 +34,7 @@ from shardwise.trace.randomness import RandomMode, Scope
 __all__ = ["TOLERANCE", "Difference", "Draws", "Wholes", "prove"]
 
 TOLERANCE = 1e-9  # relative; float64 sums in another order differ by 1e-15, a wrong division by 1e-3 and more
+_SAME = 1e-6  # relative; of what several ranks hold, as of partial gradients
 _ROUNDS = 5
 _FILLS = (1.0, 0.0)  # what masks are that hide nothing: factors, terms
 _VANISHES = 1e-9  # of the root mean square of all gradients
@@ -344,33 +345,13 @@ def _compare(plan: UnitPlan, whole: _Run, parts: Sequence[_Run]) -> float:
 
 def _joined(locals_: Sequence[torch.Tensor | None], cut: Slice) -> torch.Tensor | None:
     """The whole of which ranks hold parts. What several hold must be equal on all: else not a number."""
-    if any(local is None for local in locals_):
+    given = [local for local in locals_ if local is not None]
+    if len(given) < len(locals_):
         return None
-    total: torch.Tensor | None = None
-    for rank, local in enumerate(locals_):
-        assert local is not None
-        mine = paste(local, cut, rank)
-        if total is None:
-            total = mine
-            continue
-        if not cut.shared:
-            total += mine  # zero where others have theirs
-            continue
-        held = paste(torch.ones_like(local), cut, rank) > 0
-        before = _held(cut, range(rank), total)
-        clash = held & before & ((mine - total).abs() > 1e-6 * total.abs().clamp(min=1e-9))
-        total = torch.where(held, mine, total)
-        if bool(clash.any()):
-            total = total + float("nan")
-    return total
-
-
-def _held(cut: Slice, ranks: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    held = torch.zeros(like.shape[cut.dim], dtype=torch.bool)
-    for rank in ranks:
-        for start, stop in cut.ranges[rank]:
-            held[start:stop] = True
-    return held.view([-1 if dim == cut.dim else 1 for dim in range(like.dim())]).expand(like.shape)
+    whole = join(given, cut, within=_SAME)
+    return (
+        torch.full(whole_shape(given[0].shape, cut, 0), float("nan"), dtype=given[0].dtype) if whole is None else whole
+    )
 
 
 def _scale(gradients: Mapping[str, torch.Tensor | None]) -> float:

@@ -39,13 +39,15 @@ class _Proven:
 
 
 class Search:
-    """Groups of one kind of block: proven all together, or where that fails in halves."""
+    """Groups of one kind of block: proven all together, or where that fails in halves. smaller: what was proven for a
+    divisor of `tp`; groups that are whole in it are not tried."""
 
-    def __init__(self, kind: Kind, sizes: dict[str, int], tp: int) -> None:
+    def __init__(self, kind: Kind, sizes: dict[str, int], tp: int, smaller: UnitPlan | None = None) -> None:
         self._unit = random_copy(kind.module)
         self._kind = dataclasses.replace(kind, calls=with_whole_numbers(self._unit, kind.calls))
         self._sizes = sizes
         self._tp = tp
+        self._smaller = smaller
         self._reasons: dict[str, str] = {}
         self._tries: dict[str, Tries] = {}
         self._wholes = Wholes()
@@ -73,7 +75,7 @@ class Search:
         closed = {name for name, module in self._unit.named_modules() if is_closed(module)}
         inner = {name.rpartition(".")[0] for name in products} & closed
         sizes = {name: size for name, size in self._sizes.items() if name not in inner}
-        found = Search(self._kind, {**sizes, **products}, self._tp)
+        found = Search(self._kind, {**sizes, **products}, self._tp, self._smaller)
         found._products, found._opened, found._attends = frozenset(products), frozenset(inner), self._attends
         return found
 
@@ -129,7 +131,18 @@ class Search:
 
     def _proven(self, groups: Sequence[Group], reasons: dict[str, str]) -> tuple[UnitPlan | None, dict[str, str]]:
         self._reasons = dict(reasons)
+        hopeless = [group for group in groups if not self._may_divide(group)]
+        groups = [group for group in groups if group not in hopeless]
+        for group in hopeless:
+            self._reasons.update(dict.fromkeys(group.ends, "not divided among fewer shards either"))
         return self._largest(groups)[1] if groups else None, self._reasons
+
+    def _may_divide(self, group: Group) -> bool:
+        """Whether fewer shards divide any of its layers, not each by itself."""
+        smaller = self._smaller
+        if smaller is None:
+            return True
+        return any(self._is_cut(name, smaller) and name not in smaller.alone for name in group.layers)
 
     def _largest(self, groups: Sequence[Group]) -> tuple[list[_Proven], UnitPlan | None]:
         """Those of `groups` that are proven, and the plan of all of them: all at once, or else of each half."""

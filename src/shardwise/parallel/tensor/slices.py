@@ -15,7 +15,7 @@ import torch
 from shardwise.describe.tensor import Ranges, Slice
 from shardwise.errors import DataflowError
 
-__all__ = ["cut", "local_shape", "paste", "spread", "whole_shape"]
+__all__ = ["cut", "join", "local_shape", "paste", "spread", "whole_shape"]
 
 
 def spread(dim: int, size: int, ranks: int) -> Slice:
@@ -77,6 +77,29 @@ def paste(local: torch.Tensor, part: Slice, rank: int, *, owned: bool = False) -
         for start, stop in _not_owned(part, rank):
             places.narrow(dim + 1, start, stop - start).zero_()
     return whole  # no view: code that is given it may write into it
+
+
+def join(parts: Sequence[torch.Tensor], part: Slice, *, within: float) -> torch.Tensor | None:
+    """The whole of the ranks' parts, in their order; None where an index that several hold differs on them by more
+    than `within`, relative."""
+    dim = part.dim % parts[0].dim()
+    whole = torch.zeros(whole_shape(parts[0].shape, part, 0), dtype=parts[0].dtype, device=parts[0].device)
+    places = whole.unflatten(dim, (_others(whole.shape[dim], part.size), part.size))  # type: ignore[no-untyped-call]
+    held = torch.zeros(part.size, dtype=torch.bool)
+    for rank, local in enumerate(parts):
+        folded = local.unflatten(dim, (places.shape[dim], part.local_size(rank)))  # type: ignore[no-untyped-call]
+        at = 0
+        for start, stop in part.ranges[rank]:
+            mine, place = folded.narrow(dim + 1, at, stop - start), places.narrow(dim + 1, start, stop - start)
+            again = held[start:stop].nonzero().flatten()
+            if len(again):
+                new, old = mine.index_select(dim + 1, again), place.index_select(dim + 1, again)
+                if bool(((new - old).abs() > within * old.abs().clamp(min=1e-9)).any()):
+                    return None
+            place.copy_(mine)
+            held[start:stop] = True
+            at += stop - start
+    return whole
 
 
 def _others(size: int, of: int) -> int:
