@@ -155,7 +155,7 @@ def test_a_coco_folder_is_read_and_scaled_with_its_boxes(tmp_path: Path) -> None
     assert made.prepared.names == ("cat", "hat")
     batch = made.samples([0, 1], "held_out")
     assert batch["pixel_values"].shape == (2, 3, 40, 40)
-    assert batch["target_labels"].tolist() == [[1, -100], [-100, -100]]
+    assert batch["target_labels"].tolist() == [[1], [-100]]
     scene = made.scenes["held_out"].scene(0)
     assert scene.boxes.tolist() == [[8.0, 4.0, 24.0, 16.0]]
     assert scene.pixels[:, 10, 12].tolist() == [255, 0, 0]

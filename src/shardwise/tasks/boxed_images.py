@@ -3,19 +3,20 @@
     train/annotations.json   train/*.jpg            val/annotations.json   val/*.jpg   (or valid, dev, test)
     annotations/instances_train2017.json   train2017/*.jpg        …val2017…             as COCO itself is laid out
 
-An image is scaled to fit a square, at its top left, black beside it. It knows files and pixels; it refuses to
-know what is done with boxes. All images of a split are held in memory while they are read.
+An image is scaled to fit a square, at its top left, black beside it. Images are read one by one, into a file. It knows
+files and pixels; it refuses to know what is done with boxes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from shardwise.errors import ConfigError
@@ -23,10 +24,44 @@ from shardwise.tasks.canvases import Scene
 from shardwise.tasks.image_files import whole_pixels
 from shardwise.tasks.task import IGNORED_LABEL, Split
 
-__all__ = ["BoxedImages", "read_boxed_images"]
+__all__ = ["Annotated", "BoxedImages", "read_annotations"]
 
 _FOLDERS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "held_out": ("val", "valid", "dev", "test")}
 _FILES = ("annotations.json", "_annotations.coco.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotated:
+    """Image files, and for each its boxes, (left, top, width, height) in pixels, with their labels. Crowds (iscrowd)
+    and boxes without area are left out."""
+
+    files: tuple[Path, ...]
+    boxes: tuple[tuple[tuple[tuple[float, ...], int], ...], ...]
+
+    def told(self) -> Iterator[str]:
+        """All that the stored images follow from, file by file; a file is told by its name, size and time."""
+        for file, boxes in zip(self.files, self.boxes, strict=True):
+            try:
+                found = file.stat()
+            except OSError as error:
+                raise ConfigError(f"an annotation is of {file}, but {error}; fetch it, or take it out") from error
+            yield f"{file.name} {found.st_size} {found.st_mtime_ns} {boxes}"
+
+    def store(self, folder: Path, split: Split, *, size: int, channels: int) -> None:
+        """Write the arrays of `BoxedImages`, images scaled to `size` x `size`. Raises ConfigError for a file that is no
+        image."""
+        shapes = (len(self.files), channels, size, size), (len(self.files), max(1, *map(len, self.boxes)), 4)
+        pixels = open_memmap(folder / f"{split}-pixels.npy", mode="w+", dtype=np.uint8, shape=shapes[0])
+        boxes = np.zeros(shapes[1], dtype=np.float32)
+        labels = np.full(shapes[1][:2], IGNORED_LABEL, dtype=np.int64)
+        for row, (file, own) in enumerate(zip(self.files, self.boxes, strict=True)):
+            pixels[row], scale = whole_pixels(file, size=size, channels=channels)
+            for place, ((left, top, width, height), label) in enumerate(own):
+                corners = np.array([left, top, left + width, top + height]) * scale
+                boxes[row, place], labels[row, place] = corners.clip(0, size), label
+        pixels.flush()
+        np.save(folder / f"{split}-boxes.npy", boxes)
+        np.save(folder / f"{split}-labels.npy", labels)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,11 +89,10 @@ class BoxedImages:
         return Scene(pixels=self.pixels[number], boxes=self.boxes[number, own], labels=self.labels[number, own])
 
 
-def read_boxed_images(data: Path, *, size: int, channels: int) -> tuple[dict[Split, BoxedImages], tuple[str, ...]]:
-    """Both splits of a folder, scaled to `size` x `size`, and the names of the classes, by the ids of their categories.
-    Crowds (iscrowd) and boxes without area are left out.
+def read_annotations(data: Path) -> tuple[dict[Split, Annotated], tuple[str, ...]]:
+    """Both splits of a folder, and the names of the classes, in the order of their categories' ids.
 
-    Raises ConfigError for a folder without annotations, and for files that are damaged or do not fit each other.
+    Raises ConfigError for a folder without annotations, and for those that are damaged or do not fit each other.
     """
     found = {split: _annotations(data, names) for split, names in _FOLDERS.items()}
     train, held_out = found["train"], found["held_out"]
@@ -67,29 +101,28 @@ def read_boxed_images(data: Path, *, size: int, channels: int) -> tuple[dict[Spl
             f"{data} has neither train-images-idx3-ubyte, to compose canvases of, nor train/annotations.json and "
             "val/annotations.json, as COCO has them; correct task.data"
         )
-    if size < 1:
-        raise ConfigError(
-            f"images of {data} are files of any size, which are scaled to one; set task.size, such as 512"
-        )
-    told = {split: _read(file) for split, file in (("train", train), ("held_out", held_out))}
-    names = {c["id"]: str(c["name"]) for each in told.values() for c in each.categories}
+    told: dict[Split, _Told] = {"train": _read(*train), "held_out": _read(*held_out)}
+    names = {category["id"]: str(category["name"]) for each in told.values() for category in each.categories}
     numbers = {category: label for label, category in enumerate(sorted(names))}
-    folders: dict[Split, tuple[Path, Path]] = {"train": train, "held_out": held_out}
-    read = {
-        split: _images(folder, told[split], numbers, size=size, channels=channels or 3)
-        for split, (_, folder) in folders.items()
-    }
-    return read, tuple(names[category] for category in sorted(names))
+    return {split: each.annotated(numbers) for split, each in told.items()}, tuple(names[c] for c in sorted(names))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
     """What an annotations.json says."""
 
-    file: Path
+    folder: Path
     images: Sequence[Mapping[str, Any]]
     categories: Sequence[Mapping[str, Any]]
     boxes: Mapping[object, Sequence[Mapping[str, Any]]]  # image -> its annotations
+
+    def annotated(self, numbers: Mapping[object, int]) -> Annotated:
+        """The same, with the labels of categories."""
+        boxes = tuple(
+            tuple((tuple(map(float, each["bbox"])), numbers[each["category_id"]]) for each in self.boxes[image["id"]])
+            for image in self.images
+        )
+        return Annotated(files=tuple(self.folder / str(image["file_name"]) for image in self.images), boxes=boxes)
 
 
 def _annotations(data: Path, names: Sequence[str]) -> tuple[Path, Path] | None:
@@ -104,8 +137,7 @@ def _annotations(data: Path, names: Sequence[str]) -> tuple[Path, Path] | None:
     return None
 
 
-def _read(found: tuple[Path, Path]) -> _Told:
-    file = found[0]
+def _read(file: Path, folder: Path) -> _Told:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         boxes: dict[object, list[Mapping[str, Any]]] = {image["id"]: [] for image in told["images"]}
@@ -113,30 +145,13 @@ def _read(found: tuple[Path, Path]) -> _Told:
         for each in told["annotations"]:
             if each["category_id"] not in known or each["image_id"] not in boxes or len(each["bbox"]) != 4:
                 raise ValueError(f"annotation {each.get('id')} is of no image or category, or its box is no 4 numbers")
-            if not each.get("iscrowd"):
+            if not each.get("iscrowd") and min(map(float, each["bbox"][2:])) > 0:
                 boxes[each["image_id"]].append(each)
-        return _Told(file=file, images=told["images"], categories=told["categories"], boxes=boxes)
+        if not boxes:
+            raise ValueError("it tells of no image")
+        return _Told(folder=folder, images=told["images"], categories=told["categories"], boxes=boxes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} is a COCO file with images, categories and annotations, but {type(error).__name__}: {error}; "
             "correct it"
         ) from error
-
-
-def _images(folder: Path, told: _Told, numbers: Mapping[object, int], *, size: int, channels: int) -> BoxedImages:
-    if not told.images:
-        raise ConfigError(f"{told.file} tells of no image; give some")
-    most = max(1, *(len(each) for each in told.boxes.values()))
-    pixels = np.zeros((len(told.images), channels, size, size), dtype=np.uint8)
-    boxes = np.zeros((len(told.images), most, 4), dtype=np.float32)
-    labels = np.full((len(told.images), most), IGNORED_LABEL, dtype=np.int64)
-    for row, image in enumerate(told.images):
-        pixels[row], scale = whole_pixels(folder / str(image["file_name"]), size=size, channels=channels)
-        place = 0
-        for each in told.boxes[image["id"]]:
-            left, top, width, height = (float(number) * scale for number in each["bbox"])
-            corners = np.array([left, top, left + width, top + height]).clip(0, size)
-            if (corners[2:] > corners[:2]).all():
-                boxes[row, place], labels[row, place] = corners, numbers[each["category_id"]]
-                place += 1
-    return BoxedImages(pixels=pixels, boxes=boxes, labels=labels)

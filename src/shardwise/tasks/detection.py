@@ -9,10 +9,10 @@ alone: its own loss, if it has one, is not computed. It refuses to know models, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardwise.errors import ConfigError
 from shardwise.tasks.box_score import Boxes, box_score
-from shardwise.tasks.boxed_images import BoxedImages, read_boxed_images
+from shardwise.tasks.boxed_images import BoxedImages, read_annotations
 from shardwise.tasks.boxes import corners
 from shardwise.tasks.cache import content_key, filled_folder
 from shardwise.tasks.canvases import Canvases, CanvasOptions, Scene
@@ -133,16 +133,14 @@ class Detection:
         if not data.is_dir():
             raise ConfigError(f"task.data is a folder of images, but {data} is none; correct the path")
         canvas = options.canvas() if has_idx(data) else None
-        arrays, names = _items(data, options) if canvas else _boxed(data, options)
-        key = content_key([_FORMAT, *(part for name, array in arrays.items() for part in (name, array.tobytes()))])
-        shapes = content_key([key, *(str(array.shape) for array in arrays.values())])
-        folder = filled_folder(Path(options.cache) / f"boxes-{shapes}", _filler(arrays)).resolve()
+        source = _items(data, options) if canvas else _boxed(data, options)
+        key = content_key([_FORMAT, *source.told])
+        folder = filled_folder(Path(options.cache) / f"boxes-{key}", source.store).resolve()
         counts = {"train_canvases": options.train_canvases, "held_out_canvases": options.held_out_canvases}
-        train = _scenes(arrays, "train", canvas, counts)
-        mean, deviation, per_image = _seen(train)
+        mean, deviation, per_image = _seen(_scenes(folder, "train", canvas, counts))
         return PreparedDetection(
             folder=str(folder),
-            names=names,
+            names=source.names,
             mean=mean,
             deviation=deviation,
             loss=options.set_loss(per_image),
@@ -154,20 +152,15 @@ class Detection:
     def open(cls, prepared: PreparedDetection) -> Detection:
         """The task over a prepared folder. Raises ConfigError for a folder that `prepare` did not make."""
         folder = Path(prepared.folder)
+        counts = {"train_canvases": prepared.train_canvases, "held_out_canvases": prepared.held_out_canvases}
         try:
-            kinds = ("pixels", "labels") if prepared.canvas else ("pixels", "boxes", "labels")
-            arrays = {
-                f"{split}-{kind}": np.load(folder / f"{split}-{kind}.npy", mmap_mode="r", allow_pickle=False)
-                for split in SPLITS
-                for kind in kinds
-            }
+            scenes = {split: _scenes(folder, split, prepared.canvas, counts) for split in SPLITS}
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"images with boxes are opened from a folder that was prepared; {folder} holds none ({error}); prepare "
                 "it first"
             ) from error
-        counts = {"train_canvases": prepared.train_canvases, "held_out_canvases": prepared.held_out_canvases}
-        return cls(prepared=prepared, scenes={s: _scenes(arrays, s, prepared.canvas, counts) for s in SPLITS})
+        return cls(prepared=prepared, scenes=scenes)
 
     def num_samples(self, split: Split) -> int:
         """Images of a split."""
@@ -257,26 +250,50 @@ def _middles(scene: Scene) -> NDArray[np.float32]:
     return np.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], axis=-1)
 
 
-def _items(data: Path, options: DetectionOptions) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    """Arrays by split and kind of what canvases are composed of, and names of the classes."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Source:
+    """What is stored: what it follows from, how it is written into an empty folder, names of the classes."""
+
+    told: Iterable[str | bytes]
+    store: Callable[[Path], None]
+    names: tuple[str, ...]
+
+
+def _items(data: Path, options: DetectionOptions) -> _Source:
+    """Images that canvases are composed of."""
     read = read_images(data, size=0, channels=options.channels)
     arrays = {f"{s}-{kind}": getattr(read[s], kind) for s in SPLITS for kind in ("pixels", "labels")}
-    return arrays, named_classes(read["train"], options.classes)
+
+    def store(folder: Path) -> None:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+
+    told = [part for name, array in arrays.items() for part in (name, str(array.shape), array.tobytes())]
+    return _Source(told=told, store=store, names=named_classes(read["train"], options.classes))
 
 
-def _boxed(data: Path, options: DetectionOptions) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    """Arrays by split and kind of images that have boxes, and names of the classes."""
-    read, names = read_boxed_images(data, size=options.size, channels=options.channels)
-    return {f"{s}-{kind}": getattr(read[s], kind) for s in SPLITS for kind in ("pixels", "boxes", "labels")}, names
+def _boxed(data: Path, options: DetectionOptions) -> _Source:
+    """Images that have boxes."""
+    read, names = read_annotations(data)
+    if options.size < 1:
+        raise ConfigError(f"images of {data} are files of any size, which are scaled to one; set task.size, as 512")
+    shape = {"size": options.size, "channels": options.channels or 3}
+
+    def store(folder: Path) -> None:
+        for split in SPLITS:
+            read[split].store(folder, split, **shape)
+
+    told = [str(shape), *names, *(line for split in SPLITS for line in (split, *read[split].told()))]
+    return _Source(told=told, store=store, names=names)
 
 
-def _scenes(
-    arrays: Mapping[str, NDArray[Any]], split: Split, canvas: CanvasOptions | None, counts: Mapping[str, int]
-) -> Scenes:
-    own = {kind: arrays[f"{split}-{kind}"] for kind in ("pixels", "labels")}
+def _scenes(folder: Path, split: Split, canvas: CanvasOptions | None, counts: Mapping[str, int]) -> Scenes:
+    """A split of a prepared folder, mapped into memory. Raises OSError and ValueError."""
+    kinds = ("pixels", "labels") if canvas else ("pixels", "labels", "boxes")
+    arrays = {kind: np.load(folder / f"{split}-{kind}.npy", mmap_mode="r", allow_pickle=False) for kind in kinds}
     if canvas is None:
-        return BoxedImages(**own, boxes=arrays[f"{split}-boxes"])
-    return Canvases(**own, num=counts[f"{split}_canvases"], split=split, options=canvas)
+        return BoxedImages(**arrays)
+    return Canvases(**arrays, num=counts[f"{split}_canvases"], split=split, options=canvas)
 
 
 def _seen(scenes: Scenes) -> tuple[tuple[float, ...], tuple[float, ...], float]:
@@ -286,13 +303,3 @@ def _seen(scenes: Scenes) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     mean, deviation = pixels.mean(axis=(0, 2, 3)), np.maximum(pixels.std(axis=(0, 2, 3)), 1 / 255)
     boxes = sum(len(scene.labels) for scene in first) / len(first)
     return tuple(mean.tolist()), tuple(deviation.tolist()), max(boxes, 1.0)
-
-
-def _filler(arrays: Mapping[str, NDArray[Any]]) -> Callable[[Path], None]:
-    """A function that writes arrays into an empty folder."""
-
-    def fill(folder: Path) -> None:
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
-
-    return fill
