@@ -112,3 +112,42 @@ def test_what_a_call_has_not_left_is_not_there() -> None:
     with picked_up(unit, [AtModule("gate", 1, 0, True), AtAttribute("up", "left", ())]) as left:
         unit(X)
     assert left(((X,), {})) == {}
+
+
+class Cache:
+    """Keys by layer, in an object of its own."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+
+class Fills(Gated):
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        cache.keys.append(self.up(x))
+        return x + self.down(self.up(x).relu())
+
+
+class Reads(Gated):
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        return x + self.down(self.up(x).relu() * cache.keys[0])
+
+
+class Through(nn.Module):
+    """Two blocks that share a cache, and one that does not look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Fills(), Reads(), Gated()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        fills, reads, gated = self.layers
+        return gated(reads(fills(x, cache), cache)).square().mean()
+
+
+def test_blocks_that_hand_each_other_tensors_in_an_object_stay_whole() -> None:
+    """A proof of one alone would not know of the other's gradient."""
+    plan = plan_tensor(Through(), (X,), tp=2)
+    assert list(plan.units) == ["layers.2"]
+    assert plan.reasons["layers.0"] == "layers.1 reads what it leaves in an object that is not looked into"
+    assert plan.reasons["layers.1"] == "it reads what layers.0 leaves in an object that is not looked into"

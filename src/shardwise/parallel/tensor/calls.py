@@ -44,6 +44,7 @@ class Kind:
     tied: frozenset[str]  # its parameters, by local name, that stand outside of it too
     key: str = ""  # digest of all that makes units alike: structure, signatures, operations, who reads them
     foreign: frozenset[str] = frozenset()  # those of its parameters that others read without holding them (glue, say)
+    hidden: str = ""  # why its calls prove nothing: it exchanges tensors with others out of their sight
 
     @property
     def kept_whole(self) -> frozenset[str]:
@@ -67,14 +68,15 @@ def kinds_of(
     operations = _operations_of(captured.tape, done)
     read = _read_outside(captured.tape)
     readers = _readers(model, captured.tape)
+    hidden = _hidden(captured.tape)
     kinds: dict[tuple[object, ...], Kind] = {}
     for name, module in captured.units.items():
-        calls = caught.get(name, {})
+        calls = {} if name in hidden else caught.get(name, {})
         outside = read.get(name, frozenset())
         tied, foreign = _tied(model, name, module), _foreign(readers, captured.units, module)
         structure, does = structures.of(module), operations.get(name, frozenset())
         extras = extras_of(captured.tape, name)
-        key = (structure, does, outside, tied, foreign, extras, *sorted(calls))
+        key = (structure, does, outside, tied, foreign, extras, name in hidden, *sorted(calls))
         if key in kinds:
             kinds[key].units.append(name)
         else:
@@ -83,7 +85,14 @@ def kinds_of(
             about = (structure, *names, sorted(map(repr, extras)), torch.__version__)
             digest = hashlib.blake2b(repr(about).encode(), digest_size=6).hexdigest()
             kinds[key] = Kind(
-                unit=name, module=module, units=[name], calls=seen, tied=tied, foreign=foreign, key=digest
+                unit=name,
+                module=module,
+                units=[name],
+                calls=seen,
+                tied=tied,
+                foreign=foreign,
+                key=digest,
+                hidden=hidden.get(name, ""),
             )
     return list(kinds.values())
 
@@ -108,6 +117,19 @@ def _operations_of(tape: Tape, done: Mapping[int, set[str]]) -> dict[str, frozen
     found: dict[str, frozenset[str]] = {}
     for node in tape.flow.calls:
         found[node.name] = found.get(node.name, frozenset()) | done.get(node.index, set())
+    return found
+
+
+def _hidden(tape: Tape) -> dict[str, str]:
+    """Units that hand each other tensors in objects that a trace cannot look into, such as a cache: with what."""
+    found: dict[str, str] = {}
+    for node in tape.flow.calls:
+        for read in node.reads:
+            about = tape.flow.values[read]
+            made = tape.flow.nodes[about.node]
+            if not about.crossable and made.kind is NodeKind.CALL and made.name != node.name:
+                found.setdefault(node.name, f"it reads what {made.name} leaves in an object that is not looked into")
+                found.setdefault(made.name, f"{node.name} reads what it leaves in an object that is not looked into")
     return found
 
 
