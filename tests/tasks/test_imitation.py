@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,18 @@ import torch
 
 from corridor import Corridor
 from shardwise.errors import ConfigError
-from shardwise.tasks import IGNORED_LABEL, Headed, Imitation, Ordered, Played, Score, Scored, prepare_task, task_from
+from shardwise.tasks import (
+    IGNORED_LABEL,
+    Described,
+    Headed,
+    Imitation,
+    Ordered,
+    Played,
+    Score,
+    Scored,
+    prepare_task,
+    task_from,
+)
 from shardwise.tasks.demonstrations import Demonstrations, record
 
 WINDOW = 4
@@ -85,9 +97,14 @@ def test_a_batch_is_as_long_as_its_longest_window_and_every_action_is_learnt_onc
     assert len(set(drawn)) == len(drawn)
 
 
+def test_it_tells_of_its_episodes(tmp_path: Path) -> None:
+    told = task(tmp_path, simulator_options={"lost": 4}).about()
+    assert re.fullmatch(r"\d+ actions of 20 episodes, recorded at \d+ a second, 4 failed and left out", told), told
+
+
 def test_it_is_a_task_that_is_scored_played_ordered_and_told_of(tmp_path: Path) -> None:
     made = task(tmp_path)
-    assert all(isinstance(made, protocol) for protocol in (Scored, Played, Ordered, Headed))
+    assert all(isinstance(made, protocol) for protocol in (Scored, Played, Ordered, Headed, Described))
     assert made.head().inputs == {
         "num_actions": 3,
         "vocabulary_size": 8,  # end go left right the to, one that fills, one that is not known

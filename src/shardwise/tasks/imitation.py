@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardwise.errors import ConfigError
+from shardwise.quantities import format_count
 from shardwise.tasks.by_step import alike_indices
 from shardwise.tasks.cache import content_key, filled_folder
 from shardwise.tasks.demonstrations import Demonstrations, record
@@ -178,6 +179,17 @@ class Imitation:
     def num_samples(self, split: Split) -> int:
         """Windows of a split."""
         return len(self.windows[split])
+
+    def about(self) -> str:
+        """Episodes, and how fast they were recorded."""
+        episodes = self.episodes["train"]
+        told = episodes.summary
+        rate = (episodes.num_episodes + told.num_failed) / max(told.seconds, 1e-9)
+        failed = f", {told.num_failed} failed and left out" if told.num_failed else ""
+        return (
+            f"{format_count(len(episodes.wanted), 'actions')} of {format_count(episodes.num_episodes, 'episodes')}, "
+            f"recorded at {rate:.0f} a second{failed}"
+        )
 
     def head(self) -> ModelHead:
         """What a factory, or a config without values, is told of the data where the run does not say it."""

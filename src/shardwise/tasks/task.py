@@ -20,6 +20,7 @@ __all__ = [
     "SPLITS",
     "Batch",
     "Counted",
+    "Described",
     "Split",
     "Task",
     "batch_size",
@@ -77,6 +78,13 @@ class Counted(Protocol):
 
     @property
     def counts(self) -> str: ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A task that has more to say of its data than how many samples there are."""
+
+    def about(self) -> str: ...
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from shardwise.execute.program import Place
 from shardwise.layout import SYNCHRONISED
 from shardwise.parallel.hold import hold
 from shardwise.quantities import format_bytes, format_count
-from shardwise.tasks import Headed, LanguageModelling, ModelHead, Task, indices_at, may_have_head, task_from
+from shardwise.tasks import Described, Headed, LanguageModelling, ModelHead, Task, indices_at, may_have_head, task_from
 from shardwise.trace.deferred import Blueprint, defer
 from shardwise.trace.placing import place
 from shardwise.train.model import Values, model_factory, names_in, values_of
@@ -135,6 +135,8 @@ def _placeholder(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch
 def about(task: Task) -> str:
     """A task's data in words."""
     samples = format_count(task.num_samples("train"), "samples")
+    if isinstance(task, Described):
+        return f"{samples}, {task.about()}"
     if not isinstance(task, LanguageModelling):
         return samples
     corpus = task.corpus
