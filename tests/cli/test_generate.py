@@ -169,6 +169,17 @@ def test_what_is_wrong_among_ranks_of_mpirun_is_said_once(folder: Path) -> None:
     assert " ".join(finished.stderr.split()).count("pp=4 has 4 and there are 2; start 4, or set layout") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_example_finds_every_layout_equal(folder: Path) -> None:
+    command = [sys.executable, "examples/generate/compare.py", str(folder), "--tokens", "12"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert finished.returncode == 0, finished.stderr
+    told = json.loads(finished.stdout.strip().splitlines()[-1])
+    assert (told["equal"], told["tokens"], told["differs"]) == (True, 3 * 12, {})
+    assert all(told[layout] > 0 for layout in ("one device", "tp=2", "pp=2"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

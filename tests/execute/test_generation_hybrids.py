@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from generated_texts import SIZES, VOCABULARY, assert_tokens_of_transformers, program_of, prompts, settled, wanted
+from generated_texts import (
+    SIZES,
+    VOCABULARY,
+    assert_tokens_of_transformers,
+    gemma,
+    generated,
+    lfm,
+    llama,
+    mistral,
+    program_of,
+    prompts,
+    settled,
+    wanted,
+)
 from shardwise.errors import ModelError
 from shardwise.execute.generation import generate
 from shardwise.launch import RankContext
@@ -131,6 +144,17 @@ def test_two_stages_generate_what_transformers_does(rank: RankContext, make: Cal
 @pytest.mark.parametrize("make", [*STATES_IN_MODULES, *OTHERS])
 def test_two_shards_generate_what_transformers_does(rank: RankContext, make: Callable[[], Any]) -> None:
     assert_tokens_of_transformers(make, "tp=2", rank.rank)
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout_s=600)
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, lfm, recurrent_gemma, jamba])
+def test_256_tokens_behind_padded_prompts_are_those_of_transformers(
+    rank: RankContext, make: Callable[[], Any], layout: str
+) -> None:
+    model, batch = settled(make), prompts(padded=True)
+    assert list(generated(model, layout, rank.rank, batch, max_new_tokens=256).tokens) == wanted(model, batch, 256)
 
 
 def test_states_in_modules_are_those_of_their_micro_batch_and_leave_the_model_as_it_was() -> None:
