@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import transformers
-from models import DECODERS, MODELS, make
+from models import DECODERS, MODELS, POLICIES, make
 
 import shardwise as sw
 from shardwise.launch import RankStarter
@@ -30,7 +30,10 @@ LAYOUTS = ("pp=2", "pp=3", "dp=2,pp=2", "tp=2", "tp=2,pp=2")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=sorted({**MODELS, **DECODERS}), action="append", help="may be given several times"
+        "--model",
+        choices=sorted({**MODELS, **DECODERS, **POLICIES}),
+        action="append",
+        help="may be given several times",
     )
     parser.add_argument("--all", action="store_true", help="every model")
     parser.add_argument("--layout", action="append", help='such as "dp=2,pp=2"; may be given several times')
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.all or options.model):
         parser.error("name a --model, or give --all")
     transformers.logging.set_verbosity_error()
-    names = [*MODELS, *DECODERS] if options.all else options.model
+    names = [*MODELS, *DECODERS, *POLICIES] if options.all else options.model
     layouts = options.layout or (LAYOUTS if options.all else LAYOUTS[:1])
     with RankStarter(preload=PRELOAD) as starter:
         rows = list(_verified(names, layouts, options.steps, options.dtype, starter, details=not options.all))

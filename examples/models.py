@@ -17,7 +17,7 @@ import torch.nn as nn
 import transformers as hf
 from hand_written import TiedReader, TwoTowerPolicy, UNet
 
-__all__ = ["DECODERS", "MODELS", "Example", "make"]
+__all__ = ["DECODERS", "MODELS", "POLICIES", "Example", "make"]
 
 BATCH, TOKENS, VOCABULARY = 8, 12, 97
 _IMAGE = 32  # pixels of a side
@@ -48,7 +48,7 @@ def make(name: str, *, seed: int = 0) -> Example:
     """The example `name`, with weights and batch drawn from `seed`; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = {**MODELS, **DECODERS}[name]()
+        made = {**MODELS, **DECODERS, **POLICIES}[name]()
     made.model.train()
     return made
 
@@ -342,6 +342,9 @@ DECODERS: Mapping[str, Callable[[], Example]] = MappingProxyType(
     }
 )
 
+# Their action experts read what a language model leaves in a cache.
+POLICIES: Mapping[str, Callable[[], Example]] = MappingProxyType({"pi0": _pi0})
+
 MODELS: Mapping[str, Callable[[], Example]] = MappingProxyType(
     {
         "bert": _bert,
@@ -359,7 +362,6 @@ MODELS: Mapping[str, Callable[[], Example]] = MappingProxyType(
         "clip": _clip,
         "wav2vec2": _wav2vec2,
         "llava": _llava,
-        "pi0": _pi0,
         "llama-inner-loss": _llama_inner,
         "unet": _unet,
         "tied": _tied,

@@ -66,6 +66,19 @@ def test_the_router_loss_of_every_layer_reaches_the_loss() -> None:
     assert not torch.allclose(gradients[gate], without[gate], rtol=1e-3)
 
 
+def test_an_action_expert_stands_where_the_cache_is_filled_that_it_reads() -> None:
+    trace = traced(make("pi0"))
+    nodes = trace.tape.flow.nodes
+    cut = trace.cut(3)
+    (together,) = (stage for stage in cut.stages if any("dit.layers" in nodes[call].name for call in stage.calls))
+    names = [nodes[call].name for call in together.calls]
+    assert sum("language_model.layers" in name or "dit.layers" in name for name in names) == 8
+    loss, gradients = trace.run(cut)
+    wanted, wanted_gradients = run_whole(trace.example)
+    assert loss == pytest.approx(wanted, rel=TOLERANCE)
+    assert worst_error(gradients, wanted_gradients) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name, layout", [("bert", "dp=2,pp=2"), ("t5", "pp=2"), ("clip", "pp=2"), ("unet", "pp=3")])
 def test_real_ranks_are_one_device(name: str, layout: str, starter: RankStarter) -> None:
     example = make(name)
