@@ -1,5 +1,5 @@
-"""Small models of many architectures, each with a batch that its forward takes, under the names of `MODELS` and
-`DECODERS`.
+"""Small models of many architectures, each with a batch that its forward takes, under the names of `MODELS`,
+`DECODERS` and `POLICIES`.
 
 Configurations of `transformers` with tiny sizes, and the hand-written modules of `hand_written`. Weights are random,
 dropout, LayerDrop and SpecAugment are as the architecture has them. Knows nothing of layouts.
