@@ -46,6 +46,13 @@ class Corridor:
         return Sight(image=image, instruction=f"Go to the {ENDS[self.goal]} end")
 
 
+class Confused(Corridor):
+    """Its expert names an action that there is not."""
+
+    def advice(self) -> int | None:
+        return 7
+
+
 class WithoutExpert:
     """As it, without advice."""
 

@@ -188,6 +188,11 @@ def test_agreement_is_the_share_of_steps_at_which_policy_and_expert_want_the_sam
         ({"stray": 1.0}, r"task.stray is a share of actions in \[0, 1\), but got 1.0"),
         ({"window": 0}, "task.window is counted from 1, but got 0"),
         ({"film": "film.mp4"}, "a film is a GIF of some episodes, but film='film.mp4'"),
+        ({"film": "/dev/null/film.gif"}, "a film is written to /dev/null/film.gif, but"),
+        (
+            {"simulator": "corridor:Confused"},
+            "actions are numbered from 0 to 2, but the expert of corridor 8 0 wants 7",
+        ),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -125,6 +125,11 @@ def _recorded(world: Expert, seed: int, stray: float) -> _Episode | None:
         wanted = world.advice()
         if wanted is None:
             return None
+        if not 0 <= wanted < len(world.actions):
+            raise ConfigError(
+                f"actions are numbered from 0 to {len(world.actions) - 1}, but the expert of {world.fingerprint} wants "
+                f"{wanted}; correct its `advice`"
+            )
         drawn, other = (mix(mix(keys[:2] + np.uint64(step)) ^ keys[:2]) >> np.uint64(11)).tolist()
         taken = harmless[other % len(harmless)] if drawn < stray * 2**53 else wanted
         episode.images.append(sight.image)

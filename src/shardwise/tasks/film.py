@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shardwise.errors import ConfigError
 
-__all__ = ["Frame", "write_film"]
+__all__ = ["Frame", "check_film", "write_film"]
 
 Frame = tuple[NDArray[np.uint8], str]  # pixels (height, width, 3), and the words above them
 
@@ -19,8 +19,17 @@ _CAPTION = 14  # pixels
 _FRAME_MS = 350
 
 
+def check_film(path: Path) -> None:
+    """Raises ConfigError where a film could not be written, which is else known when all is done."""
+    _pillow()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"a film is written to {path}, but {error}; name another file as task.film") from error
+
+
 def write_film(path: Path, frames: Sequence[Frame]) -> None:
-    """Raises ConfigError where Pillow is missing, or a name that is no GIF's."""
+    """Raises ConfigError where Pillow is missing."""
     library, draw = _pillow()
     images = []
     for pixels, words in frames:
@@ -29,7 +38,6 @@ def write_film(path: Path, frames: Sequence[Frame]) -> None:
         image.paste(library.fromarray(pixels), (0, _CAPTION))
         draw.Draw(image).text((2, 1), words, fill="black")
         images.append(image.quantize(64))
-    path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=_FRAME_MS, loop=0, optimize=True)
 
 

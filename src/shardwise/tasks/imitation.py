@@ -9,7 +9,7 @@ It knows episodes, words and worlds; it refuses to know models, ranks and micro-
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from shardwise.quantities import format_count
 from shardwise.tasks.by_step import alike_indices
 from shardwise.tasks.cache import content_key, filled_folder
 from shardwise.tasks.demonstrations import Demonstrations, record
-from shardwise.tasks.film import Frame, write_film
+from shardwise.tasks.film import Frame, check_film, write_film
 from shardwise.tasks.head import ModelHead
 from shardwise.tasks.played import Game
 from shardwise.tasks.playing import Episode, Seat, score_of
@@ -144,6 +144,8 @@ class Imitation:
             )
         if options.film and not isinstance(world, Pictured):
             raise ConfigError(f"a film needs pictures, but {type(world).__name__} has none; drop task.film")
+        if options.film:
+            check_film(Path(options.film))
         told = (options.episodes, options.held_out_episodes, options.stray)
         key = content_key([_FORMAT, world.fingerprint, *map(str, told)])
         folder = filled_folder(Path(options.cache) / f"demonstrations-{key}", _filler(world, options, key)).resolve()
@@ -315,10 +317,10 @@ class Imitation:
 
 def _filler(world: Expert, options: ImitationOptions, key: str) -> Callable[[Path], None]:
     """A function that records both splits into an empty folder."""
-    counts: Iterator[tuple[Split, int]] = zip(SPLITS, (options.episodes, options.held_out_episodes), strict=True)
+    counts: Mapping[Split, int] = {"train": options.episodes, "held_out": options.held_out_episodes}
 
     def fill(folder: Path) -> None:
-        for split, count in counts:
+        for split, count in counts.items():
             first = _FIRST_SEED[split]
             record(folder, split, world, range(first, first + count), stray=options.stray)
         words = Words.of(Demonstrations.open(folder, "train").summary.instructions)
