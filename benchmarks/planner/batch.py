@@ -20,11 +20,12 @@ from shardwise.layout import Layout
 from shardwise.plan.compute import FloatArray
 from shardwise.plan.price import placed_stages
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
-from shardwise.plan.steps import steps_of
+from shardwise.plan.steps import of_the_slowest, steps_of
 
 __all__ = ["Batch", "cluster_of"]
 
 STEP_S = 3e-3  # of the host for one step: data, losses, the optimizer's start
+SPREAD = 0.01  # of the speeds of a source's hosts
 EXCHANGE_S = 3e-5  # of the host for one collective of torch.distributed: what both A100 tables want if it is fitted
 _HOST = 8  # devices of a box: what the catalogue sells as more is a rack, which NVLink joins whatever boxes it has
 
@@ -44,7 +45,7 @@ def cluster_of(gpu: str, gpus_per_node: int | None = None, hosts: int = 2, *, fa
     between = dataclasses.replace(entry.between, ranks=None)
     links = (inside, between if fabric is None else fabric.link(between))
     crowded_s = 0.0 if fabric is None else fabric.crowded_s
-    overheads = Overheads(exchange_s=EXCHANGE_S, step_s=STEP_S, crowded_s=crowded_s)
+    overheads = Overheads(exchange_s=EXCHANGE_S, step_s=STEP_S, crowded_s=crowded_s, spread=SPREAD)
     return Cluster(
         hosts=(Hosts(device=entry.device, devices=joined, count=hosts),), links=links, overheads=overheads, name=gpu
     )
@@ -59,6 +60,7 @@ class _Alike:
     rows: np.ndarray
     index: np.ndarray
     counts: FloatArray
+    devices: FloatArray
     step_kernels: FloatArray
 
 
@@ -103,6 +105,7 @@ class Batch:
                 rows=np.array([row for row, _, _ in entries]),
                 index=np.array([indices for _, indices, _ in entries]),
                 counts=np.array([float(case.num_micro_batches) for _, _, case in entries]),
+                devices=np.array([float(case.layout.world_size) for _, _, case in entries]),
                 step_kernels=np.array([float(case.job.step_kernels) for _, _, case in entries]),
             )
             for entries in found.values()
@@ -115,7 +118,7 @@ class Batch:
         found = np.zeros(len(self.cases))
         for group in self.alike:
             steps = steps_of(
-                _gathered(seconds, group.index),
+                of_the_slowest(_gathered(seconds, group.index), group.devices, cluster),
                 group.counts,
                 group.layout,
                 cluster.overheads,

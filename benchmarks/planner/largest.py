@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.planner.shapes import Architecture, Shard
-from benchmarks.planner.stacks import TODAY
+from benchmarks.planner.stacks import TODAY, Stack
 from benchmarks.planner.stages import stages_of
 from shardwise.describe.catalogue import named_cluster
 from shardwise.describe.cluster import Cluster
@@ -25,6 +25,7 @@ from shardwise.layout import Layout
 from shardwise.plan.chain_works import ChainWorks
 from shardwise.plan.explain_search import ranking_table
 from shardwise.plan.job import Job, PerParameter
+from shardwise.plan.pricer import Pricer
 from shardwise.plan.search import Search, search_layouts
 from shardwise.plan.space import Limits
 from shardwise.plan.stage_work import StageWork
@@ -83,9 +84,9 @@ DEEPSEEK = Large(
 )
 
 
-def works_of(model: Large) -> ChainWorks:
-    """What every unit does: the embedding, each layer, the head."""
-    stack, dtype = TODAY, "bfloat16"
+def works_of(model: Large, stack: Stack = TODAY) -> ChainWorks:
+    """What every unit does: the embedding, each layer, the head. stack: the software that runs it."""
+    dtype = "bfloat16"
 
     def parts(arch: Architecture, layout: Layout, samples: int) -> tuple[StageWork, ...]:
         """Embedding, one layer, head."""
@@ -146,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found, seconds, computed = search_of(model, _cluster(model.cluster))
         best = found[0]
         theirs = found.explorer.pricer(Layout.parse(model.theirs), exact=True)
+        pricer = found.explorer.pricer
+        plain = works_of(model, dataclasses.replace(TODAY, hides_shards=False))
+        shown = Pricer(plain, pricer.cluster, pricer.job, pricer.limits)(theirs.layout, exact=True)
         figures[model.name] = {
             "seconds": round(seconds, 2),
             "cpu_seconds": round(computed, 2),
@@ -158,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "published": model.published,
             "theirs": str(theirs),
             "theirs_mfu": round(theirs.price.mfu, 4),
+            "theirs_shown_mfu": round(shown.price.mfu, 4),
         }
         if options.json:
             continue
@@ -168,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print(f"  predicted {best.ranked.price.mfu:.1%} MFU; published {model.published}")
         print(f"  the published layout, predicted: {theirs.price.mfu:.1%} MFU, {theirs}")
+        print(f"  ... where collectives of shards do not run beside products: {shown.price.mfu:.1%} MFU")
         print("\n".join(ranking_table([plan.ranked for plan in found])))
         if options.explain:
             print(best.explain())

@@ -72,6 +72,15 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
         assert lines.total == pytest.approx(found.step_s)
 
 
+def test_a_step_is_as_slow_as_the_slowest_of_its_hosts() -> None:
+    """Of 2, 4 normal numbers the largest is expected 0.564, 1.029 deviations above the mean."""
+    uneven = dataclasses.replace(CLUSTER, overheads=Overheads(spread=0.1))
+    for devices, largest in ((1, 0.0), (4, 0.0), (8, 0.564), (16, 1.029)):
+        even_s, found = (priced(Layout(dp=devices), 1, cluster=own) for own in (CLUSTER, uneven))
+        assert found.step_s / even_s.step_s == pytest.approx(1 + 0.1 * largest, abs=0.003)
+        assert found.time[0].total == pytest.approx(found.step_s)
+
+
 def test_sums_in_many_calls_have_the_hops_of_each() -> None:
     """16 replicas on four hosts, rings alone: 30 hops of 0.1 s a call, and the same bytes."""
     links = (CLUSTER.links[0], dataclasses.replace(CLUSTER.links[1], latency_s=0.1, trees=False))

@@ -185,7 +185,9 @@ class Overheads:
     crowded_s: what every hop of a collective inside a unit takes longer where pipelines cross hosts too (their messages
     share the processors that move both). framework_bytes: held by the runtime on every device before a model is there;
     `slack`: the share of the allocator's bytes that fragments take. overlap: of communication that may run beside
-    compute, the share that is hidden; beside: how much longer compute takes while it does, as a share.
+    compute, the share that is hidden; beside: how much longer compute takes while it does, as a share. spread: of the
+    speeds of equal hosts (their clocks, their cooling, what else they do), the standard deviation: a step that all make
+    together is as slow as the slowest of them.
     """
 
     action_s: float = 0.0
@@ -197,10 +199,11 @@ class Overheads:
     slack: float = 0.0
     overlap: float = 1.0
     beside: float = 0.0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("action_s", "step_s", "kernel_s", "exchange_s", "crowded_s", "framework_bytes", "slack", "beside"):
-            _at_least(name, getattr(self, name), 0.0)
+        for field in dataclasses.fields(self):
+            _at_least(field.name, getattr(self, field.name), 0.0)
         _share("overlap", self.overlap, zero=True)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from scipy.special import ndtri
 
-from shardwise.describe.cluster import Overheads
+from shardwise.describe.cluster import Cluster, Overheads
 from shardwise.layout import Layout
 from shardwise.plan.compute import FloatArray
 from shardwise.plan.pipeline_time import PipelineTimes, pipeline_seconds
@@ -20,8 +21,9 @@ from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import StageSeconds
 from shardwise.schedule import GENERATORS, placement
 
-__all__ = ["Steps", "ranks_of", "steps_of", "times_of"]
+__all__ = ["Steps", "of_the_slowest", "ranks_of", "steps_of", "times_of"]
 
+_COMPUTED = ("forward", "input", "weight", "recompute", "optimizer")
 WAITS = 4.0  # norm of device and host: where both take one second, a phase takes 2 ** (1 / 4) = 1.19
 
 
@@ -101,6 +103,18 @@ def times_of(seconds: StageSeconds, overheads: Overheads) -> PipelineTimes:
         send=seconds.send,
         back=seconds.back,
     )
+
+
+def of_the_slowest(seconds: StageSeconds, num_devices: FloatArray, cluster: Cluster) -> StageSeconds:
+    """What devices compute, as long as those of the slowest host take for it: all wait for it in every step.
+
+    Arrays of `seconds`: (rows, stages); num_devices: (rows,), on hosts of the cluster. The largest of n normal numbers
+    is expected where all but (n - 0.375) / (n + 0.25) of them lie (Blom 1958)."""
+    if not cluster.overheads.spread:
+        return seconds
+    hosts = np.ceil(num_devices / cluster.hosts[0].devices)
+    slower = 1.0 + cluster.overheads.spread * ndtri((hosts - 0.375) / (hosts + 0.25))[:, None]
+    return dataclasses.replace(seconds, **{name: getattr(seconds, name) * slower for name in _COMPUTED})
 
 
 def _beside(computing: FloatArray, messages: FloatArray, shows: float, slower: float) -> FloatArray:
