@@ -296,7 +296,7 @@ class _Vocabulary:
             trained = train_tokenizer(
                 texts, vocabulary_size=options.vocabulary_size, cache=Path(options.cache), specials=(_PADDING,)
             )
-            padding = trained.live.token_to_id(_PADDING)
+            padding = trained.live.get_vocab()[_PADDING]
             return cls(tokenizer=trained, start=padding, end=trained.end_of_text, padding=padding, before=" ")
         folder = Path(options.tokenizer).expanduser()
         loaded = load_tokenizer(folder)
