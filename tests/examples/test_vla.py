@@ -47,7 +47,14 @@ def weight(inputs: dict[str, torch.Tensor]) -> float:
     return float((inputs["target_actions"] != -100).sum())
 
 
-@pytest.mark.parametrize("layout", [f"pp=2,micro_batches=4,{TOWERS}", "dp=2,micro_batches=2", f"dp=2,pp=2,{TOWERS}"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        f"pp=2,micro_batches=4,{TOWERS}",
+        "dp=2,micro_batches=2",
+        pytest.param(f"dp=2,pp=2,{TOWERS}", marks=pytest.mark.slow),
+    ],
+)
 def test_a_policy_of_two_towers_is_one_device(layout: str, starter: RankStarter) -> None:
     comparison = verify(policy, batch(), layout=layout, loss=loss, weight=weight, steps=2, starter=starter)
     assert comparison.equal, str(comparison)
