@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import re
 import statistics
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(SETTINGS), help="some of them")
     parser.add_argument("--match", default="", help="only layouts whose text this regular expression finds")
     parser.add_argument("--only", choices=("memory", "time", "score"), help="measure one of them, or nothing more")
-    parser.add_argument("--rounds", type=int, default=2, help="times that layouts of a core a rank are timed, in turns")
+    parser.add_argument("--rounds", type=int, default=2, help="times that every layout is timed, in turns")
     parser.add_argument("--timed-s", type=float, default=2.0, help="seconds for which steps of a layout are timed")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop measuring behind so many seconds")
     parser.add_argument("--cluster", help="a file of `shardwise probe`; without it the machine is probed")
@@ -102,8 +101,8 @@ def _probed(path: Path, ranks: Sequence[int], *, again: bool) -> Path:
 
 
 def _measure(store: Store, planned: dict[tuple[str, int], Planned], given: argparse.Namespace) -> None:
-    """What is missing, in turns: every layout once before any of them is timed again; once alone those whose ranks
-    share cores."""
+    """What is missing, in turns: every layout once before any of them is timed again, so that what the machine does for
+    a minute is in one run of several layouts and not in all of one."""
     end = time.monotonic() + given.budget_s
     rounds = 1 if given.only == "memory" else given.rounds
     with RankStarter(preload=_PRELOAD) as starter:
@@ -111,8 +110,6 @@ def _measure(store: Store, planned: dict[tuple[str, int], Planned], given: argpa
             for (name, count), one in planned.items():
                 for layout in one.layouts:
                     if not re.search(given.match, str(layout)):
-                        continue
-                    if turn and count > len(os.sched_getaffinity(0)):  # what counts there is the order
                         continue
                     entry = store.of(name, count, str(layout))
                     enough = entry.peak_bytes if given.only == "memory" else len(entry.runs) > turn
