@@ -64,7 +64,6 @@ class Pi0Policy(nn.Module):
             chunk_size=1,
             max_state_dim=num_actions + 1,
             max_action_dim=num_actions,
-            loss_reduction="none",
         )
         self.pi0 = PI0ForConditionalGeneration(config)
 
@@ -92,9 +91,9 @@ class Pi0Policy(nn.Module):
             attention_mask=torch.cat([torch.ones_like(patches), (words != 0).long()], dim=1),
             pixel_values=(images.float() / 127.5 - 1).flatten(0, 1)[:, None],  # (rows, cameras, channels, side, side)
             pixel_attention_mask=torch.ones(rows, 1, dtype=torch.bool, device=images.device),
-            actions=actions.view(rows, 1, -1),
+            actions=actions.view(rows, 1, -1),  # mixed with the noise
         )
-        counted = target_actions.flatten() != -100
-        loss = (answer.loss.mean((1, 2)) * counted).sum() / counted.sum().clamp(min=1)
-        logits = noise - answer.logits.view(batch, steps, -1)  # at the beginning, what is left without the velocity
-        return {"loss": loss, "logits": logits}
+        logits = noise - answer.logits.view(batch, steps, -1)  # the action, if the velocity is right
+        errors = (logits - actions).square().mean(-1)  # (batch, steps): those of the velocity, noise - actions
+        counted = target_actions != -100
+        return {"loss": (errors * counted).sum() / counted.sum().clamp(min=1), "logits": logits}

@@ -92,7 +92,10 @@ def test_a_policy_reads_its_words_and_not_the_empty_places_behind_them() -> None
         assert not torch.allclose(made(**inputs), answers, atol=1e-3)
 
 
-def test_vla_is_recorded_learnt_and_played_on_two_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("run", ["run", pytest.param("pi0", marks=pytest.mark.slow)])
+def test_vla_is_recorded_learnt_and_played_on_two_towers(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = {
         "folder": json.dumps(str(tmp_path / "run")),
         "task.episodes": 12,
@@ -106,7 +109,9 @@ def test_vla_is_recorded_learnt_and_played_on_two_towers(tmp_path: Path, capsys:
         "model.options.width": 16,
         "model.options.heads": 2,
     }
-    told = main(["vla", *(part for name, value in values.items() for part in ("--set", f"{name}={value}"))])
+    told = main(
+        ["vla", "--run", run, *(part for name, value in values.items() for part in ("--set", f"{name}={value}"))]
+    )
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == told
     assert told["example"] == "vla"
     assert 0 <= float(str(told["success"])) <= 1
