@@ -147,7 +147,8 @@ def test_two_shards_generate_what_transformers_does(rank: RankContext, make: Cal
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout_s=600)
+@pytest.mark.timeout(600)
+@on_ranks(2, timeout_s=580)
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
 @pytest.mark.parametrize("make", [llama, mistral, gemma, lfm, recurrent_gemma, jamba])
 def test_256_tokens_behind_padded_prompts_are_those_of_transformers(
