@@ -124,6 +124,7 @@ def test_targets_are_padded_and_in_shares_of_the_image(tmp_path: Path) -> None:
         (scene.boxes[0] / 16).tolist(), abs=1e-6
     )
     assert made.weight(batch) == 20.0
+    assert made.about() == f"{int(counted.sum()) / 20:.2f} boxes an image on average, of 3 classes"
     values = (batch["pixel_values"] * made.prepared.deviation[0] + made.prepared.mean[0]) * 255
     assert torch.allclose(values[5, 0], torch.from_numpy(scene.pixels[0]).float(), atol=1e-2)
 

@@ -205,6 +205,10 @@ class Detection:
         """Images: also those without a box count."""
         return float(batch_size(batch))
 
+    def about(self) -> str:
+        """How many boxes, of how many classes."""
+        return f"{self.prepared.loss.per_image:.2f} boxes an image on average, of {len(self.prepared.names)} classes"
+
     def metrics(self, loss: float) -> dict[str, float]:
         """None: figures come from `score`."""
         return {}
