@@ -7,7 +7,7 @@ import tomllib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwise.describe.catalogue import named_cluster
@@ -113,6 +113,7 @@ CLUSTERS = _numbers(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # both go by the clock of a busy machine
 @given(CLUSTERS)
 def test_any_cluster_survives_a_round_trip(cluster) -> None:
     assert parsed(cluster_text(cluster)) == cluster
