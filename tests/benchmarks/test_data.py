@@ -12,7 +12,7 @@ from shardwise.launch import RankContext
 from shardwise.testing import on_ranks
 
 
-@pytest.mark.parametrize("group", ["dp2", "zero3"])
+@pytest.mark.parametrize("group", [pytest.param("dp2", marks=pytest.mark.slow), "zero3"])
 @on_ranks(2)
 def test_contenders_take_the_steps_of_one_process(rank: RankContext, group: str) -> None:
     names = [name for name in GROUPS[group] if name not in OPTIONAL]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.transport.ranks import GLOO, OURS, timed_sums, timed_transfers
 from benchmarks.transport.run import _figures, _rows, _slowest
 from shardwise.launch import RankContext
 from shardwise.testing import on_ranks
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_both_contenders_are_timed_in_every_round(rank: RankContext) -> None:
     measured = {**timed_transfers(rank, 5000, 2), **timed_sums(rank, 5000, 2)}  # raise where a value is wrong

@@ -88,7 +88,16 @@ def furthest(mine: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Ten
     return max(float((mine[name] - value).norm() / value.norm()) for name, value in reference.items())
 
 
-@pytest.mark.parametrize("layout", ["dp=2", "dp=2,pp=2", "dp=2,tp=2", "dp=2,fsdp=2", "dp=2,cp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp=2",
+        "dp=2,pp=2",
+        "dp=2,tp=2",
+        pytest.param("dp=2,fsdp=2", marks=pytest.mark.slow),
+        pytest.param("dp=2,cp=2", marks=pytest.mark.slow),
+    ],
+)
 def test_local_sgd_that_meets_every_step_is_synchronous_data_parallelism(pools, tmp_path, layout) -> None:
     meeting = job(tmp_path / "meeting", layout=layout, optimizer="sgd", asynchronous=LOCAL_SGD)
     synchronous = job(tmp_path / "synchronous", layout=layout, optimizer="sgd")

@@ -119,7 +119,7 @@ def test_two_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, la
 
 
 @on_ranks(4, timeout_s=60)
-@pytest.mark.parametrize("layout", ["dp=2,pp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("layout", ["dp=2,pp=2", pytest.param("dp=2,tp=2", marks=pytest.mark.slow)])
 def test_four_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, layout) -> None:
     check_curve(rank, tmp_path, layout)
 
@@ -137,7 +137,7 @@ def check_curve(rank: RankContext, folder: Path, layout: str) -> None:
 
 
 @on_ranks(4, timeout_s=60)
-@pytest.mark.parametrize("layout", ["dp=2,pp=2", "tp=2,pp=2"])
+@pytest.mark.parametrize("layout", ["dp=2,pp=2", pytest.param("tp=2,pp=2", marks=pytest.mark.slow)])
 def test_a_run_of_four_ranks_is_resumed_bit_by_bit_and_on_one_device_too(rank, tmp_path, layout) -> None:
     checkpoint = {"folder": str(tmp_path / "saved"), "every": 4, "keep": 2}
     whole = train_on_rank(rank, job(tmp_path / "whole", layout=layout, steps=10)).losses

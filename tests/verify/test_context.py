@@ -24,7 +24,9 @@ TOLERANCE = 1e-5
         ("llama", "cp=2,fsdp=2", 3),
         ("llama", "cp=2,recompute=full", 1),
         ("bert", "cp=3", 1),  # dropout, of attention too, and a mask of padding
-        ("t5", "cp=2,tp=2", 1),  # cross attention, relative positions that are learned
+        pytest.param(
+            "t5", "cp=2,tp=2", 1, marks=pytest.mark.slow
+        ),  # cross attention, relative positions that are learned
         ("bart", "cp=2,pp=2", 1),
         ("mixtral", "cp=3,context=ulysses", 1),
         ("mamba", "cp=2", 1),  # convolutions and scans over tokens get all of them
