@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from shardwise.errors import ConfigError
-from shardwise.tasks import Scored, TokenClassification, prepare_task, task_from
+from shardwise.tasks import Scored, TokenClassification, prepare_task, samples_at, task_from
 from shardwise.tasks.tagged import Columns, read_conll
 
 TRAIN = """# sent_id = 1
@@ -56,6 +56,19 @@ def test_the_first_token_of_a_word_has_its_label(data: Path) -> None:
     assert batch["labels"].tolist()[1][:4] == [-100, 0, 3, -100]  # "# O" is a word and its tag, "# sent_id" is none
     assert batch["attention_mask"].sum(1).tolist() == [9, 4]
     assert task(data).samples([1], "train")["input_ids"].shape == (1, 4)  # padded to the longest
+
+
+def test_a_part_of_a_batch_is_padded_as_the_batch_is(data: Path) -> None:
+    made = task(data, pad_to=1)
+    lengths = made.tokens["train"].lengths
+    short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
+    assert lengths[short] < lengths[long]
+    part = samples_at(made, [short], "train", seed=0, step=0, batch=[short, long])
+    assert {tuple(tensor.shape) for tensor in part.values()} == {(1, lengths[long])}
+    whole = made.samples([short, long], "train")
+    assert all(torch.equal(part[name], tensor[:1]) for name, tensor in whole.items())
+    (own,) = {tuple(tensor.shape) for tensor in made.samples([short], "train").values()}
+    assert own == (1, lengths[short])
 
 
 def test_entities_are_scored_and_a_word_behind_the_last_token_is_not_found(data: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from shardwise.tasks import RandomTokens
+from shardwise.tasks import Batch, RandomTokens, Split
 from shardwise.train.shares import share
 
 TASK = RandomTokens(num_train=20, ignored_fraction=0.5)
@@ -35,6 +37,25 @@ def test_replicas_that_normalise_together_have_neighbours_in_the_same_micro_batc
     )
     assert [m.samples for m in first] == [(0, 1), (4, 5)]
     assert [m.samples for m in second] == [(2, 3), (6, 7)]
+
+
+class Ragged(RandomTokens):
+    """A sample has as many tokens as its number says, and is padded to the longest of its batch."""
+
+    def padded(self, indices: Sequence[int], split: Split, *, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.stack([torch.arange(max(batch)) * (torch.arange(max(batch)) < i) for i in indices])}
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch["input_ids"]))
+
+
+@pytest.mark.parametrize("replicas, num_micro_batches", [(1, 1), (2, 1), (2, 3)])
+def test_samples_are_padded_alike_on_every_layout(replicas, num_micro_batches) -> None:
+    task = Ragged(num_train=20)
+    (whole,) = share(task, INDICES, replica=0, replicas=1, num_micro_batches=1)
+    for replica in range(replicas):
+        for part in share(task, INDICES, replica=replica, replicas=replicas, num_micro_batches=num_micro_batches):
+            assert torch.equal(part.inputs["input_ids"], whole.inputs["input_ids"][list(part.samples)])
 
 
 def test_held_out_samples_keep_their_own_numbers() -> None:

@@ -1,6 +1,6 @@
 """Tasks: samples, losses, weights and metrics. They know no parallelism; see `Task` for what one gives."""
 
-from shardwise.tasks.by_step import Augmented, Ordered, alike_indices, indices_at, samples_at
+from shardwise.tasks.by_step import Augmented, Ordered, Padded, alike_indices, indices_at, samples_at
 from shardwise.tasks.detection import Detection
 from shardwise.tasks.head import Headed, ModelHead
 from shardwise.tasks.images import ImageClassification
@@ -52,6 +52,7 @@ __all__ = [
     "ModelHead",
     "Ordered",
     "Outcome",
+    "Padded",
     "Pictured",
     "Played",
     "RandomTokens",

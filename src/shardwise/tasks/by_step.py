@@ -15,7 +15,7 @@ from torch import Tensor
 from shardwise.tasks.sampler import permute, sample_indices
 from shardwise.tasks.task import Split, Task
 
-__all__ = ["Augmented", "Ordered", "alike_indices", "indices_at", "samples_at"]
+__all__ = ["Augmented", "Ordered", "Padded", "alike_indices", "indices_at", "samples_at"]
 
 
 @runtime_checkable
@@ -36,6 +36,16 @@ class Augmented(Protocol):
         ...
 
 
+@runtime_checkable
+class Padded(Protocol):
+    """A task whose samples are padded to the longest: that of the whole batch, or its random numbers would differ by
+    layout, as a mask of dropout is drawn for a padded sample."""
+
+    def padded(self, indices: Sequence[int], split: Split, *, batch: Sequence[int]) -> dict[str, Tensor]:
+        """Like `Task.samples` of `indices`, with the lengths that all samples of `batch` together have."""
+        ...
+
+
 def indices_at(task: Task, *, seed: int, step: int, global_batch: int) -> tuple[int, ...]:
     """Numbers of the global batch's training samples at `step`, counted from 0, in batch order."""
     if isinstance(task, Ordered):
@@ -43,10 +53,15 @@ def indices_at(task: Task, *, seed: int, step: int, global_batch: int) -> tuple[
     return sample_indices(seed=seed, step=step, global_batch=global_batch, num_samples=task.num_samples("train"))
 
 
-def samples_at(task: Task, indices: Sequence[int], split: Split, *, seed: int, step: int) -> dict[str, Tensor]:
-    """Samples as a step sees them; held-out ones always look the same."""
+def samples_at(
+    task: Task, indices: Sequence[int], split: Split, *, seed: int, step: int, batch: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Samples as a step sees them, a part of those of its `batch`, all if not given; held-out ones always look the
+    same."""
     if split == "train" and isinstance(task, Augmented):
         return task.augmented(indices, seed=seed, step=step)
+    if isinstance(task, Padded):
+        return task.padded(indices, split, batch=indices if batch is None else batch)
     return task.samples(indices, split)
 
 

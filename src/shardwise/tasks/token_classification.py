@@ -5,7 +5,7 @@
     token     sha ##ikh  abdullah       al       -      an ##i          and one before, one behind
     label     1   -100   2              2        2      2  -100         the first token of a word counts
 
-Sentences of like length are trained on together, and padded to the longest of a micro-batch. It knows how words become
+Sentences of like length are trained on together, and padded to the longest of a batch. It knows how words become
 tokens and what entities a model has found; it refuses to know models, ranks and steps.
 """
 
@@ -167,9 +167,14 @@ class TokenClassification:
 
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels`, int64 (len(indices), tokens of the longest, padded)."""
-        check_indices(indices, num_samples=self.num_samples(split), split=split)
+        return self.padded(indices, split, batch=indices)
+
+    def padded(self, indices: Sequence[int], split: Split, *, batch: Sequence[int]) -> dict[str, Tensor]:
+        """Like `samples`, padded to the longest of `batch`."""
+        check_indices([*indices, *batch], num_samples=self.num_samples(split), split=split)
         tokens = [self.tokens[split].row(i) for i in indices]
-        longest = -(-max(map(len, tokens), default=1) // self.pad_to) * self.pad_to
+        lengths = self.tokens[split].lengths
+        longest = -(-max((lengths[i] for i in batch), default=1) // self.pad_to) * self.pad_to
         ids = np.full((len(indices), longest), self.summary.padding, dtype=np.int64)  # (batch, tokens)
         mask, labels = np.zeros_like(ids), np.full_like(ids, IGNORED_LABEL)
         for place, (index, row) in enumerate(zip(indices, tokens, strict=True)):

@@ -4,7 +4,7 @@
     target   Ġkann Ġ% s Ġnicht Ġöffnen </s>           the labels
     shown    <pad> Ġkann Ġ% s Ġnicht Ġöffnen          the decoder's input: the target, one place later
 
-Pairs of like lengths are trained on together, each side padded to the longest of a micro-batch. It knows how pairs
+Pairs of like lengths are trained on together, each side padded to the longest of a batch. It knows how pairs
 become tokens and what a translation is worth; it refuses to know models, ranks and steps.
 """
 
@@ -211,10 +211,15 @@ class Translation:
     def samples(self, indices: Sequence[int], split: Split) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `decoder_input_ids` and `target_labels`, int64 (len(indices), tokens of the
         longest, padded)."""
-        check_indices(indices, num_samples=self.num_samples(split), split=split)
+        return self.padded(indices, split, batch=indices)
+
+    def padded(self, indices: Sequence[int], split: Split, *, batch: Sequence[int]) -> dict[str, Tensor]:
+        """Like `samples`, each side padded to the longest of `batch`."""
+        check_indices([*indices, *batch], num_samples=self.num_samples(split), split=split)
         sources, targets = ([side[split].row(i) for i in indices] for side in (self.sources, self.targets))
-        lengths = (self._padded(max(map(len, sources), default=1)), self._padded(max(map(len, targets), default=1)))
-        return seq2seq_batch(sources, targets, lengths, start=self.summary.start, padding=self.summary.padding)
+        sides = (self.sources[split].lengths, self.targets[split].lengths)
+        source, target = (self._padded(max((lengths[i] for i in batch), default=1)) for lengths in sides)
+        return seq2seq_batch(sources, targets, (source, target), start=self.summary.start, padding=self.summary.padding)
 
     def loss(self, outputs: object, batch: Batch) -> Tensor:
         """Cross entropy of the logits (batch, tokens, vocabulary), of which `label_smoothing` goes to all tokens alike

@@ -53,7 +53,7 @@ def share(
     for index in own_parts(replica, replicas, num_micro_batches, together=together):
         rows = range(len(indices) * index // parts, len(indices) * (index + 1) // parts)
         if given is None:
-            batch = samples_at(task, [indices[row] for row in rows], split, seed=seed, step=step)
+            batch = samples_at(task, [indices[row] for row in rows], split, seed=seed, step=step, batch=indices)
         else:
             batch = {name: tensor[rows.start : rows.stop] if tensor.dim() else tensor for name, tensor in given.items()}
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
