@@ -15,6 +15,7 @@ demo: $(STAMP)
 	$(BIN)/shardwise train examples/demo.toml --overwrite
 	$(BIN)/shardwise verify examples/demo.toml --trained
 
+# (DATA may be several paths, so one with spaces needs quotes of its own: DATA='"my data"')
 # make example NAME=ner DATA=FOLDER    and, if wanted, RUN=another LAUNCHER=mpirun SET="training.steps=20 layout=dp=2"
 example: $(STAMP)
 	$(BIN)/python examples/run.py $(NAME) --verify $(if $(DATA),--data $(DATA)) $(if $(RUN),--run $(RUN)) \
