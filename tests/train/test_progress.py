@@ -10,10 +10,10 @@ from shardwise.events import Event
 from shardwise.train.progress import ProgressSink
 
 
-def shown(*events: Event, terminal: bool = False) -> str:
+def shown(*events: Event, terminal: bool = False, bar: bool = True) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=200, highlight=False)
-    sink = ProgressSink(console, plain_every_s=0.0)
+    sink = ProgressSink(console, bar=bar, plain_every_s=0.0)
     for event in events:
         sink.emit(event)
     sink.close()
@@ -79,3 +79,9 @@ def test_the_recorded_timeline_is_told_at_the_end_where_there_is_a_pipeline() ->
 
 def test_on_a_terminal_there_is_a_bar_and_it_is_taken_off() -> None:
     assert "step 5/10" in shown(START, STEP, terminal=True)
+
+
+def test_on_a_launchers_terminal_there_are_plain_lines() -> None:
+    shown_there = shown(START, STEP, terminal=True, bar=False)
+    assert shown_there.splitlines()[2] == "step 5/10  loss 3.2500  500 tokens/s  memory 1 MiB 2 MiB  ETA 10 s"
+    assert "\x1b" not in shown_there

@@ -68,6 +68,12 @@ class World:
         if not 0 < self.master_port < 2**16:
             raise LaunchError(f"MASTER_PORT={self.master_port} is not a port; use 1024 to 65535")
 
+    @property
+    def has_users_terminal(self) -> bool:
+        """Whether standard output, where it is a terminal, is the user's: Open MPI makes one for every rank, and writes
+        to its own output, which may be a file, what they say there."""
+        return self.launcher != "openmpi"
+
 
 def read_world(environment: Mapping[str, str] | None = None) -> World | None:
     """The world this process was started in, or None where no launcher started it (`environment` for tests).

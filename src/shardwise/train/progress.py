@@ -19,10 +19,16 @@ _SMOOTH = 0.1  # weight of the newest step in the mean time of a step
 
 
 class ProgressSink:
-    """A `Sink` that shows what a run tells. `total` steps are known from its event `start`."""
+    """A `Sink` that shows what a run tells. `total` steps are known from its event `start`.
 
-    def __init__(self, console: Console | None = None, *, plain_every_s: float = _PLAIN_EVERY_S) -> None:
+    bar   False where the terminal may not be the user's: mpirun gives every rank one, and writes into a file what it says
+    """
+
+    def __init__(
+        self, console: Console | None = None, *, bar: bool = True, plain_every_s: float = _PLAIN_EVERY_S
+    ) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
+        self._shows_bar = bar and self._console.is_terminal
         self._plain_every_s = plain_every_s
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -81,7 +87,7 @@ class ProgressSink:
             self._print(f"precision: {data['precision']}")
         for line in data.get("split_backward", ()):
             self._print(f"  rank 0: {line}")
-        if self._console.is_terminal:
+        if self._shows_bar:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=self._console
             )

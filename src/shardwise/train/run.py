@@ -76,7 +76,7 @@ def train(
     asked = Asked.of(run, overrides, search=search)
     started_s = time.monotonic()
     world = read_world()
-    sink = progress or ProgressSink()
+    sink = progress or ProgressSink(bar=world is None or world.has_users_terminal)
     if overwrite and not resume and (world is None or world.rank == 0):
         shutil.rmtree(asked.run.checkpoint_folder, ignore_errors=True)
     how = Start(asked=asked, model=model, task=task, resume=resume, started_s=started_s)
