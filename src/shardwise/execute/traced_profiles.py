@@ -137,9 +137,8 @@ class TracedProfiles:
         """What every stage of `layout` does for a micro-batch of `samples`. Raises `LayoutError` where the model cannot
         be cut so. `num_micro_batches` of a replica; by default those of the layout."""
         times = num_micro_batches or layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
-        words = layout.recompute in list(How)
         key = (*_axes(layout), samples, layout.pp, layout.num_stages, layout.schedule, str(layout.stages))
-        key = (*key, layout.recompute, times > 1, *([] if words else [times]))
+        key = (*key, layout.recompute, times)
         if key not in self._works:
             self._works[key] = self._stage_works(layout, samples, times)
         return self._works[key]
@@ -280,7 +279,7 @@ class TracedProfiles:
             cut,
             recompute=again,
             experts=[name for name in profile.parameters if experts is not None and _is_expert(name, experts)],
-            accumulates=num_micro_batches > 1,
+            num_micro_batches=num_micro_batches,
         )
 
 

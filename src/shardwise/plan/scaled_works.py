@@ -64,8 +64,8 @@ class ProfileWorks:
         cut = cut_stages(self.profile.flow, place(self.profile, layout), layout.num_stages)
         scale = samples / self.traced
         again = _again(self.profile, cut, _budgeted(layout, scale))
-        several = (layout.micro_batches or 1) > 1
-        return stage_works(self.profile, cut, recompute=again, scale=scale, accumulates=several)
+        times = layout.micro_batches or 1
+        return stage_works(self.profile, cut, recompute=again, scale=scale, num_micro_batches=times)
 
 
 def _budgeted(layout: Layout, factor: float) -> Layout:

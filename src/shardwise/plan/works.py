@@ -31,18 +31,18 @@ def stage_works(
     recompute: Mapping[str, How] = _NOTHING,
     experts: Collection[str] = (),
     scale: float = 1.0,
-    accumulates: bool = False,
+    num_micro_batches: int = 1,
 ) -> tuple[StageWork, ...]:
     """One work for every stage of `cut`, in their order.
 
     profile: of one rank of the tensor, context and expert axes; its values have the bytes that cross from that rank.
     recompute: how units are computed again, as `plan_recompute` has chosen. experts: parameters that `ep` divides.
-    scale: samples of a micro-batch, as a share of those that were traced. accumulates: whether gradients are added to
-    those of micro-batches before.
+    scale: samples of a micro-batch, as a share of those that were traced. num_micro_batches: of a step; the gradients of
+    all but the first are added to those before them, which is told here as the mean of a micro-batch.
     """
     holders = _holders(profile, cut)
     return tuple(
-        _work(profile, cut, stage, holders, recompute, frozenset(experts), scale, accumulates) for stage in cut.stages
+        _work(profile, cut, stage, holders, recompute, frozenset(experts), scale, num_micro_batches) for stage in cut.stages
     )
 
 
@@ -54,7 +54,7 @@ def _work(
     recompute: Mapping[str, How],
     experts: frozenset[str],
     scale: float,
-    accumulates: bool,
+    num_micro_batches: int,
 ) -> StageWork:
     held = {name: profile.parameters[name] for name, stages in holders.items() if stage.stage in stages}
     trained = {name: parameter for name, parameter in held.items() if parameter.trainable}
@@ -77,7 +77,7 @@ def _work(
         shared_parameters=_elements(parameter for name, parameter in trained.items() if len(holders[name]) > 1),
         small_trained=_elements(each for name, each in trained.items() if not _is_added_in_place(name, each)),
         unit_parameters=_of_units(profile, calls),
-        kernels=(*kernels, *_accumulation(trained)) if accumulates else kernels,
+        kernels=(*kernels, *_accumulation(trained, num_micro_batches)),
         recomputed=_merged(again, scale),
         exchanges=_scaled(exchanges, scale),
         saved_bytes=scale * saved,
@@ -123,14 +123,22 @@ def _is_added_in_place(name: str, parameter: ParameterProfile) -> bool:
     return parameter.num_elements >= ADDED_IN_PLACE and name.rpartition(".")[2] == "weight"
 
 
-def _accumulation(parameters: Mapping[str, ParameterProfile]) -> tuple[Kernel, ...]:
+def _accumulation(parameters: Mapping[str, ParameterProfile], num_micro_batches: int) -> tuple[Kernel, ...]:
     """Where the product adds, the sum before it is read; elsewhere a gradient is read, and that sum read and
-    written."""
+    written. The first micro-batch of a step finds no sum: a mean over all of them."""
+    if num_micro_batches == 1:
+        return ()
     totals: collections.Counter[str] = collections.Counter()
     for name, parameter in parameters.items():
         totals[parameter.dtype] += (1 if _is_added_in_place(name, parameter) else 3) * parameter.nbytes
     return tuple(
-        Kernel(kind=KernelKind.MEMORY, phase=Phase.WEIGHT, dtype=dtype, nbytes=nbytes, batch_bytes=0)
+        Kernel(
+            kind=KernelKind.MEMORY,
+            phase=Phase.WEIGHT,
+            dtype=dtype,
+            nbytes=nbytes * (num_micro_batches - 1) // num_micro_batches,
+            batch_bytes=0,
+        )
         for dtype, nbytes in totals.items()
     )
 
