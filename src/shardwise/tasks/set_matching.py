@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from shardwise.errors import ConfigError
@@ -71,6 +70,8 @@ class _Matching(torch.autograd.Function):
     ) -> Tensor:
         _check(target_labels, num_queries=logits.shape[1], num_classes=logits.shape[2] - 1)
         cost = matching_cost(logits.float(), boxes.float(), target_labels, target_boxes.float(), terms=terms)
+        from scipy.optimize import linear_sum_assignment  # a fifth of a second, which no other task should wait for
+
         counted = target_labels != IGNORED_LABEL
         rows = torch.full_like(target_labels, -1, device="cpu")
         costs, present = np.nan_to_num(cost.cpu().numpy(), nan=_WORST), counted.cpu().numpy()
