@@ -82,7 +82,8 @@ def test_on_a_single_node_the_ranks_meet_on_loopback() -> None:
 
 def test_open_mpi_and_pmi_are_read() -> None:
     assert (world_of(OPENMPI).rank, world_of(OPENMPI).launcher) == (1, "openmpi")
-    assert world_of(TORCHRUN).has_users_terminal and not world_of(OPENMPI).has_users_terminal
+    assert world_of(TORCHRUN).has_users_terminal
+    assert not world_of(OPENMPI).has_users_terminal
     assert (world_of(PMI).rank, world_of(PMI).master_addr, world_of(PMI).launcher) == (3, "n0", "pmi")
 
 

@@ -16,7 +16,7 @@ from shardwise.tasks import IGNORED_LABEL, Answers, Game, RandomTokens, Score, S
 from shardwise.testing import on_ranks
 from shardwise.train.build import Job
 from shardwise.train.evaluate import held_out_batches
-from shardwise.train.run import prepare, train_on_rank
+from shardwise.train.run import prepare, train, train_on_rank
 from shardwise.train.run_file import run_from
 from shardwise.train.shares import micro_batches_of
 from train.test_training import Decoder, alone
@@ -119,6 +119,40 @@ def test_two_ranks_play_what_one_does(rank, tmp_path, layout) -> None:
 @on_ranks(4, timeout_s=60)
 def test_four_ranks_play_what_one_does(rank, tmp_path) -> None:
     check(rank, tmp_path, "dp=2,pp=2", task=Continued)
+
+
+class Doubting(Decoder):
+    """Says at once how hard a text looks, on the first stage; no loss reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hard = torch.nn.Linear(self.head.in_features, 1)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        hard = self.hard(self.embed(input_ids))
+        return {"hard": hard, "said": super().forward(input_ids, labels)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doubted(Guessed):
+    """Reads how hard the texts look."""
+
+    def loss(self, outputs: object, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert isinstance(outputs, Mapping)
+        return super().loss(outputs["said"], batch)
+
+    def answers(self, outputs: object, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        assert isinstance(outputs, Mapping)
+        return {**super().answers(outputs["said"], batch), "hard": outputs["hard"].mean((1, 2))}
+
+
+def test_what_answers_read_and_the_loss_does_not_is_told_before_the_first_step(tmp_path: Path) -> None:
+    wanted = job(tmp_path, "pp=2")
+    with pytest.raises(ConfigError, match=r"Doubted.answers reads hard.*, which the loss does not need.*use pp=1"):
+        train(wanted.run, model=Doubting, task=Doubted(num_train=40, num_held_out=SCORED))
+    kinds = {event.kind for event in read_events(tmp_path / "events" / "rank-00000.jsonl")}
+    assert "start" in kinds
+    assert "step" not in kinds
 
 
 def test_rows_of_a_played_batch_are_enough_for_the_replicas() -> None:

@@ -37,12 +37,12 @@ def stage_works(
 
     profile: of one rank of the tensor, context and expert axes; its values have the bytes that cross from that rank.
     recompute: how units are computed again, as `plan_recompute` has chosen. experts: parameters that `ep` divides.
-    scale: samples of a micro-batch, as a share of those that were traced. num_micro_batches: of a step; the gradients of
-    all but the first are added to those before them, which is told here as the mean of a micro-batch.
+    scale: samples of a micro-batch, as a share of those that were traced. num_micro_batches: of a step; the gradients
+    of all but the first are added to those before them, which is told here as the mean of a micro-batch.
     """
-    holders = _holders(profile, cut)
+    holders, of_experts = _holders(profile, cut), frozenset(experts)
     return tuple(
-        _work(profile, cut, stage, holders, recompute, frozenset(experts), scale, num_micro_batches) for stage in cut.stages
+        _work(profile, cut, stage, holders, recompute, of_experts, scale, num_micro_batches) for stage in cut.stages
     )
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from shardwise.comm.gathered import from_first, to_first
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, DataflowError
 from shardwise.execute.batches import MicroBatch
 from shardwise.execute.modes import evaluating
 from shardwise.tasks import Batch, Game, Played, Score, Scored, Task
 from shardwise.train.build import World
 
-__all__ = ["evaluate", "held_out_batches"]
+__all__ = ["check_outputs", "evaluate", "held_out_batches"]
 
 _BATCHES = 4  # of an evaluation by loss alone, where the run does not say
 
@@ -59,6 +59,31 @@ def evaluate(world: World, emit: Callable[..., None], step: int) -> None:
     emit("evaluation", step=step, **told)
 
 
+def check_outputs(world: World) -> None:
+    """Show the task what the model says of the first held-out samples, as evaluations will: what it reads of outputs
+    that the stages of its loss do not have is told before the first step. Nothing where all outputs are in one place,
+    and where nothing is evaluated. Collective. Raises ConfigError."""
+    run, task = world.run, world.task
+    asks = [task.answers] if isinstance(task, Scored) else []
+    asks += [task.replies] if isinstance(task, Played) else []
+    if run.layout.num_stages == 1 or not run.training.evaluate_every or not asks:
+        return
+    parts = world.num_replicas * run.num_micro_batches
+    batches = held_out_batches(
+        task.num_samples("held_out"), size=run.training.global_batch, num_batches=None, parts=parts
+    )
+    if not batches or len(batches[0]) < world.num_replicas:
+        return
+    shown = [_seeing(task, ask, []) for ask in asks]
+
+    def seen(micro_batch: MicroBatch, outputs: object) -> None:
+        for show in shown:
+            show(micro_batch, outputs)
+
+    with evaluating(world.program.model):
+        world.program.evaluate(world.held_out(batches[0]), step=world.first_step, seen=seen)
+
+
 def held_out_batches(available: int, *, size: int, num_batches: int | None, parts: int) -> tuple[range, ...]:
     """Which held-out samples are evaluated together: all, or as many as `num_batches` global batches of `size` hold.
 
@@ -79,7 +104,14 @@ def _seeing(
     """Who is shown the outputs of a micro-batch: puts what the task makes of them into `rows`."""
 
     def seen(micro_batch: MicroBatch, outputs: object) -> None:
-        made = {name: tensor.detach().cpu() for name, tensor in answers(outputs, micro_batch.inputs).items()}
+        try:
+            made = {name: tensor.detach().cpu() for name, tensor in answers(outputs, micro_batch.inputs).items()}
+        except DataflowError as error:
+            what, asks = str(error).partition(" is not on")[0], f"{type(task).__name__}.{answers.__name__}"
+            raise ConfigError(
+                f"{asks} reads {what}, which the loss does not need: the stage of the loss does not have it; read what "
+                "the loss reads, let the loss read it too, or use pp=1"
+            ) from error
         for name, tensor in made.items():
             if tensor.dim() == 0 or tensor.shape[0] != len(micro_batch.samples):
                 raise ConfigError(

@@ -21,7 +21,7 @@ _SMOOTH = 0.1  # weight of the newest step in the mean time of a step
 class ProgressSink:
     """A `Sink` that shows what a run tells. `total` steps are known from its event `start`.
 
-    bar   False where the terminal may not be the user's: mpirun gives every rank one, and writes into a file what it says
+    bar   False where the terminal may not be the user's: mpirun gives every rank one, and writes to a file what it says
     """
 
     def __init__(

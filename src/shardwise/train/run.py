@@ -28,6 +28,7 @@ from shardwise.train.asked import Asked
 from shardwise.train.build import Job, ModelLike, about, build
 from shardwise.train.checks import check_experts, check_stages, check_tensor, make_folder
 from shardwise.train.divided import num_elements
+from shardwise.train.evaluate import check_outputs
 from shardwise.train.export import describe
 from shardwise.train.layout_search import Choice
 from shardwise.train.measured_layouts import run_and_measure
@@ -152,6 +153,7 @@ def train_on_rank(context: RankContext, job: Job, sinks: Sequence[Sink] = (), *,
             ready_s=time.monotonic() - job.started_s,
             split_backward=list(in_words(world.program.split_proofs)),
         )
+        check_outputs(world)
         start = time.monotonic()
         world, losses = run_and_measure(world, emit, job.candidates)
         emit(
