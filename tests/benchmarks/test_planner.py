@@ -16,6 +16,7 @@ from benchmarks.planner.batch import Batch, cluster_of
 from benchmarks.planner.cases import Case, case_of
 from benchmarks.planner.coefficients import COEFFICIENTS, apply, read
 from benchmarks.planner.fit import fit, prepare
+from benchmarks.planner.left_out import left_out
 from benchmarks.planner.rows import Row, read_rows
 from benchmarks.planner.score import choice_figures, source_figures
 from shardwise.plan.price import price
@@ -157,3 +158,20 @@ def test_no_row_is_scored_by_a_fit_that_saw_it(tmp_path: Path) -> None:
     predicted, _ = run.cross_validated(rows)
     assert predicted[5] / seconds[5] == pytest.approx(1 / 3, rel=0.1)
     assert np.median(abs(predicted / seconds - 1)) < 0.02
+
+
+@pytest.mark.slow  # four fits
+def test_a_source_that_is_left_out_says_nothing_of_itself(tmp_path: Path) -> None:
+    made = cases(sweep(tmp_path))
+    cluster = cluster_of("A100-SXM-80GB", 8)
+    seconds = Batch.of(made, cluster).step_s(cluster)
+    rows = tuple(
+        dataclasses.replace(each.row, file=file, step_time_s=times * float(s))
+        for file, times in (("first.csv", 1.0), ("second.csv", 2.0))
+        for each, s in zip(made, seconds, strict=True)
+    )
+    first, second = left_out(rows)
+    assert (first["file"], first["rows"], second["file"], second["rows"]) == ("first.csv", 27, "second.csv", 27)
+    assert second["source"] == pytest.approx(0.5, abs=0.1)  # as the first one is
+    assert first["device"] < 0.25  # where fits start
+    assert 0.4 < second["device"] < 0.6
