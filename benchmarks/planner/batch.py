@@ -20,7 +20,7 @@ from shardwise.layout import Layout
 from shardwise.plan.compute import FloatArray
 from shardwise.plan.price import placed_stages
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
-from shardwise.plan.steps import of_the_slowest, steps_of
+from shardwise.plan.steps import of_the_slowest, steps_of, with_sums
 
 __all__ = ["Batch", "cluster_of"]
 
@@ -118,7 +118,7 @@ class Batch:
         found = np.zeros(len(self.cases))
         for group in self.alike:
             steps = steps_of(
-                of_the_slowest(_gathered(seconds, group.index), group.devices, cluster),
+                with_sums(of_the_slowest(_gathered(seconds, group.index), group.devices, cluster), group.counts),
                 group.counts,
                 group.layout,
                 cluster.overheads,

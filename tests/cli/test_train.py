@@ -68,13 +68,14 @@ def finished(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_killing_a_rank_ends_the_command_in_seconds_and_resume_continues_the_curve(folder) -> None:
+    two = ["--set", "layout=pp=2"]
     slow = ["--set", "model.options.pause_s=0.1", "--set", "folder=killed"]
     command = subprocess.Popen(
-        [*COMMAND, *slow], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*COMMAND, *two, *slow], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     try:
         started = wait_for_steps(folder / "killed", 5)
-        os.kill(started[2], signal.SIGKILL)
+        os.kill(started[1], signal.SIGKILL)
         killed_s = time.monotonic()
         _, told = command.communicate(timeout=15)
         took_s = time.monotonic() - killed_s
@@ -83,14 +84,14 @@ def test_killing_a_rank_ends_the_command_in_seconds_and_resume_continues_the_cur
         command.wait()
     assert command.returncode == 1
     assert took_s < 15
-    assert "rank 2 of 4 was killed by signal 9 (SIGKILL)" in told
+    assert "rank 1 of 2 was killed by signal 9 (SIGKILL)" in told
     assert "--resume" in told
     assert "Traceback" not in told
     assert not [pid for pid in started.values() if Path(f"/proc/{pid}").exists()]
 
-    resumed = finished(folder, "--resume", "--set", "folder=killed")
+    resumed = finished(folder, *two, "--resume", "--set", "folder=killed")
     assert resumed.returncode == 0, resumed.stderr
-    whole = finished(folder, "--set", "folder=whole")
+    whole = finished(folder, *two, "--set", "folder=whole")
     assert whole.returncode == 0, whole.stderr
     assert losses(folder / "killed") == losses(folder / "whole")
     assert len(losses(folder / "whole")) == 24

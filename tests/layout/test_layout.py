@@ -15,6 +15,7 @@ LAYOUTS = [
     Layout(pp=3, stages=(("embed", "layers.0"), ("layers.1-2",), ("layers.3", "head"))),
     Layout(stages=(("whole",),)),
     Layout(pp=2, schedule="searched", chunks=2),
+    Layout(dp=3, pp=2, shares=(4, 1, 1)),
     Layout(pp=2, schedule="schedules/mine.json", chunks=2, stages=(("a",), ("b",), ("c",), ("d",))),
 ]
 
@@ -58,6 +59,14 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
     assert layout.num_micro_batches(global_batch) == num
 
 
+def test_micro_batches_are_the_mean_of_shares() -> None:
+    layout = Layout.parse("dp=2,shares=6:2")
+    assert (layout.num_micro_batches(16), layout.most_micro_batches(16)) == (4, 6)
+    assert Layout(dp=2, micro_batches=3).most_micro_batches(16) == 3
+    with pytest.raises(LayoutError, match="7"):
+        layout.most_micro_batches(7)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -76,6 +85,15 @@ def test_micro_batches_left_out_are_two_a_stage_and_at_most_one_a_sample(layout,
         ({"pp": 2, "stages": [["a"], ["b", "a"]]}, "'a' is listed 2 times"),
         ({"stages": [[1]]}, "lists of unit names"),
         ({"xp": 2}, "chunks, stages, seed, but got xp"),
+        ({"dp": 2, "shares": [6, 2, 1]}, "dp=2 and shares=6:2:1; write for example shares=3:1"),
+        ({"dp": 2, "shares": [6, 0]}, "1 or more, but dp=2 and shares=6:0"),
+        ({"dp": 2, "shares": [5, 2]}, "are 7 for dp=2; use for example shares=10:4"),
+        ({"dp": 2, "shares": "6:2", "micro_batches": 2}, "shares=6:2 are 8 and dp × micro_batches = 4; drop"),
+        ({"fsdp": 2, "shares": [6, 2]}, "divide state or experts meet .* fsdp=2 and ep=1; use dp"),
+        ({"dp": 2, "ep": 2, "shares": [6, 2]}, "divide state or experts meet .* fsdp=1 and ep=2; use dp"),
+        ({"dp": 2, "pp": 2, "schedule": "searched", "shares": [3, 1]}, "shares=3:1 with one that is found"),
+        ({"dp": 2, "shares": "six:2"}, "a share is a whole number, but got 'six'"),
+        ({"dp": 2, "shares": 6}, "numbers with colons between, but got 6"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_numbers_and_a_repair(fields, message) -> None:

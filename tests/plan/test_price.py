@@ -72,6 +72,16 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
         assert lines.total == pytest.approx(found.step_s)
 
 
+@pytest.mark.parametrize("count, more", [(1, 0.0), (2, 0.5), (4, 1.5)])
+def test_every_micro_batch_but_the_first_adds_its_gradients_to_those_before(count: int, more: float) -> None:
+    adds = (passing(Phase.WEIGHT, 0.5),)
+    found = priced(Layout(), count, accumulation=adds)
+    assert found.step_s == pytest.approx(count * 3.0 + more)
+    assert found.time[0].compute == pytest.approx(found.step_s)
+    exact = price([work(accumulation=adds)], Layout(), CLUSTER, JOB, num_micro_batches=count, exact=True)
+    assert exact.step_s == pytest.approx(found.step_s)
+
+
 def test_a_step_is_as_slow_as_the_slowest_of_its_hosts() -> None:
     """Of 2, 4 normal numbers the largest is expected 0.564, 1.029 deviations above the mean."""
     uneven = dataclasses.replace(CLUSTER, overheads=Overheads(spread=0.1))

@@ -87,6 +87,11 @@ def test_shares_of_replicas_by_speed_take_at_most_eight_tenths_of_equal_ones() -
     assert 10 <= most <= 11
     assert 5 <= least <= 6
     assert shares.step_s <= 0.8 * shares.even_s
+    assert shares.layout is not None
+    assert shares.layout.shares is not None
+    assert (shares.layout.dp, sum(shares.layout.shares), max(shares.layout.shares)) == (8, 64, most)
+    divided = shares_of(pricer, Layout(fsdp=8, micro_batches=8))
+    assert divided.layout is None  # they meet in every micro-batch
 
 
 def test_replicas_that_stand_on_both_kinds_have_no_shares() -> None:

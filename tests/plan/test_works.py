@@ -126,17 +126,8 @@ def test_other_micro_batches_scale_what_belongs_to_samples() -> None:
 
 
 def test_gradients_of_several_micro_batches_are_added_up() -> None:
-    plain, summed = stage_works(profile(), cut())[0], stage_works(profile(), cut(), num_micro_batches=2)[0]
-    (more,) = set(summed.kernels) - set(plain.kernels)
-    once = 3 * 20 * 4
-    assert (more.kind, more.phase, more.nbytes, more.batch_bytes) == (KernelKind.MEMORY, Phase.WEIGHT, once // 2, 0)
-
-
-@pytest.mark.parametrize("num_micro_batches", [2, 3, 8])
-def test_the_first_micro_batch_of_a_step_adds_to_nothing(num_micro_batches: int) -> None:
-    works = stage_works(profile(), cut(), num_micro_batches=num_micro_batches)
-    (more,) = set(works[0].kernels) - set(stage_works(profile(), cut())[0].kernels)
-    assert num_micro_batches * more.nbytes == (num_micro_batches - 1) * 3 * 20 * 4
+    (more,) = stage_works(profile(), cut())[0].accumulation
+    assert (more.kind, more.phase, more.nbytes, more.batch_bytes) == (KernelKind.MEMORY, Phase.WEIGHT, 3 * 20 * 4, 0)
 
 
 def test_experts_are_told_apart() -> None:
@@ -176,8 +167,8 @@ def with_first(own: ModelProfile, name: str, shape: tuple[int, ...]) -> ModelPro
 )
 def test_the_product_of_a_layer_adds_a_large_gradient_itself(name: str, elements: int, passes: int) -> None:
     own = with_first(profile(), name, (elements,))
-    plain, summed = stage_works(own, cut())[0], stage_works(own, cut(), num_micro_batches=2)[0]
-    (more,) = set(summed.kernels) - set(plain.kernels)
+    plain = stage_works(own, cut())[0]
+    (more,) = plain.accumulation
     others = plain.trained - elements
-    assert more.nbytes == 4 * (passes * elements + 3 * others) // 2  # by the second of two micro-batches
+    assert more.nbytes == 4 * (passes * elements + 3 * others)
     assert plain.small_trained == others + (elements if passes == 3 else 0)

@@ -137,6 +137,20 @@ def test_the_seed_of_the_run_is_that_of_the_layout() -> None:
     assert run_from(RUN, ["training.seed=5"]).seeded_layout == Layout(dp=2, pp=2, seed=5)
 
 
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"asynchronous": {"method": "local-sgd", "every": 2}}, "need not wait for each other, but shares=3:1; drop"),
+        ({"model": {"factory": "a:b", "batch_norm": "synchronised"}}, "have as many micro-batches, but shares=3:1"),
+    ],
+)
+def test_shares_are_for_replicas_that_meet_once_a_step(more: dict[str, object], told: str) -> None:
+    run = RUN | {"layout": "dp=2,shares=3:1"}
+    assert run_from(run).most_micro_batches == 3
+    with pytest.raises(ConfigError, match=told):
+        run_from(run | more)
+
+
 def test_accumulate_is_the_layouts_number_of_micro_batches() -> None:
     assert run_from(RUN, ["training.accumulate=2", "layout=dp=2"]).layout == Layout(dp=2, micro_batches=2)
     assert run_from(RUN, ["training.accumulate=2", "layout=dp=2,micro_batches=2"]).num_micro_batches == 2

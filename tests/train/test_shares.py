@@ -61,3 +61,10 @@ def test_samples_are_padded_alike_on_every_layout(replicas, num_micro_batches) -
 def test_held_out_samples_keep_their_own_numbers() -> None:
     parts = share(TASK, range(5, 9), split="held_out", replica=1, replicas=2, num_micro_batches=1)
     assert [m.samples for m in parts] == [(7, 8)]
+
+
+def test_replicas_with_shares_are_dealt_their_own_numbers_of_equal_parts() -> None:
+    dealt = [
+        share(TASK, INDICES[:8], replica=replica, replicas=2, num_micro_batches=2, shares=(3, 1)) for replica in (0, 1)
+    ]
+    assert [[m.samples for m in own] for own in dealt] == [[(0, 1), (2, 3), (4, 5)], [(6, 7)]]

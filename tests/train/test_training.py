@@ -112,7 +112,15 @@ def evaluations(folder: Path) -> list[float]:
 @on_ranks(2, timeout_s=60)
 @pytest.mark.parametrize(
     "layout",
-    ["dp=2", "pp=2", "tp=2", "pp=2,schedule=zb-v", "pp=2,schedule=interleaved,chunks=3", "pp=2,schedule=searched"],
+    [
+        "dp=2",
+        "dp=2,shares=3:1",
+        "pp=2",
+        "tp=2",
+        "pp=2,schedule=zb-v",
+        "pp=2,schedule=interleaved,chunks=3",
+        "pp=2,schedule=searched",
+    ],
 )
 def test_two_ranks_have_the_loss_curve_of_one_with_dropout_on(rank, tmp_path, layout) -> None:
     check_curve(rank, tmp_path, layout)

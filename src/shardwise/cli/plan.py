@@ -280,7 +280,7 @@ def _plan_run(path: str, overrides: list[str], rate: float | None) -> None:
     if layout.tp > 1:
         told = described.tp_plan
         tensor = plan_tensor(model, inputs, tp=layout.tp, loss=task.loss, sequence=sequence, tp_plan=told)
-    micro_batches = described.num_micro_batches
+    micro_batches = described.most_micro_batches
     experts = plan_experts(model, inputs, ep=layout.ep, loss=task.loss) if layout.ep > 1 else None
     context = context_plan(model, inputs, layout=layout, loss=task.loss) if layout.cp > 1 else None
     found = schedule_for(

@@ -23,7 +23,7 @@ from shardwise.plan.ranked import Objective, Ranked
 from shardwise.plan.scaling_svg import scaling_svg
 from shardwise.plan.search import Search, search_layouts
 from shardwise.plan.space import Axes, Limits
-from shardwise.plan.unequal_replicas import shares_of
+from shardwise.plan.unequal_replicas import Shares, shares_of
 from shardwise.plan.what_if import Scaling, parse_sweep, scaling_table, sweep
 from shardwise.schedule import draw
 from shardwise.schedule.svg import to_svg
@@ -50,9 +50,11 @@ def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: As
     """Searches all layouts of the cluster, prints the best and returns the first. Raises as `search_layouts` does."""
     found = search_layouts(works, cluster, job, limits=limits, objective=asked.objective, top=asked.top)
     _picture(found[0].ranked, asked)
+    shares = _shares(found.explorer.pricer, found[0].ranked)
+    layout = found[0].layout if shares is None or shares.layout is None else shares.layout
     if asked.as_json:
-        print(json.dumps(_of_search(found)))
-        return found[0].layout
+        print(json.dumps({**_of_search(found), **_of_shares(shares)}))
+        return layout
     print("\n".join(_head(cluster, job)))
     print(
         f"searched      {found.num_layouts} layouts are valid, {found.num_priced} were estimated in full; "
@@ -61,11 +63,11 @@ def searched(works: Works, limits: Limits, cluster: Cluster, job: Job, asked: As
     print("\n".join(ranking_table(found.ranking)))
     print()
     print(found[0].explain())
-    _shares(found.explorer.pricer, found[0].ranked)
+    _tell_shares(shares)
     _timeline(found[0].ranked)
     _changes([str(change) for change in found[0].changes()])
-    print(f'\nuse it with   --set "layout={found[0].layout}"')
-    return found[0].layout
+    print(f'\nuse it with   --set "layout={layout}"')
+    return layout
 
 
 def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Layout, asked: Asked) -> Layout:
@@ -75,13 +77,15 @@ def assess(works: Works, limits: Limits, cluster: Cluster, job: Job, layout: Lay
     ranked = pricer(layout, exact=True)
     axes = Axes.of(limits, cluster, devices=layout.world_size, global_batch=job.global_batch)
     changes = changes_of(ranked.layout, pricer, axes)
+    shares = _shares(pricer, ranked)
     _picture(ranked, asked)
     if asked.as_json:
-        print(json.dumps({"layout": _of_ranked(ranked), "changes": [str(change) for change in changes]}))
+        told = {"layout": _of_ranked(ranked), "changes": [str(change) for change in changes], **_of_shares(shares)}
+        print(json.dumps(told))
         return ranked.layout
     print("\n".join(_head(cluster, job)))
     print(explain_ranked([ranked], 0, ()))
-    _shares(pricer, ranked)
+    _tell_shares(shares)
     _timeline(ranked)
     _changes([str(change) for change in changes])
     return ranked.layout
@@ -105,15 +109,28 @@ def _head(cluster: Cluster, job: Job) -> list[str]:
     return [f"cluster       {cluster.name or 'by hand'}: {kinds}; {job.global_batch} samples a step"]
 
 
-def _shares(pricer: Pricer, ranked: Ranked) -> None:
-    """Where devices are not equal and replicas have no pipeline: what a batch dealt out by speed would save."""
+def _shares(pricer: Pricer, ranked: Ranked) -> Shares | None:
+    """Where devices are not equal and replicas have no pipeline: a batch dealt out by speed, if it is worth it."""
     layout = ranked.layout
     whole = all(hosts.num_devices % (layout.tp * layout.cp) == 0 for hosts in pricer.cluster.hosts)
-    if not pricer.cluster.is_uniform and layout.pp == 1 and layout.num_replicas > 1 and whole:
-        shares = shares_of(pricer, layout)
-        if shares.step_s < _WORTH * shares.even_s:
-            told = f"shares        of the batch by device speed (training runs take equal ones): {shares}"
-            print(textwrap.fill(told, _WIDTH))
+    if pricer.cluster.is_uniform or layout.pp > 1 or layout.num_replicas == 1 or not whole:
+        return None
+    shares = shares_of(pricer, layout)
+    return shares if layout.shares is not None or shares.step_s < _WORTH * shares.even_s else None
+
+
+def _tell_shares(shares: Shares | None) -> None:
+    if shares is None:
+        return
+    how = "replicas that divide state have equal ones" if shares.layout is None else f"layout={shares.layout}"
+    print(textwrap.fill(f"shares        of the batch by device speed ({how}): {shares}", _WIDTH))
+
+
+def _of_shares(shares: Shares | None) -> dict[str, object]:
+    if shares is None:
+        return {}
+    told = {"layout": None if shares.layout is None else str(shares.layout), "step_s": shares.step_s}
+    return {"shares": {**told, "even_step_s": shares.even_s}}
 
 
 def _timeline(ranked: Ranked) -> None:

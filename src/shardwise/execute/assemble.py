@@ -27,7 +27,7 @@ from shardwise.execute.large_blocks import give_back_large_blocks, passing
 from shardwise.execute.modes import evaluating
 from shardwise.execute.place import Place, owners_of
 from shardwise.execute.program import Program
-from shardwise.layout import SEARCHED, Layout, Techniques
+from shardwise.layout import SEARCHED, SYNCHRONISED, Layout, Techniques
 from shardwise.parallel.expert.plan_experts import plan_experts
 from shardwise.parallel.precision.numerics import Numerics
 from shardwise.parallel.tensor.calls import kinds_of
@@ -92,6 +92,11 @@ def assemble(
         counters.append(Counter())
         return counters[-1].watching(recorder)
 
+    if layout.shares is not None and techniques is not None and techniques.batch_norm == SYNCHRONISED:
+        raise LayoutError(
+            f"replicas whose BatchNorm sees all samples together have as many micro-batches, but the layout is "
+            f'{layout}; drop shares, or use batch_norm="own"'
+        )
     numerics = Numerics(model, None if techniques is None else techniques.precision, device)
     if layout.tp > 1 and numerics.precision.compute == "float8":
         raise LayoutError(f'float8 layers are whole, but tp={layout.tp}; use tp=1, or compute = "bfloat16"')

@@ -131,11 +131,13 @@ def split(
     batch_dims: Mapping[str, int] | None = None,
     first_sample: int = 0,
     together: bool = False,
+    shares: Sequence[int] | None = None,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """The micro-batches of every replica. Samples are dealt in order; the last ones may be smaller by one sample.
 
     `weights(inputs) -> float` is the weight of a micro-batch's loss; `num_items_in_batch` of the global batch becomes
-    that of the micro-batch (see `weights`). Raises `BatchError` if there are fewer samples than micro-batches.
+    that of the micro-batch (see `weights`). `together`, `shares`: as in `own_parts`. Raises `BatchError` if there are
+    fewer samples than micro-batches.
     """
     size = batch_size(batch, batch_dims)
     parts = micro_batches * replicas
@@ -156,15 +158,27 @@ def split(
         )
     ]
     return tuple(
-        tuple(made[part] for part in own_parts(r, replicas, micro_batches, together=together)) for r in range(replicas)
+        tuple(made[part] for part in own_parts(r, replicas, micro_batches, together=together, shares=shares))
+        for r in range(replicas)
     )
 
 
-def own_parts(replica: int, replicas: int, num_micro_batches: int, *, together: bool = False) -> range:
+def own_parts(
+    replica: int,
+    replicas: int,
+    num_micro_batches: int,
+    *,
+    together: bool = False,
+    shares: Sequence[int] | None = None,
+) -> range:
     """Which parts of a global batch, cut into replicas * num_micro_batches, are a replica's micro-batches, in order.
 
     `together`: micro-batch m of all replicas is one stretch of samples, as BatchNorm wants that sees them together.
+    `shares`: how many of these parts each replica has, where they are not equal.
     """
+    if shares is not None:
+        first = sum(shares[:replica])
+        return range(first, first + shares[replica])
     if together:
         return range(replica, replicas * num_micro_batches, replicas)
     return range(replica * num_micro_batches, (replica + 1) * num_micro_batches)

@@ -138,7 +138,7 @@ class TracedProfiles:
         be cut so. `num_micro_batches` of a replica; by default those of the layout."""
         times = num_micro_batches or layout.micro_batches or (1 if layout.pp == 1 else 2 * layout.pp)
         key = (*_axes(layout), samples, layout.pp, layout.num_stages, layout.schedule, str(layout.stages))
-        key = (*key, layout.recompute, times)
+        key = (*key, layout.recompute, *([] if layout.recompute in list(How) else [times]))
         if key not in self._works:
             self._works[key] = self._stage_works(layout, samples, times)
         return self._works[key]
@@ -279,7 +279,6 @@ class TracedProfiles:
             cut,
             recompute=again,
             experts=[name for name in profile.parameters if experts is not None and _is_expert(name, experts)],
-            num_micro_batches=num_micro_batches,
         )
 
 

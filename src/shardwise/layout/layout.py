@@ -6,6 +6,7 @@ A value: parsed, printed, compared and saved. Refuses to know models, devices an
     pp=2,schedule=zb-v,chunks=2          4 stages, two on each rank of the pipeline
     dp=2,fsdp=4,zero=3                   HSDP: parameters, gradients and optimizer state divided by 4, twice
     cp=4,context=ulysses                 every sequence divided among 4 ranks
+    dp=2,shares=6:2                      replicas of unequal speed: 6 of 8 micro-batches for the first
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Layout:
     sequence_parallel: "on" where, between the layers that shards divide, each shard is to work on its tokens (needs
         tp > 1); "regather" for less memory and more traffic.
     micro_batches: of one replica and step; None: 1 without a pipeline, else 2 * pp, at most one a sample.
+    shares: of each replica, where they are not equal (needs fsdp = ep = 1); `micro_batches` is their mean.
     schedule: a name of `schedule.GENERATORS`, "searched", or the path of a schedule file (.json, or torch's .csv).
     chunks: stages a rank; None: as few as the schedule is made for.
     stages: a rule to balance them by, or unit names for each stage (see `unit_names.expand`).
@@ -98,6 +100,7 @@ class Layout:
     offload: Offload = Offload.NONE
     sequence_parallel: SequenceParallel = SequenceParallel.OFF
     micro_batches: int | None = None
+    shares: tuple[int, ...] | None = None
     schedule: str = "1f1b"
     chunks: int | None = None
     stages: Stages = StageRule.COST
@@ -120,6 +123,17 @@ class Layout:
         )
         rules.check_micro_batches(self.micro_batches)
         rules.check_schedule(self.schedule, (*GENERATORS, SEARCHED), files=SCHEDULE_FILES)
+        object.__setattr__(self, "shares", _shares(self.shares))
+        if self.shares is not None:
+            rules.check_shares(
+                self.shares,
+                dp=self.dp,
+                micro_batches=self.micro_batches,
+                fsdp=self.fsdp,
+                ep=self.ep,
+                generated=self.schedule in GENERATORS and GENERATORS[self.schedule].flushes,
+            )
+            object.__setattr__(self, "micro_batches", sum(self.shares) // self.dp)
         rules.check_chunks(self.chunks)
         chunks = self._chunks()
         if not isinstance(self.stages, StageRule):
@@ -161,12 +175,17 @@ class Layout:
         return self.offload in (Offload.OPTIMIZER, Offload.BOTH)
 
     def num_micro_batches(self, global_batch: int) -> int:
-        """Of one replica in one step of `global_batch` samples. Raises `LayoutError` if there are too few."""
+        """Of one replica in one step of `global_batch` samples, in the mean where there are shares. Raises
+        `LayoutError` if there are too few."""
         wanted = 1 if self.pp == 1 else 2 * self.pp
         chosen = self.micro_batches or max(1, min(wanted, global_batch // self.num_replicas))
         replicas = self.dp * self.fsdp
         rules.check_batch(dp=replicas, micro_batches=chosen, global_batch=global_batch, ep=self.ep)
         return chosen
+
+    def most_micro_batches(self, global_batch: int) -> int:
+        """Of any replica in one step. Raises `LayoutError` if there are too few samples."""
+        return max(self.num_micro_batches(global_batch), *(self.shares or (1,)))
 
     def __str__(self) -> str:
         default = Layout(dp=self.dp, pp=self.pp)
@@ -174,6 +193,8 @@ class Layout:
         stages = fields.get("stages")
         if isinstance(stages, list):
             fields["stages"] = f"[{'|'.join('+'.join(units) for units in stages)}]"
+        if self.shares is not None:
+            fields["shares"] = ":".join(map(str, self.shares))
         return ",".join(f"{name}={value}" for name, value in fields.items())
 
     @classmethod
@@ -236,11 +257,13 @@ class Layout:
             value = getattr(self, name)
             if value is None or (default is not None and value == getattr(default, name)):
                 continue
-            fields[name] = [list(units) for units in value] if isinstance(value, tuple) else value
+            if name == "stages" and isinstance(value, tuple):
+                value = [list(units) for units in value]
+            fields[name] = list(value) if isinstance(value, tuple) else value
         return {name: str(value) if isinstance(value, StrEnum) else value for name, value in fields.items()}
 
 
-_WORDS = ("schedule", "stages", "sequence_parallel", "unshard", "context", "recompute", "offload")
+_WORDS = ("schedule", "shares", "stages", "sequence_parallel", "unshard", "context", "recompute", "offload")
 _AFTER_DP_AND_PP = (
     "tp",
     "ep",
@@ -253,6 +276,7 @@ _AFTER_DP_AND_PP = (
     "offload",
     "sequence_parallel",
     "micro_batches",
+    "shares",
     "schedule",
     "chunks",
     "stages",
@@ -288,6 +312,17 @@ def _integer(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise LayoutError(f"{name} is a whole number, but got {text!r}; write for example {name}=2") from None
+
+
+def _shares(value: object) -> tuple[int, ...] | None:
+    """From numbers, or from a text such as 6:2."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return tuple(_integer("a share", part.strip()) for part in value.split(":"))
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise LayoutError(f"shares are numbers with colons between, but got {value!r}; write for example shares=6:2")
 
 
 def _stages(value: object) -> Stages:

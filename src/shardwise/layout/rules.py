@@ -21,6 +21,7 @@ __all__ = [
     "check_recompute",
     "check_schedule",
     "check_sequence_parallel",
+    "check_shares",
     "check_world_size",
     "check_zero",
 ]
@@ -91,6 +92,41 @@ def check_micro_batches(micro_batches: int | None) -> None:
     if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
         raise LayoutError(
             f"a step has 1 micro-batch or more, but micro_batches={micro_batches!r}; leave it out for 2 a stage"
+        )
+
+
+def check_shares(
+    shares: Sequence[int], *, dp: int, micro_batches: int | None, fsdp: int = 1, ep: int = 1, generated: bool = True
+) -> None:
+    """Every replica has its own number of micro-batches, which are as many together as without shares. Replicas that
+    exchange something in every micro-batch have as many of them. generated: the schedule is made for any number of
+    micro-batches, and ends with its step."""
+    told = ":".join(map(str, shares))
+    if fsdp > 1 or ep > 1:
+        raise LayoutError(
+            f"replicas that divide state or experts meet in every micro-batch, so that they have as many of them, but "
+            f"shares={told} with fsdp={fsdp} and ep={ep}; use dp for the replicas, or drop shares"
+        )
+    if not generated:
+        raise LayoutError(
+            f"replicas with shares take a schedule each, made for its micro-batches, that ends with the step, but "
+            f"shares={told} with one that is found, read or never ends; use schedule=1f1b, or drop shares"
+        )
+    if len(shares) != dp or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shares):
+        raise LayoutError(
+            f"shares are the micro-batches of each replica in a step, 1 or more, but dp={dp} and shares={told}; write "
+            f"for example shares={':'.join(['3', *['1'] * (dp - 1)])}"
+        )
+    total, wanted = sum(shares), None if micro_batches is None else dp * micro_batches
+    if wanted is not None and total != wanted:
+        raise LayoutError(
+            f"shares are micro_batches a replica in the mean, but shares={told} are {total} and dp × micro_batches = "
+            f"{wanted}; drop micro_batches, or change shares"
+        )
+    if total % dp:
+        raise LayoutError(
+            f"shares are a whole number of micro-batches a replica in the mean, but shares={told} are {total} for "
+            f"dp={dp}; use for example shares={':'.join(str(dp * n) for n in shares)}"
         )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
+from shardwise.describe.kernels import Kernel
 from shardwise.errors import LayoutError
 from shardwise.layout import Layout, StageRule, expand
 from shardwise.plan.balance import evened_ends
@@ -138,16 +139,14 @@ def _latest(sums: Sequence[float], num_parts: int, limit: float) -> list[int] | 
 
 def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
     """What a stage of these units does and holds; what crosses is that of the last one (and sent to the next stage)."""
-    kernels = tuple(
-        kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
-        for unit, times in _counted(units)
-        for kernel in unit.kernels
-    )
-    recomputed = tuple(
-        kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
-        for unit, times in _counted(units)
-        for kernel in unit.recomputed
-    )
+
+    def joined(of: Callable[[StageWork], Sequence[Kernel]]) -> tuple[Kernel, ...]:
+        return tuple(
+            kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
+            for unit, times in _counted(units)
+            for kernel in of(unit)
+        )
+
     exchanges = tuple(
         dataclasses.replace(exchange, count=exchange.count * times)
         for unit, times in _counted(units)
@@ -157,8 +156,9 @@ def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
         stage=stage,
         parameters=sum(unit.parameters for unit in units),
         trained=sum(unit.trained for unit in units),
-        kernels=kernels,
-        recomputed=recomputed,
+        kernels=joined(lambda unit: unit.kernels),
+        recomputed=joined(lambda unit: unit.recomputed),
+        accumulation=joined(lambda unit: unit.accumulation),
         exchanges=exchanges,
         expert_parameters=sum(unit.expert_parameters for unit in units),
         expert_trained=sum(unit.expert_trained for unit in units),

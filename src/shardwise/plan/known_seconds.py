@@ -66,7 +66,7 @@ class KnownSeconds:
     def _of_micro_batch(
         self, kinds: list[_Key], works: list[StageWork], layout: Layout, spans: Spans, devices: list[Device]
     ) -> StageSeconds:
-        alone = dataclasses.replace(layout, dp=1, fsdp=1, offload=Offload.NONE)
+        alone = dataclasses.replace(layout, dp=1, shares=None, fsdp=1, offload=Offload.NONE)
         one = Span(sizes=(1,) * len(spans.tp.sizes))
         inside = dataclasses.replace(spans, states=one, outer=one, replicas=one, expert_copies=one, expert_outer=one)
         links = (inside.tp, inside.cp, inside.ep, inside.pipeline_crosses)
@@ -127,7 +127,7 @@ class KnownSeconds:
 def _identity(work: StageWork) -> _Key:
     """What a stage does, without its number. Kernels and exchanges by identity: equal stages of a chain share them."""
     return (
-        *(id(work.kernels), id(work.recomputed), id(work.exchanges)),
+        *(id(work.kernels), id(work.recomputed), id(work.exchanges), work.accumulation),
         *(tuple(work.sends.values()), tuple(work.gradients.values()), _held(work)),
     )
 
@@ -146,7 +146,7 @@ def _held(work: StageWork) -> _Key:
 
 
 def _without_work(work: StageWork) -> StageWork:
-    return dataclasses.replace(work, kernels=(), recomputed=(), exchanges=(), sends={}, gradients={})
+    return dataclasses.replace(work, kernels=(), recomputed=(), accumulation=(), exchanges=(), sends={}, gradients={})
 
 
 def _with_device(cluster: Cluster, device: Device) -> Cluster:

@@ -30,7 +30,7 @@ from shardwise.plan.shared_cores import at_least_s, shared_seconds
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import PlacedStage, StageSeconds, StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
-from shardwise.plan.steps import Steps, of_the_slowest, ranks_of, steps_of
+from shardwise.plan.steps import Steps, of_the_slowest, ranks_of, steps_of, with_sums
 from shardwise.schedule import GENERATORS, Timeline, simulate
 
 MOST_SIMULATED = 4096  # forwards of a step, which is simulated whole if it has no more
@@ -94,6 +94,7 @@ def price(
         seconds = stage_seconds(StageTable.of(placed_stages(stages, layout, cluster, job, order=order)), cluster)
     rows = of_the_slowest(_as_row(seconds), np.array([float(layout.world_size)]), cluster)
     counts = np.array([float(num_micro_batches)])
+    rows = with_sums(rows, counts)
     ranks = ranks_of(layout)
     timeline = schedule = None
     crowd = max(hosts.crowd for hosts in cluster.hosts)

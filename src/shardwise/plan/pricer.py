@@ -55,7 +55,9 @@ class Pricer:
         cluster, rate = self._cluster(layout.world_size)
         count = layout.num_micro_batches(self.job.global_batch)
         each = samples or max(1, self.job.global_batch // (layout.num_replicas * count))
-        if not cluster.is_uniform:
+        if cluster.is_uniform:
+            count = layout.most_micro_batches(self.job.global_batch)
+        else:  # shares are by speed there (see `plan.unequal_replicas`)
             layout = uneven_layout(layout, each, self.works, cluster, self.job, self.limits)
         stages = self.stages(layout, each)
         made = price(
@@ -85,7 +87,7 @@ class Pricer:
         key = (
             *(layout.tp, layout.cp, layout.ep, layout.pp, layout.num_stages, samples, layout.recompute),
             *(layout.sequence_parallel, layout.stages, layout.schedule if layout.pp > 1 else ""),
-            *(layout.context, (layout.micro_batches or 0) > 1),
+            layout.context,
             *([] if layout.recompute in RECOMPUTE else [layout.micro_batches]),  # a budget is for those in flight
         )
         if key not in self._stages:
@@ -153,7 +155,7 @@ def uneven_layout(layout: Layout, samples: int, works: Works, cluster: Cluster, 
     given = not isinstance(layout.stages, StageRule) or layout.num_stages != layout.pp
     if layout.pp == 1 or given or not limits.names or len({device.name for device in kinds}) == 1:
         return layout
-    alone = dataclasses.replace(layout, dp=1, fsdp=1, pp=len(limits.names), schedule="1f1b", chunks=None)
+    alone = dataclasses.replace(layout, dp=1, shares=None, fsdp=1, pp=len(limits.names), schedule="1f1b", chunks=None)
     units = [dataclasses.replace(unit, sends={}, gradients={}) for unit in works(alone, samples)]
     runs: list[tuple[Device, int]] = []
     for device in kinds:
@@ -187,7 +189,7 @@ def _unit_seconds(
     """Forward and backward of a micro-batch, of every unit on that device."""
     on = dataclasses.replace(cluster, hosts=(dataclasses.replace(cluster.hosts[0], device=device),))
     each = stage_seconds(StageTable.of(placed_stages(units, layout, cluster, job)), on)
-    busy = each.forward + each.recompute + each.input + each.weight
+    busy = each.forward + each.recompute + each.input + each.weight + each.accumulation
     for forward, backward in each.exchanges.values():
         busy = busy + forward + backward
     return tuple(float(seconds) for seconds in busy)

@@ -28,7 +28,7 @@ from shardwise.plan.price import placed_stages, price
 from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import StageTable, stage_seconds
 from shardwise.plan.stage_work import StageWork
-from shardwise.plan.steps import times_of
+from shardwise.plan.steps import times_of, with_sums
 from shardwise.quantities import format_bytes, format_seconds
 from shardwise.schedule import Kind
 
@@ -154,7 +154,7 @@ class Predictor:
 
     def __call__(self, cluster: Cluster) -> Predicted:
         seconds = stage_seconds(self._table, cluster)
-        times = times_of(seconds, cluster.overheads)
+        times = times_of(with_sums(seconds, np.array(self._num_micro_batches)), cluster.overheads)
         made = price(
             self._works,
             self._layout,

@@ -64,8 +64,7 @@ class ProfileWorks:
         cut = cut_stages(self.profile.flow, place(self.profile, layout), layout.num_stages)
         scale = samples / self.traced
         again = _again(self.profile, cut, _budgeted(layout, scale))
-        times = layout.micro_batches or 1
-        return stage_works(self.profile, cut, recompute=again, scale=scale, num_micro_batches=times)
+        return stage_works(self.profile, cut, recompute=again, scale=scale)
 
 
 def _budgeted(layout: Layout, factor: float) -> Layout:

@@ -27,7 +27,7 @@ from shardwise.plan.stage_work import StageWork
 
 __all__ = ["PlacedStage", "StageSeconds", "StageTable", "offloaded_bytes", "stage_seconds", "visit_bytes"]
 
-PARTS = ("forward", "input", "weight", "recompute")  # of a micro-batch, by what computes
+PARTS = ("forward", "input", "weight", "recompute", "accumulation")  # of a micro-batch, by what computes
 AXES = ("tp", "cp", "ep")
 
 
@@ -36,12 +36,13 @@ class StageSeconds:
     """Seconds of every stage, arrays of shape (stages,). Of a micro-batch: forward to hidden_backward, send, return,
     unshard, offload (of what is kept to the host, and as long back); of a step: reduce, gather, optimizer.
     exchanges[axis]: (forward, backward) that computing waits for; `again`: of the latter, what recomputed forwards wait
-    for. host_again: of the host, for these."""
+    for. host_again: of the host, for these. accumulation: of every micro-batch but the first, not in `weight` yet."""
 
     forward: FloatArray
     input: FloatArray
     weight: FloatArray
     recompute: FloatArray
+    accumulation: FloatArray
     exchanges: dict[str, tuple[FloatArray, FloatArray]]
     hidden_forward: FloatArray
     hidden_backward: FloatArray
@@ -170,7 +171,9 @@ def _sum_seconds(sums: _ExchangeSums, cluster: Cluster) -> FloatArray:
 
 
 def _parts(work: StageWork) -> list[tuple[str, Kernel]]:
-    return [*((kernel.phase.value, kernel) for kernel in work.kernels), *(("recompute", k) for k in work.recomputed)]
+    parts = [(kernel.phase.value, kernel) for kernel in work.kernels]
+    parts += [("recompute", kernel) for kernel in work.recomputed]
+    return [*parts, *(("accumulation", kernel) for kernel in work.accumulation)]
 
 
 _Alike = tuple[str, str, int, int, tuple[int, ...]]

@@ -26,7 +26,8 @@ class StageWork:
     small_trained: of the trained, those of parameters (small ones, experts) whose gradients are made beside the buckets
         in which replicas sum them, and copied there.
     unit_parameters: elements of each unit, in the order of calls: what is gathered at a time at zero=3.
-    kernels: of a forward and a backward; `recomputed`: forward kernels that run again before the backward.
+    kernels: of a forward and a backward; `recomputed`: forward kernels that run again before the backward;
+        `accumulation`: what adds the gradients to those before them, by every micro-batch but the first of a step.
     exchanges: inside units, forward and backward; those of recomputed forwards are among them once more.
     saved_bytes: kept for the backward of one micro-batch, received activations among them, recomputation counted;
         `unit_saved_bytes`: of these, by the unit that keeps the most (0: nobody told units apart).
@@ -42,6 +43,7 @@ class StageWork:
     kernels: tuple[Kernel, ...]
     saved_bytes: float
     recomputed: tuple[Kernel, ...] = ()
+    accumulation: tuple[Kernel, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     expert_parameters: int = 0
     expert_trained: int = 0

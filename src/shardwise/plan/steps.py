@@ -21,9 +21,9 @@ from shardwise.plan.sources import source_of
 from shardwise.plan.stage_seconds import StageSeconds
 from shardwise.schedule import GENERATORS, placement
 
-__all__ = ["Steps", "of_the_slowest", "ranks_of", "steps_of", "times_of"]
+__all__ = ["Steps", "of_the_slowest", "ranks_of", "steps_of", "times_of", "with_sums"]
 
-_COMPUTED = ("forward", "input", "weight", "recompute", "optimizer")
+_COMPUTED = ("forward", "input", "weight", "recompute", "accumulation", "optimizer")
 WAITS = 4.0  # norm of device and host: where both take one second, a phase takes 2 ** (1 / 4) = 1.19
 
 
@@ -103,6 +103,14 @@ def times_of(seconds: StageSeconds, overheads: Overheads) -> PipelineTimes:
         send=seconds.send,
         back=seconds.back,
     )
+
+
+def with_sums(seconds: StageSeconds, counts: FloatArray) -> StageSeconds:
+    """Seconds of the mean micro-batch of a step: all but the first add their gradients to those before. counts: of
+    micro-batches, a number, or one a row."""
+    share = 1.0 - 1.0 / np.asarray(counts, dtype=np.float64)
+    weight = seconds.weight + share[..., None] * seconds.accumulation
+    return dataclasses.replace(seconds, weight=weight, accumulation=0.0 * seconds.accumulation)
 
 
 def of_the_slowest(seconds: StageSeconds, num_devices: FloatArray, cluster: Cluster) -> StageSeconds:

@@ -3,8 +3,8 @@
     even     every replica m micro-batches      the step waits for the slowest device
     shares   by speed, m of them on average     all replicas are done at about the same time
 
-For layouts without a pipeline, whose replicas stand whole on one kind of device. What runs today gives every replica
-the same number; this says what that costs. Refuses to know how batches are divided.
+For layouts without a pipeline, whose replicas stand whole on one kind of device. Refuses to know how batches are
+divided.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ __all__ = ["Shares", "shares_of"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shares:
     """kinds: (device, its replicas, micro-batches of each of them, at most); step_s, even_s: seconds of a step with
-    these shares, and with equal ones."""
+    these shares, and with equal ones. layout: that trains so; None where replicas meet in every micro-batch."""
 
     kinds: tuple[tuple[str, int, int], ...]
     step_s: float
     even_s: float
+    layout: Layout | None
 
     def __str__(self) -> str:
         told = ", ".join(f"{count} micro-batches on {device}" for device, _, count in self.kinds)
@@ -37,8 +38,8 @@ class Shares:
 
 
 def shares_of(pricer: Pricer, layout: Layout) -> Shares:
-    """Shares by speed. Raises `LayoutError` unless the layout has several replicas, no pipeline, and each of them
-    stands on devices of one kind."""
+    """Shares by speed, or those that the layout has. Raises `LayoutError` unless the layout has several replicas, no
+    pipeline, and each of them stands on devices of one kind."""
     cluster = of_devices(pricer.cluster, layout.world_size)
     each = layout.cp * layout.tp
     if layout.pp > 1 or layout.num_replicas == 1 or any(hosts.num_devices % each for hosts in cluster.hosts):
@@ -48,10 +49,11 @@ def shares_of(pricer: Pricer, layout: Layout) -> Shares:
             "devices of every kind"
         )
     count = layout.num_micro_batches(pricer.job.global_batch)
-    even = pricer(layout)
-    busy = [_busy_s(pricer, layout, hosts) / count for hosts in cluster.hosts]
+    equal = dataclasses.replace(layout, shares=None)
+    even = pricer(equal)
+    busy = [_busy_s(pricer, equal, hosts) / count for hosts in cluster.hosts]
     of_replica = [index for index, hosts in enumerate(cluster.hosts) for _ in range(hosts.num_devices // each)]
-    shares = micro_batch_shares([busy[index] for index in of_replica], count * layout.num_replicas)
+    shares = layout.shares or micro_batch_shares([busy[index] for index in of_replica], count * layout.num_replicas)
     slowest = max(own * busy[index] for index, own in zip(of_replica, shares, strict=True))
     waited = max(_computing(lines) for lines in even.price.time)
     kinds = tuple(
@@ -63,7 +65,14 @@ def shares_of(pricer: Pricer, layout: Layout) -> Shares:
         for index, hosts in enumerate(cluster.hosts)
     )
     step_s = even.price.step_s
-    return Shares(kinds=kinds, step_s=step_s - waited + slowest, even_s=step_s)
+    return Shares(
+        kinds=kinds,
+        step_s=step_s - waited + slowest,
+        even_s=step_s,
+        layout=dataclasses.replace(layout, micro_batches=count, shares=shares)
+        if layout.fsdp == layout.ep == 1
+        else None,
+    )
 
 
 def _busy_s(pricer: Pricer, layout: Layout, hosts: Hosts) -> float:

@@ -31,19 +31,15 @@ def stage_works(
     recompute: Mapping[str, How] = _NOTHING,
     experts: Collection[str] = (),
     scale: float = 1.0,
-    num_micro_batches: int = 1,
 ) -> tuple[StageWork, ...]:
     """One work for every stage of `cut`, in their order.
 
     profile: of one rank of the tensor, context and expert axes; its values have the bytes that cross from that rank.
     recompute: how units are computed again, as `plan_recompute` has chosen. experts: parameters that `ep` divides.
-    scale: samples of a micro-batch, as a share of those that were traced. num_micro_batches: of a step; the gradients
-    of all but the first are added to those before them, which is told here as the mean of a micro-batch.
+    scale: samples of a micro-batch, as a share of those that were traced.
     """
     holders, of_experts = _holders(profile, cut), frozenset(experts)
-    return tuple(
-        _work(profile, cut, stage, holders, recompute, of_experts, scale, num_micro_batches) for stage in cut.stages
-    )
+    return tuple(_work(profile, cut, stage, holders, recompute, of_experts, scale) for stage in cut.stages)
 
 
 def _work(
@@ -54,7 +50,6 @@ def _work(
     recompute: Mapping[str, How],
     experts: frozenset[str],
     scale: float,
-    num_micro_batches: int,
 ) -> StageWork:
     held = {name: profile.parameters[name] for name, stages in holders.items() if stage.stage in stages}
     trained = {name: parameter for name, parameter in held.items() if parameter.trainable}
@@ -67,7 +62,6 @@ def _work(
     received = sum(profile.flow.values[value].nbytes for value, _ in stage.receives)
     saved = received + sum(_kept(part, how) for part in parts)
     transient, logits = _transients(parts, how, stage.stage == cut.loss_stage)
-    kernels = _merged((part.kernels for part in parts), scale)
     return StageWork(
         stage=stage.stage,
         parameters=_elements(held.values()),
@@ -77,8 +71,9 @@ def _work(
         shared_parameters=_elements(parameter for name, parameter in trained.items() if len(holders[name]) > 1),
         small_trained=_elements(each for name, each in trained.items() if not _is_added_in_place(name, each)),
         unit_parameters=_of_units(profile, calls),
-        kernels=(*kernels, *_accumulation(trained, num_micro_batches)),
+        kernels=_merged((part.kernels for part in parts), scale),
         recomputed=_merged(again, scale),
+        accumulation=_accumulation(trained),
         exchanges=_scaled(exchanges, scale),
         saved_bytes=scale * saved,
         unit_saved_bytes=scale * max((_kept(part, how) for part in parts), default=0),
@@ -123,22 +118,14 @@ def _is_added_in_place(name: str, parameter: ParameterProfile) -> bool:
     return parameter.num_elements >= ADDED_IN_PLACE and name.rpartition(".")[2] == "weight"
 
 
-def _accumulation(parameters: Mapping[str, ParameterProfile], num_micro_batches: int) -> tuple[Kernel, ...]:
+def _accumulation(parameters: Mapping[str, ParameterProfile]) -> tuple[Kernel, ...]:
     """Where the product adds, the sum before it is read; elsewhere a gradient is read, and that sum read and
-    written. The first micro-batch of a step finds no sum: a mean over all of them."""
-    if num_micro_batches == 1:
-        return ()
+    written."""
     totals: collections.Counter[str] = collections.Counter()
     for name, parameter in parameters.items():
         totals[parameter.dtype] += (1 if _is_added_in_place(name, parameter) else 3) * parameter.nbytes
     return tuple(
-        Kernel(
-            kind=KernelKind.MEMORY,
-            phase=Phase.WEIGHT,
-            dtype=dtype,
-            nbytes=nbytes * (num_micro_batches - 1) // num_micro_batches,
-            batch_bytes=0,
-        )
+        Kernel(kind=KernelKind.MEMORY, phase=Phase.WEIGHT, dtype=dtype, nbytes=nbytes, batch_bytes=0)
         for dtype, nbytes in totals.items()
     )
 

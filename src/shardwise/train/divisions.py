@@ -171,7 +171,7 @@ def _planned(given: _Given, divided: Divisions) -> Divisions:
     found = schedule_for(
         profile,
         layout=layout,
-        num_micro_batches=run.num_micro_batches,
+        num_micro_batches=run.most_micro_batches,
         tensor=tensor,
         experts=experts,
         context=context,
@@ -183,7 +183,7 @@ def _planned(given: _Given, divided: Divisions) -> Divisions:
         plan, planned = plan_and_timeline(
             profile,
             layout=layout,
-            num_micro_batches=run.num_micro_batches,
+            num_micro_batches=run.most_micro_batches,
             tensor=tensor,
             experts=experts,
             context=context,

@@ -121,6 +121,8 @@ def estimate_of(run: Run, model: nn.Module, layout: Layout, profiles: ProfilesOf
         works = profiles.works(layout, profiles.samples, num_micro_batches=count)
         whole, rank = profiles.whole(profiles.samples), profiles.shard(layout, profiles.samples)
     cluster, source = cluster_of(run, layout.world_size)
+    if cluster.is_uniform:  # all wait for who has most; else shares are by speed
+        count = run.most_micro_batches
     job = job_of(run, rank)
     predict = Predictor(works, layout, job, count, cluster)
     predicted = predict(cluster)

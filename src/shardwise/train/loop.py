@@ -92,7 +92,7 @@ def record_step(world: World, result: StepResult, emit: Emit, step: int) -> None
         step=step,
         place=world.program.place,
         layout=str(world.run.layout),
-        schedule=world.program.schedule_of(world.run.num_micro_batches),
+        schedule=world.program.schedule_of(world.run.most_micro_batches),
         planned=world.planned,
         device=world.device,
     )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from shardwise.errors import ConfigError, ShardwiseError
 from shardwise.files import read_text
-from shardwise.layout import Layout, StageRule, Techniques
+from shardwise.layout import SYNCHRONISED, Layout, StageRule, Techniques
 from shardwise.plan.sources import check_source
 from shardwise.schedule import GENERATORS
 from shardwise.tasks import wanted_of_run
@@ -105,6 +105,8 @@ class Run(Table):
             )
         if self.asynchronous is not None:
             self._has_workers()
+        if self.layout.shares is not None:
+            self._has_shares()
         assert self.techniques  # checked when made
         return self
 
@@ -118,6 +120,19 @@ class Run(Table):
         if layout.schedule in GENERATORS and not GENERATORS[layout.schedule].flushes:
             raise ValueError(
                 f"workers meet behind a step, but {layout.schedule} is never between two steps; use schedule = 1f1b"
+            )
+
+    def _has_shares(self) -> None:
+        told = ":".join(map(str, self.layout.shares or ()))
+        if self.asynchronous is not None:
+            raise ValueError(
+                f"workers that meet now and then need not wait for each other, but shares={told}; drop shares of the "
+                "layout, or [asynchronous]"
+            )
+        if self.techniques.batch_norm == SYNCHRONISED:
+            raise ValueError(
+                f"replicas whose BatchNorm sees all samples together have as many micro-batches, but shares={told}; "
+                'drop shares, or model.batch_norm = "synchronised"'
             )
 
     @property
@@ -152,6 +167,11 @@ class Run(Table):
     def num_micro_batches(self) -> int:
         """Micro-batches of one replica in one step."""
         return self.layout.num_micro_batches(self.training.global_batch)
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Micro-batches, in one step, of the replica that has the most."""
+        return self.layout.most_micro_batches(self.training.global_batch)
 
     @property
     def checkpoint_folder(self) -> Path:

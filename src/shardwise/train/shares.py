@@ -39,6 +39,7 @@ def share(
     seed: int = 0,
     step: int = 0,
     together: bool = False,
+    shares: Sequence[int] | None = None,
     given: Batch | None = None,
 ) -> tuple[MicroBatch, ...]:
     """The micro-batches of one replica out of the global batch of samples `indices`; only they are read.
@@ -46,11 +47,11 @@ def share(
     Needs at least replicas * num_micro_batches samples; sizes differ by one sample at most. Samples are numbered by
     their row in the global batch, on which dropout depends, and not by the layout; held-out ones by their own
     numbers: which are evaluated together does not matter. `seed` and `step` are for tasks whose samples look different
-    in every step. `together`: as in `own_parts`. `given`: the samples themselves, where the task does not have them.
+    in every step. `together`, `shares`: as in `own_parts`. `given`: the samples, where the task does not have them.
     """
     parts = replicas * num_micro_batches
     made: list[MicroBatch] = []
-    for index in own_parts(replica, replicas, num_micro_batches, together=together):
+    for index in own_parts(replica, replicas, num_micro_batches, together=together, shares=shares):
         rows = range(len(indices) * index // parts, len(indices) * (index + 1) // parts)
         if given is None:
             batch = samples_at(task, [indices[row] for row in rows], split, seed=seed, step=step, batch=indices)

@@ -114,6 +114,7 @@ class World:
             seed=self.run.training.seed,
             step=step,
             together=self.run.techniques.batch_norm == SYNCHRONISED,
+            shares=self.run.layout.shares if split == "train" else None,
             given=given,
         )
 

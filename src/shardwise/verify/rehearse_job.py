@@ -73,6 +73,7 @@ def rehearse_run(
             replica=replica,
             replicas=layout.num_replicas,
             num_micro_batches=run.num_micro_batches,
+            shares=layout.shares,
             device=device or "cpu",
         )
 
@@ -90,7 +91,7 @@ def rehearse_run(
                 job_of(run, profiles.shard(layout, samples)),
                 rank=rank,
                 samples=samples,
-                num_micro_batches=run.num_micro_batches,
+                num_micro_batches=run.most_micro_batches,
                 cluster=cluster,
             )
     finally:

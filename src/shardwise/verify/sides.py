@@ -81,7 +81,7 @@ def run_side(
     """
     torch.manual_seed(0)
     model, fill = model_of(job)
-    parts = _parts(job, model, micro_batches, layout.num_replicas)
+    parts = _parts(job, model, micro_batches, layout)
     program = assemble(
         model,
         parts[0][0].inputs,
@@ -124,14 +124,15 @@ def _techniques(job: Job, layout: Layout) -> Techniques | None:
     return Techniques(precision=job.techniques.precision)
 
 
-def _parts(job: Job, model: nn.Module, micro_batches: int, replicas: int) -> Sequence[Sequence[MicroBatch]]:
+def _parts(job: Job, model: nn.Module, micro_batches: int, layout: Layout) -> Sequence[Sequence[MicroBatch]]:
     return split(
         batch_of(job),
         micro_batches=micro_batches,
-        replicas=replicas,
+        replicas=layout.num_replicas,
         weights=job.weight or weigher(model),
         batch_dims=job.batch_dims,
         together=job.together,
+        shares=layout.shares,
     )
 
 
@@ -215,7 +216,7 @@ def run_streamed_side(context: RankContext, job: Job, micro_batches: int, stage_
     outputs: Outputs = {}
     streamed = run_streamed(
         model,
-        _parts(job, model, micro_batches, 1)[0],
+        _parts(job, model, micro_batches, Layout())[0],
         fill=fill,
         take=stored.take,
         stage_bytes=min(stage_bytes, model_bytes // 8),
