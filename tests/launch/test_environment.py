@@ -9,7 +9,7 @@ import pytest
 from shardwise.errors import LaunchError
 from shardwise.launch import World, context_of_world, read_world
 from shardwise.launch.context import store_of
-from shardwise.launch.environment import child_environment, environment_snapshot, tell_open_mpi
+from shardwise.launch.environment import asked_threads, child_environment, environment_snapshot, tell_open_mpi
 
 TORCHRUN = {
     "RANK": "5",
@@ -175,3 +175,11 @@ def test_processes_of_ours_stay_on_loopback_and_forget_our_launcher(monkeypatch:
     assert "OMPI_COMM_WORLD_RANK" not in given
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert child_environment("/ours")["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_threads_are_those_that_openmp_is_asked_for() -> None:
+    assert asked_threads({}) is None
+    assert asked_threads({"OMP_NUM_THREADS": "3"}) == 3
+    assert asked_threads({"OMP_NUM_THREADS": "2,1"}) == 2  # of nested regions
+    with pytest.raises(LaunchError, match="OMP_NUM_THREADS='many' is not a number of threads; use 1 or more"):
+        asked_threads({"OMP_NUM_THREADS": "many"})

@@ -17,7 +17,15 @@ from typing import Literal
 
 from shardwise.errors import LaunchError
 
-__all__ = ["Launcher", "World", "child_environment", "environment_snapshot", "read_world", "tell_open_mpi"]
+__all__ = [
+    "Launcher",
+    "World",
+    "asked_threads",
+    "child_environment",
+    "environment_snapshot",
+    "read_world",
+    "tell_open_mpi",
+]
 
 Launcher = Literal["torchrun", "slurm", "openmpi", "pmi"]
 
@@ -194,6 +202,18 @@ def _tasks_per_node(text: str) -> list[int]:
 def _first_host(nodes: str) -> str:
     """`"gpu[007-009,12],cpu1"` -> `"gpu007"`."""
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def asked_threads(environment: Mapping[str, str] | None = None) -> int | None:
+    """OMP_NUM_THREADS: threads of a process, as torch reads it too; None where it is not set (`environment` for
+    tests)."""
+    variables = os.environ if environment is None else environment
+    told = variables.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # the first level of several
+    if not told:
+        return None
+    if not told.isdecimal() or int(told) < 1:
+        raise LaunchError(f"OMP_NUM_THREADS={told!r} is not a number of threads; use 1 or more, or unset it")
+    return int(told)
 
 
 def tell_open_mpi(parameters: Mapping[str, str]) -> None:

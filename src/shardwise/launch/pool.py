@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from shardwise.errors import LaunchError
 from shardwise.launch.collect import OnMessage, collect
+from shardwise.launch.environment import asked_threads
 from shardwise.launch.outcome import Failure, Outcome, Success, failure_of_call
 from shardwise.launch.payload import pack
 from shardwise.launch.rank import Call, Start
@@ -36,7 +37,7 @@ class RankPool:
 
     process_group_timeout_s  a gloo process group of all ranks is made when they start, with this bound on
                              each operation; None leaves it to the function (`init_process_group(context)`)
-    num_threads              torch threads of a rank; None shares this machine's cores
+    num_threads              torch threads of a rank; None: OMP_NUM_THREADS, or this machine's cores are shared
     starter                  to share between pools; else one is made and ended with the pool
     preload                  modules imported once, before the ranks are forked (without a `starter`)
 
@@ -57,7 +58,8 @@ class RankPool:
             raise LaunchError(f"world_size={world_size} must be at least 1")
         self.world_size = world_size
         self._process_group_timeout_s = process_group_timeout_s
-        self._num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+        cores = len(os.sched_getaffinity(0))
+        self._num_threads = num_threads or asked_threads() or max(1, cores // world_size)
         self._owns_starter = starter is None
         self._starter = starter or RankStarter(preload=preload)
         self._ranks: list[RankProcess] = []
