@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from shardwise.schedule import Schedule
 from shardwise.tasks import RandomTokens
 from shardwise.testing import on_ranks
 from shardwise.train.build import Job
-from shardwise.train.run import Trained, prepare, train_on_rank
+from shardwise.train.run import Trained, prepare, train, train_on_rank
 from shardwise.train.run_file import run_from
 
 WIDTH, HEADS, VOCABULARY = 32, 2, 64
@@ -266,3 +267,22 @@ class ScalarTask:
 
     def metrics(self, loss):
         return {}
+
+
+class Threaded(Decoder):
+    """Says how many threads its forward has."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        (Path(os.environ["SEEN_BY"]) / f"{torch.get_num_threads()} threads").touch()
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize("table, asked, wanted", [({"threads": 3}, "1", "3 threads"), ({}, "5", "5 threads")])
+def test_a_rank_has_as_many_threads_as_the_run_or_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, object], asked: str, wanted: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setenv("SEEN_BY", str(tmp_path))
+    small = {"steps": 1, "global_batch": 2}
+    train({"folder": str(tmp_path / "run"), "layout": "dp=1", "task": TASK, "training": small, **table}, model=Threaded)
+    assert (tmp_path / wanted).exists()

@@ -174,8 +174,14 @@ def _on_own_ranks(job: Job, sink: Sink) -> Trained:
         if isinstance(value, Event):
             sink.emit(value)
 
-    preload = ("shardwise.train.run", *_modelling())
-    return run_ranks(train_on_rank, (job,), world_size=job.run.layout.world_size, on_message=show, preload=preload)[0]
+    return run_ranks(
+        train_on_rank,
+        (job,),
+        world_size=job.run.layout.world_size,
+        on_message=show,
+        num_threads=job.run.threads,
+        preload=("shardwise.train.run", *_modelling()),
+    )[0]
 
 
 def _modelling() -> tuple[str, ...]:
@@ -189,7 +195,7 @@ def _as_one_rank(meeting: Meeting, how: Start, sink: Sink) -> Trained:
     if not how.asked.searches:
         _check_number(how.asked.run, context)
     if how.asked.run.device == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(how.asked.run.threads or 1)
 
     def prepared() -> tuple[Choice | None, Mapping[str, object]]:
         choice = how.choice(context.world_size)

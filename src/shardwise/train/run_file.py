@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from shardwise.errors import ConfigError, ShardwiseError
 from shardwise.files import read_text
@@ -42,6 +42,8 @@ class Run(Table):
               the start), "parameters", or "depth" (unit calls); not where `layout` says it, or lists the stages
     cluster   what a step is estimated for: a file that `shardwise probe` wrote, or a name such as "h100x8"; without it
               FOLDER/cluster.toml where there is one, else what is typical
+    threads   of torch, in every rank; without it OMP_NUM_THREADS, or the cores of this machine, shared among its ranks
+              (1 where another launcher starts them). Runs with one thread a rank are comparable bit by bit
     compile   torch.compile's backend for every unit, such as "inductor"; without it units are not compiled
     tp_plan   a table of names of modules, `*` for numbers, and transformers' styles: how shards divide units. It is
               proven, and refused before training where it is wrong; without it a plan is found
@@ -51,6 +53,7 @@ class Run(Table):
     layout: Layout = Layout()
     balance: Literal["flops", "measured", "parameters", "depth"] = "flops"
     device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = Field(default=None, ge=1)
     model: ModelOptions = ModelOptions()
     task: TaskOptions = TaskOptions()
     training: TrainingOptions
