@@ -67,7 +67,8 @@ def finished(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=90)
 
 
-def test_killing_a_rank_ends_the_command_in_seconds_and_resume_continues_the_curve(folder) -> None:
+@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killing_a_rank_ends_the_command_in_seconds_and_resume_continues_the_curve(folder, compared: bool) -> None:
     two = ["--set", "layout=pp=2"]
     slow = ["--set", "model.options.pause_s=0.1", "--set", "folder=killed"]
     command = subprocess.Popen(
@@ -91,6 +92,9 @@ def test_killing_a_rank_ends_the_command_in_seconds_and_resume_continues_the_cur
 
     resumed = finished(folder, *two, "--resume", "--set", "folder=killed")
     assert resumed.returncode == 0, resumed.stderr
+    assert sorted(losses(folder / "killed")) == list(range(24))
+    if not compared:
+        return
     whole = finished(folder, *two, "--set", "folder=whole")
     assert whole.returncode == 0, whole.stderr
     assert losses(folder / "killed") == losses(folder / "whole")

@@ -93,7 +93,7 @@ def furthest(mine: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Ten
     [
         "dp=2",
         "dp=2,pp=2",
-        "dp=2,tp=2",
+        pytest.param("dp=2,tp=2", marks=pytest.mark.slow),
         pytest.param("dp=2,fsdp=2", marks=pytest.mark.slow),
         pytest.param("dp=2,cp=2", marks=pytest.mark.slow),
     ],
@@ -158,7 +158,12 @@ def world_of_worker(job: Job, folder: Path, index: int) -> World:
 
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [("local-sgd", "dp=2"), ("diloco", "dp=2,fsdp=2"), ("delayed", "dp=2"), ("eager-diloco", "dp=2,fsdp=2")],
+    [
+        pytest.param("local-sgd", "dp=2", marks=pytest.mark.slow),
+        pytest.param("diloco", "dp=2,fsdp=2", marks=pytest.mark.slow),
+        ("delayed", "dp=2"),
+        ("eager-diloco", "dp=2,fsdp=2"),
+    ],
 )
 def test_a_resumed_run_goes_on_bit_by_bit_between_two_exchanges(pools, tmp_path, method, layout) -> None:
     def parts(**more: object) -> Job:

@@ -11,11 +11,13 @@ import torch
 
 from shardwise.errors import ConfigError
 from shardwise.events import Event, read_events
+from shardwise.execute.batches import MicroBatch
 from shardwise.launch import RankContext
 from shardwise.tasks import IGNORED_LABEL, Answers, Game, RandomTokens, Score, Split
 from shardwise.testing import on_ranks
+from shardwise.trace.absent import Absent
 from shardwise.train.build import Job
-from shardwise.train.evaluate import held_out_batches
+from shardwise.train.evaluate import held_out_batches, seeing
 from shardwise.train.run import prepare, train, train_on_rank
 from shardwise.train.run_file import run_from
 from shardwise.train.shares import micro_batches_of
@@ -103,7 +105,7 @@ def test_two_ranks_answer_what_one_does(rank, tmp_path, layout) -> None:
 
 
 @on_ranks(4, timeout_s=60)
-@pytest.mark.parametrize("layout", ["dp=2,pp=2", "tp=2,pp=2"])
+@pytest.mark.parametrize("layout", ["dp=2,pp=2", pytest.param("tp=2,pp=2", marks=pytest.mark.slow)])
 def test_four_ranks_answer_what_one_does(rank, tmp_path, layout) -> None:
     check(rank, tmp_path, layout)
 
@@ -146,6 +148,15 @@ class Doubted(Guessed):
         return {**super().answers(outputs["said"], batch), "hard": outputs["hard"].mean((1, 2))}
 
 
+def test_an_answer_that_reads_what_is_not_there_is_an_error_that_names_it() -> None:
+    there = torch.zeros(2, 3, 5)
+    hard = Absent(what="hard#0 output 0", shape=(2, 3, 1), dtype=torch.float32, device="cpu")
+    task, batch = Doubted(num_train=40, num_held_out=SCORED), MicroBatch(index=0, samples=(0, 1), inputs={}, weight=1.0)
+    with pytest.raises(ConfigError, match=r"Doubted.answers reads hard#0 output 0, which the loss does not need"):
+        seeing(task, task.answers, [])(batch, {"said": there, "hard": hard})
+
+
+@pytest.mark.slow  # a run
 def test_what_answers_read_and_the_loss_does_not_is_told_before_the_first_step(tmp_path: Path) -> None:
     wanted = job(tmp_path, "pp=2")
     with pytest.raises(ConfigError, match=r"Doubted.answers reads hard.*, which the loss does not need.*use pp=1"):

@@ -33,7 +33,7 @@ def told(folder: Path, kind: str, rank: int = 0) -> list[dict[str, Any]]:
 
 @on_ranks(2, timeout_s=90)
 @pytest.mark.parametrize("layout", ["pp=2", "fsdp=2"])
-@pytest.mark.parametrize("emulate", [True, False])
+@pytest.mark.parametrize("emulate", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_in_float16_is_resumed_bit_by_bit(rank: RankContext, tmp_path: Path, layout: str, emulate: bool) -> None:
     precision = {"precision": FLOAT16 | {"emulate": emulate}}
     saved = {"checkpoint": {"folder": str(tmp_path / "saved"), "every": 3}}

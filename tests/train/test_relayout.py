@@ -182,7 +182,13 @@ FLOAT16 = {"compute": "float16", "loss_scale_window": 2}  # the scale moves with
 
 
 @on_ranks(2, timeout_s=120)
-@pytest.mark.parametrize("layout, other, emulate", [("pp=2,micro_batches=4", "fsdp=2", False), ("dp=2", "pp=2", True)])
+@pytest.mark.parametrize(
+    "layout, other, emulate",
+    [
+        ("pp=2,micro_batches=4", "fsdp=2", False),
+        pytest.param("dp=2", "pp=2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_in_16_bits_with_ties_accumulation_and_clipping_there_and_back_changes_no_bit(
     rank, tmp_path, layout, other, emulate
 ) -> None:

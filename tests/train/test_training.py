@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import importlib
 from pathlib import Path
 
 import pytest
@@ -114,9 +114,9 @@ def evaluations(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "layout",
     [
-        "dp=2",
+        pytest.param("dp=2", marks=pytest.mark.slow),
         "dp=2,shares=3:1",
-        "pp=2",
+        pytest.param("pp=2", marks=pytest.mark.slow),
         "tp=2",
         "pp=2,schedule=zb-v",
         "pp=2,schedule=interleaved,chunks=3",
@@ -269,20 +269,15 @@ class ScalarTask:
         return {}
 
 
-class Threaded(Decoder):
-    """Says how many threads its forward has."""
+def test_ranks_have_as_many_threads_as_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        (Path(os.environ["SEEN_BY"]) / f"{torch.get_num_threads()} threads").touch()
-        return super().forward(input_ids, labels)
+    def instead(*_: object, **options: object) -> list[Trained]:
+        asked.append(options["num_threads"])
+        return [Trained(folder=tmp_path, first_step=0, losses=())]
 
-
-@pytest.mark.parametrize("table, asked, wanted", [({"threads": 3}, "1", "3 threads"), ({}, "5", "5 threads")])
-def test_a_rank_has_as_many_threads_as_the_run_or_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, object], asked: str, wanted: str
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setenv("SEEN_BY", str(tmp_path))
-    small = {"steps": 1, "global_batch": 2}
-    train({"folder": str(tmp_path / "run"), "layout": "dp=1", "task": TASK, "training": small, **table}, model=Threaded)
-    assert (tmp_path / wanted).exists()
+    monkeypatch.setattr(importlib.import_module("shardwise.train.run"), "run_ranks", instead)
+    told = {"folder": str(tmp_path), "layout": "dp=1", "task": TASK, "training": {"steps": 1, "global_batch": 2}}
+    train(told, model=Decoder)
+    train({**told, "threads": 3}, model=Decoder)
+    assert asked == [None, 3]

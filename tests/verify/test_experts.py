@@ -39,7 +39,16 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-@pytest.mark.parametrize("layout", ["ep=2", "ep=2,dp=2", "ep=2,pp=2", "ep=2,tp=2", "ep=2,tp=2,pp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep=2",
+        "ep=2,dp=2",
+        pytest.param("ep=2,pp=2", marks=pytest.mark.slow),
+        pytest.param("ep=2,tp=2", marks=pytest.mark.slow),
+        "ep=2,tp=2,pp=2",
+    ],
+)
 def test_mixtral_with_divided_experts_is_mixtral(layout: str, starter: RankStarter) -> None:
     comparison = verify(mixtral(), batch(), layout=layout, starter=starter, timeout_s=100)
     assert comparison.equal, str(comparison)

@@ -89,7 +89,14 @@ def test_real_ranks_are_one_device(name: str, layout: str, starter: RankStarter)
 
 
 @pytest.mark.parametrize(
-    "layout", ["tp=4", "tp=2,pp=2", "tp=2,dp=2", "tp=2,dp=2,pp=2", "tp=2,pp=2,sequence_parallel=on"]
+    "layout",
+    [
+        "tp=4",
+        pytest.param("tp=2,pp=2", marks=pytest.mark.slow),
+        pytest.param("tp=2,dp=2", marks=pytest.mark.slow),
+        "tp=2,dp=2,pp=2",
+        "tp=2,pp=2,sequence_parallel=on",
+    ],
 )
 def test_a_llama_divided_in_every_way_is_one_device(layout: str, starter: RankStarter) -> None:
     example = make("llama")

@@ -17,8 +17,8 @@ from shardwise.verify import verify
     [
         "dp=2,shares=3:1",
         "dp=2,pp=2,shares=1:3",
-        "dp=2,pp=2,shares=3:1,schedule=zb-v",
-        "dp=2,tp=2,shares=3:1",
+        pytest.param("dp=2,pp=2,shares=3:1,schedule=zb-v", marks=pytest.mark.slow),
+        pytest.param("dp=2,tp=2,shares=3:1", marks=pytest.mark.slow),
     ],
 )
 def test_replicas_with_shares_are_one_device(starter: RankStarter, layout: str) -> None:

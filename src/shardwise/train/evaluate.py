@@ -20,7 +20,7 @@ from shardwise.execute.modes import evaluating
 from shardwise.tasks import Batch, Game, Played, Score, Scored, Task
 from shardwise.train.build import World
 
-__all__ = ["check_outputs", "evaluate", "held_out_batches"]
+__all__ = ["check_outputs", "evaluate", "held_out_batches", "seeing"]
 
 _BATCHES = 4  # of an evaluation by loss alone, where the run does not say
 
@@ -45,7 +45,7 @@ def evaluate(world: World, emit: Callable[..., None], step: int) -> None:
     rows: Rows = []
     with evaluating(program.model), world.averaged():
         for indices in batches:
-            seen = _seeing(task, task.answers, rows) if isinstance(task, Scored) else None
+            seen = seeing(task, task.answers, rows) if isinstance(task, Scored) else None
             result = program.evaluate(world.held_out(indices), step=step, seen=seen)
             total, weight = total + result.loss * result.weight, weight + result.weight
         played = [_played(world, task, step)] if isinstance(task, Played) else []
@@ -74,7 +74,7 @@ def check_outputs(world: World) -> None:
     )
     if not batches or len(batches[0]) < world.num_replicas:
         return
-    shown = [_seeing(task, ask, []) for ask in asks]
+    shown = [seeing(task, ask, []) for ask in asks]
 
     def seen(micro_batch: MicroBatch, outputs: object) -> None:
         for show in shown:
@@ -98,7 +98,7 @@ def held_out_batches(available: int, *, size: int, num_batches: int | None, part
     return tuple(range(first, last) for first, last in itertools.pairwise(bounds))
 
 
-def _seeing(
+def seeing(
     task: Task, answers: Callable[[object, Batch], Mapping[str, torch.Tensor]], rows: Rows
 ) -> Callable[[MicroBatch, object], None]:
     """Who is shown the outputs of a micro-batch: puts what the task makes of them into `rows`."""
@@ -144,7 +144,7 @@ def _played(world: World, task: Played, step: int) -> Score:
             return told
         assert told is not None
         rows: Rows = []
-        world.program.evaluate(world.shown(told), step=step, seen=_seeing(task, task.replies, rows))
+        world.program.evaluate(world.shown(told), step=step, seen=seeing(task, task.replies, rows))
         gathered = _gathered(world, rows)
         if game is not None:
             replies = {name: torch.stack(list(values)) for name, values in _in_order(gathered)[0].items()}
