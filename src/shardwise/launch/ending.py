@@ -22,7 +22,10 @@ from shardwise.launch.context import RankContext
 __all__ = ["ending_together"]
 
 _KEY = "shardwise failed"
+_ASKED = "shardwise failed: who asked"
 _GRACE_S = 1.5  # how long an error that may be of another's making waits for that one's
+_LOOK_S = 0.05
+_LATEST_S = 4.0  # how long rank 0 stays for others to ask; those that are stuck never do
 _ANSWER = timedelta(seconds=5)
 
 
@@ -44,10 +47,11 @@ def ending_together(
             raise
         if isinstance(error, TransferError | RuntimeError):
             time.sleep(_GRACE_S)
-        if not _is_first(context, store):
-            raise SystemExit(1) from error
+        first = _is_first(context, store)
         if context.rank == 0:
-            time.sleep(_GRACE_S)  # where the store lives in this process, the others still find it
+            _wait_for_others(context, store)  # where the store lives in this process, they still find it
+        if not first:
+            raise SystemExit(1) from error
         error.add_note(f"rank {context.rank} of {context.world_size}; the others end with it")
         raise
 
@@ -57,7 +61,17 @@ def _is_first(context: RankContext, store: Store) -> bool:
     own = str(context.rank)
     try:
         store.set_timeout(_ANSWER)
+        store.add(_ASKED, 1)
         said = store.compare_set(_KEY, "", own)
     except Exception:
         return True
     return bytes(said).decode() == own
+
+
+def _wait_for_others(context: RankContext, store: Store) -> None:
+    """Until every rank has asked who was first, or the latest moment."""
+    with contextlib.suppress(Exception):
+        for _ in range(round(_LATEST_S / _LOOK_S)):
+            if store.add(_ASKED, 0) >= context.world_size:
+                return
+            time.sleep(_LOOK_S)
