@@ -69,3 +69,12 @@ def test_a_change_of_listed_stages_lets_the_rule_cut_them_again() -> None:
     deeper = next(change for change in changes if change.what == "pp 2→4")
     assert deeper.ranked is not None
     assert deeper.gain > 0
+
+
+def test_what_changes_a_layout_with_shares_has_equal_ones() -> None:
+    pricer = Pricer(works(), cluster(), JOB, limits())
+    layout = Layout(dp=2, tp=4, shares=(3, 1))
+    axes = Axes.of(limits(), cluster(), devices=8, global_batch=JOB.global_batch)
+    told = [str(change) for change in changes_of(layout, pricer, axes)]
+    assert any(text.startswith("micro-batch 4→2: ") for text in told)
+    assert not [text for text in told if "shares" in text]

@@ -139,17 +139,18 @@ def _latest(sums: Sequence[float], num_parts: int, limit: float) -> list[int] | 
 
 def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
     """What a stage of these units does and holds; what crosses is that of the last one (and sent to the next stage)."""
+    counted = _counted(units)
 
     def joined(of: Callable[[StageWork], Sequence[Kernel]]) -> tuple[Kernel, ...]:
         return tuple(
             kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
-            for unit, times in _counted(units)
+            for unit, times in counted
             for kernel in of(unit)
         )
 
     exchanges = tuple(
         dataclasses.replace(exchange, count=exchange.count * times)
-        for unit, times in _counted(units)
+        for unit, times in counted
         for exchange in unit.exchanges
     )
     return StageWork(

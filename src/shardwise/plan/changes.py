@@ -199,6 +199,7 @@ def _outer(layout: Layout, replicas: int) -> dict[str, int]:
 def _with(layout: Layout, limits: Limits, global_batch: int, samples: int, **changed: object) -> Layout | str:
     """The layout with other fields, and as many micro-batches as the samples make; the rule it breaks."""
     fields = {**layout.to_dict(), **changed}
+    fields.pop("shares", None)  # of other replicas, or another number of micro-batches
     sizes = {name: int(str(fields.get(name, 1))) for name in (*_AXES, "dp", "fsdp")}
     replicas = sizes["dp"] * sizes["fsdp"] * sizes["ep"]
     count, rest = divmod(global_batch, replicas * samples)
