@@ -19,7 +19,8 @@ from shardwise.describe.flow import Dataflow, NodeKind
 from shardwise.errors import DataflowError, LayoutError, ModelError
 from shardwise.execute.batches import MicroBatch, signature
 from shardwise.execute.dealt import Dealt
-from shardwise.execute.stage import Programme, StageRun, programme
+from shardwise.execute.programme import Programme, programme
+from shardwise.execute.stage import StageRun
 from shardwise.parallel.context.install import DealtContext
 from shardwise.parallel.tensor.divided import Divided
 from shardwise.plan.cut import Cut, StageCut, cut_stages

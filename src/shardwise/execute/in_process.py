@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator
 import torch
 import torch.nn as nn
 
-from shardwise.execute.stage import StageRun, programme
+from shardwise.execute.programme import programme
+from shardwise.execute.stage import StageRun
 from shardwise.parallel.hold import hold
 from shardwise.plan.cut import Cut
 from shardwise.trace.capture import own

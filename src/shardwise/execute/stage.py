@@ -19,82 +19,33 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.describe.flow import NodeKind
 from shardwise.errors import DataflowError
 from shardwise.execute.around import Around
 from shardwise.execute.collectors import feed, pick_up, watched
+from shardwise.execute.crossings import Crossings
 from shardwise.execute.dealt import Dealt
 from shardwise.execute.ledger import Ledger
-from shardwise.execute.programme import Programme, programme
-from shardwise.execute.whole_run import WholeRun
+from shardwise.execute.programme import Programme
+from shardwise.execute.surroundings import Surroundings
 from shardwise.plan.cut import StageCut
-from shardwise.trace.absent import Absent, first_absent
-from shardwise.trace.checkpointing import Contexts, noticed
-from shardwise.trace.functions import as_one_call, as_one_function, loss_of, name_of
+from shardwise.trace.absent import first_absent
+from shardwise.trace.checkpointing import Contexts
+from shardwise.trace.functions import as_one_call, loss_of, name_of
 from shardwise.trace.install import Switch
 from shardwise.trace.keys import key_of
 from shardwise.trace.memos import forget
-from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams
+from shardwise.trace.randomness import RandomMode, Scope, draw, is_random, python_streams, repeated_draws
 from shardwise.trace.record import glue_key
-from shardwise.trace.tape import Made, Record, Tape
+from shardwise.trace.tape import Record, Tape
 
-__all__ = ["Leave", "Programme", "StageRun", "Surroundings", "arrive", "programme"]
+__all__ = ["Leave", "StageRun"]
 
 
 class Leave(BaseException):
     """Raised to leave the forward once a stage has run its last node; passes through `except Exception`."""
-
-
-class _Arrive(torch.autograd.Function):
-    """Identity that is no view and no leaf: glue may write into a received value in place."""
-
-    @staticmethod
-    def forward(ctx: Any, received: torch.Tensor) -> torch.Tensor:
-        alias = torch.empty(0, dtype=received.dtype, device=received.device)
-        alias.set_(received.detach())  # type: ignore[call-overload]
-        return alias
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
-def arrive(leaf: torch.Tensor) -> torch.Tensor:
-    """The tensor that the glue sees for a received leaf."""
-    return _Arrive.apply(leaf) if leaf.requires_grad else leaf  # type: ignore[no-untyped-call]
-
-
-class Surroundings:
-    """What is changed in torch while stages run: autograd functions of the glue are one call, checkpoints are noticed.
-
-    Opened once a step, not once a forward: to change a class costs every lookup in it afterwards.
-    """
-
-    def __init__(self, around: Around | None = None) -> None:
-        self.run: StageRun | WholeRun | None = None  # what is in its forward
-        self._around = around
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[Surroundings]:
-        """Every forward inside the block is given these surroundings."""
-        with as_one_function(self._glue), noticed(self):
-            yield self
-
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[Contexts | None]:
-        """What the running stage says of a checkpointed call; torch's own way where none runs (a repetition)."""
-        if self._around is not None and self._around.keeps:
-            yield None
-        elif self.run is None:
-            yield noop_context_fn
-        else:
-            with self.run.checkpoint() as chosen:
-                yield chosen
-
-    def _glue(self) -> TorchFunctionMode | None:
-        return None if self.run is None or self.run.inside else self.run.mode
 
 
 class StageRun:
@@ -132,12 +83,8 @@ class StageRun:
         self._recomputes = False  # the unit that is called next is checkpointed
         self._random: RandomMode | None = None  # of the unit that runs
         self._ledger = Ledger(tape, cut, checked=checked)
-        self.sent: dict[int, torch.Tensor] = {}
-        self._dealt = dealt or Dealt(tape, None)
-        self.received = {
-            value: self._dealt.arrived(value, arrive(leaf) if table.writes else leaf)
-            for value, leaf in received.items()
-        }
+        self._crossings = Crossings(tape, table, received, ledger=self._ledger, dealt=dealt)
+        self.received, self.sent = self._crossings.received, self._crossings.sent
 
     # -- the forward ----------------------------------------------------------------------------
 
@@ -206,7 +153,7 @@ class StageRun:
             if record.look is not None or self.tape.flow.nodes[index].kind is NodeKind.READ:
                 self._compare_look(record, out)
             if self.table.sends[index] or self.checked:
-                self._made(index, record, out)
+                self._crossings.made(index, record, out)
         self._after(index)
         return out
 
@@ -244,51 +191,15 @@ class StageRun:
     def _answer(self, index: int, record: Record, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         plain = self.table.plain[index]
         if plain is not None:
-            return self._value(plain)
+            return self._crossings.value(plain)
         if record.changes:
             self._ledger.skip_write(index, args, kwargs)
         arguments = tree_flatten((args, kwargs))[0] if self.table.places[index] else ()
-        out = record.answer.build(arguments, self._value)
+        out = record.answer.build(arguments, self._crossings.value)
         for position, value in record.writes:
             if value in self.received:
                 self._ledger.replace(arguments[position], self.received[value])
         return out
-
-    def _value(self, value: int) -> torch.Tensor:
-        tensor = self.received.get(value)
-        if tensor is None:
-            return self.tape.stand_ins[value]
-        if self.checked:
-            self._ledger.note(value, tensor)
-        return tensor
-
-    def _made(self, index: int, record: Record, out: Any) -> None:
-        """Keep what is sent, note identities when checked."""
-        leaves = [out] if isinstance(out, torch.Tensor) else tree_flatten(out)[0]
-        sends = self.table.sends[index]
-        for place, leaf in enumerate(leaves):
-            answer = record.answer.leaves[place] if place < len(record.answer.leaves) else None
-            if not isinstance(answer, Made) or not isinstance(leaf, torch.Tensor):
-                continue
-            if self.checked:
-                self._ledger.note(answer.value, leaf)
-            if answer.value in sends:
-                self._send(answer.value, leaf, record)
-
-    def _send(self, value: int, tensor: torch.Tensor, record: Record) -> None:
-        if isinstance(tensor, Absent):
-            raise DataflowError(
-                f"{tensor.what} must be sent and is absent: an edge is missing in the recorded dataflow"
-            )
-        about = self.tape.flow.values[value]
-        if tuple(tensor.shape) != about.shape or str(tensor.dtype) != f"torch.{about.dtype}":
-            raise DataflowError(
-                f"{self.tape.stand_ins[value].what} was traced as {about.dtype} {about.shape} and is now "
-                f"{tensor.dtype} {tuple(tensor.shape)}: the signature does not determine its shape; name the enclosing "
-                "module as a unit"
-            )
-        tensor = self._dealt.leaving(value, tensor)
-        self.sent[value] = tensor.clone() if record.written_later else tensor
 
     # -- units ----------------------------------------------------------------------------------
 
@@ -303,7 +214,7 @@ class StageRun:
             raise self._mismatch(f"unit {unit} was called")
         given = table.given[index]
         if given is not None:
-            out: Any = self._value(given)
+            out: Any = self._crossings.value(given)
         else:
             glue = torch._C._pop_torch_function_stack()  # the operations inside a unit pass no function mode
             try:
@@ -328,7 +239,7 @@ class StageRun:
         if not self.table.computes[index]:
             out = self._answer(index, record, args, kwargs)
             if record.extras or record.hooked:
-                feed(self.modules, record, unit, self.cut.stage, self._value, args, kwargs)
+                feed(self.modules, record, unit, self.cut.stage, self._crossings.value, args, kwargs)
             return out
         if self._around is not None:
             body = self._around.wrap(unit, body)
@@ -376,9 +287,9 @@ class StageRun:
             if self.checked:
                 self._ledger.note(value, tensor)
             if value in self.table.sends[index]:
-                self._send(value, tensor, record)
+                self._crossings.send(value, tensor, record)
         if self.table.sends[index] or self.checked:
-            self._made(index, record, out)
+            self._crossings.made(index, record, out)
         return out
 
     def _run_random(
@@ -406,36 +317,13 @@ class StageRun:
     def checkpoint(self) -> Iterator[Contexts | None]:
         """Checkpointing around a unit is done inside it; the repetition draws what the forward drew."""
         if self.inside:
-            yield lambda: (contextlib.nullcontext(), _repeated(self._random))
+            yield lambda: (contextlib.nullcontext(), repeated_draws(self._random))
             return
         self._recomputes = torch.is_grad_enabled()
         try:
             yield None
         finally:
             self._recomputes = False
-
-
-def _repeated(mode: RandomMode | None) -> contextlib.AbstractContextManager[Any]:
-    """Draws of the torch, numpy and Python generators from here on, for a part that is run a second time."""
-    if mode is None:
-        return contextlib.nullcontext()
-    again, host = mode.again(), (random.getstate(), np.random.get_state(), torch.default_generator.get_state())
-
-    @contextlib.contextmanager
-    def repeated() -> Iterator[None]:
-        now = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-        random.setstate(host[0])
-        np.random.set_state(host[1])
-        torch.default_generator.set_state(host[2])
-        try:
-            with again:
-                yield
-        finally:
-            random.setstate(now[0])
-            np.random.set_state(now[1])
-            torch.default_generator.set_state(now[2])
-
-    return repeated()
 
 
 class _GlueMode(TorchFunctionMode):

@@ -17,8 +17,9 @@ from shardwise.errors import ModelError
 from shardwise.execute.action_table import Forward
 from shardwise.execute.around import Around
 from shardwise.execute.batches import MicroBatch
-from shardwise.execute.stage import StageRun, Surroundings
+from shardwise.execute.stage import StageRun
 from shardwise.execute.step_state import Work
+from shardwise.execute.surroundings import Surroundings
 from shardwise.execute.whole_run import WholeRun
 from shardwise.parallel.tensor.divided_logits import whole_of
 from shardwise.parallel.tensor.sequence_shard import whole_tokens

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +30,7 @@ from shardwise.trace.random_calls import is_random
 from shardwise.trace.random_ops import KeyedOps
 from shardwise.trace.random_streams import Generators, Scope, Stream, python_streams
 
-__all__ = ["Attends", "Generators", "RandomMode", "Scope", "draw", "is_random", "python_streams"]
+__all__ = ["Attends", "Generators", "RandomMode", "Scope", "draw", "is_random", "python_streams", "repeated_draws"]
 
 _DROPOUT = frozenset({F.dropout, torch.dropout, torch.dropout_})
 # Recurrent layers compute on (tokens, batch, hidden), whatever batch_first says.
@@ -110,6 +112,29 @@ class RandomMode(TorchFunctionMode):
             if made is not NotImplemented:
                 return made
         return draw(func, args, kwargs, scope=self.scope, index=index, generators=self._generators)
+
+
+def repeated_draws(mode: RandomMode | None) -> contextlib.AbstractContextManager[Any]:
+    """Draws of the torch, numpy and Python generators from here on, for a part that is run a second time."""
+    if mode is None:
+        return contextlib.nullcontext()
+    again, host = mode.again(), (random.getstate(), np.random.get_state(), torch.default_generator.get_state())
+
+    @contextlib.contextmanager
+    def repeated() -> Iterator[None]:
+        now = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        random.setstate(host[0])
+        np.random.set_state(host[1])
+        torch.default_generator.set_state(host[2])
+        try:
+            with again:
+                yield
+        finally:
+            random.setstate(now[0])
+            np.random.set_state(now[1])
+            torch.default_generator.set_state(now[2])
+
+    return repeated()
 
 
 @contextlib.contextmanager
