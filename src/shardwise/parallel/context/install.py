@@ -137,6 +137,8 @@ def by_token(body: Forward, how: ByToken, args: Sequence[Any], kwargs: dict[str,
     if first is None or first.tokens.dim != how.given or not all(_fits(value, first.tokens) for value in values):
         return body(*args, **kwargs)
     out = body(*map(_local, args), **{name: _local(value) for name, value in kwargs.items()})
+    if isinstance(out, torch.Tensor):
+        return SequenceShard(out, first.tokens.at(how.made[0]), first.region)
     leaves, spec = tree_flatten(out)
     dims = iter(how.made)
     for place, leaf in enumerate(leaves):

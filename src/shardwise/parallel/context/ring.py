@@ -99,6 +99,7 @@ class _Given:
             kept_weight=ring.kept_weight,
             wants_mask_gradient=mask is not None and mask.requires_grad,
         )
+        self._causal = dataclasses.replace(self._all, causal=True)
         self._heads = q.shape[0] * q.shape[1] if k.shape[1] else 0  # of all samples
         self._keeps_scores = not is_fused(q, k, v, self._all)
 
@@ -117,6 +118,8 @@ class _Given:
 
     def _extras(self, block: Block, source: int) -> Extras:
         ring, shift, keep = self._ring, self._all.shift, self._all.keep
+        if shift is None and keep is None and self.mask is None:
+            return self._causal if block.causal else self._all
         if shift is not None and shift.shape[-2] > 1:
             shift = shift[..., slice(*block.rows), :]
         if keep is not None:
@@ -174,9 +177,9 @@ class _RingAttention(torch.autograd.Function):
                     gradient[..., rows, :], q[..., rows, :], keys[..., columns, :], values[..., columns, :],
                     out[..., rows, :], lse[..., rows], extras,
                 )  # fmt: skip
-                dq[..., rows, :] += parts[0]
-                dk[..., columns, :] += parts[1]
-                dv[..., columns, :] += parts[2]
+                dq[..., rows, :].add_(parts[0])  # not +=, which writes what it has added to a second time
+                dk[..., columns, :].add_(parts[1])
+                dv[..., columns, :].add_(parts[2])
                 if of_mask is not None and parts[3] is not None and given.mask is not None:
                     given.mask.add_gradient(of_mask, parts[3], ring.group.rank, source, block)
             if source == ring.route.own:

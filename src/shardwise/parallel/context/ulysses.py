@@ -224,9 +224,16 @@ def _to_tokens(
     made = []
     for at, (whole, heads) in enumerate(zip(wholes, lent, strict=True)):
         samples, num_heads, num, dim = whole  # heads behind tokens, as projections have them
-        total = tensors[at].new_zeros(samples, num, num_heads, dim).transpose(1, 2)
+        total = tensors[at].new_empty(samples, num, num_heads, dim).transpose(1, 2)
+        alone = sum(stop - start for start, stop in heads) == num_heads  # every head is of one rank
+        if not alone:
+            total.zero_()
         for rank in range(group.size):
-            total[:, slice(*heads[rank])] += arrived[rank][at]
+            own = total[:, slice(*heads[rank])]
+            if alone:
+                own.copy_(arrived[rank][at])
+            else:
+                own.add_(arrived[rank][at])
         made.append(total)
     return made
 

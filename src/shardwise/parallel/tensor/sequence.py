@@ -48,7 +48,7 @@ class Tokens:
 
     def at(self, dim: int, others: int | None = None) -> Tokens:
         """The same tokens in another dim."""
-        return dataclasses.replace(self, dim=dim, others=self.others if others is None else others)
+        return Tokens(dim, self.size, self.others if others is None else others, self.first, self.of)
 
     def bounds(self, rank: int, ranks: int) -> tuple[int, int]:
         """The tokens of a rank, of each run."""

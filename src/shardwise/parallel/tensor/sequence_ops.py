@@ -7,6 +7,7 @@ has its tokens; or NotImplemented, where one token's answer needs another token.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -140,7 +141,7 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands
     others = [arg for arg in args[1:] if isinstance(arg, torch.Tensor)]
     if others:
         return NotImplemented
-    new = tuple(func(torch.empty(shape, device="meta"), *args[1:], **kwargs).shape)
+    new = _reshaped(func, shape, _plain(args[1:]), tuple((name, _plain(value)) for name, value in kwargs.items()))
     behind = math.prod(shape[len(shape) + tokens.dim + 1 :])
     at = next(
         (at for at, size in enumerate(new) if size % tokens.size == 0 and math.prod(new[at + 1 :]) == behind), None
@@ -153,6 +154,21 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands
     own = local.shape[tokens.dim] // tokens.others
     sizes = [made.others * own if place == at else size for place, size in enumerate(new)]
     return local.reshape(sizes), made
+
+
+@functools.lru_cache(maxsize=4096)
+def _reshaped(
+    func: Any, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[int, ...]:
+    """The shape that a tensor of `shape` has behind it; asked of torch once."""
+    return tuple(func(torch.empty(shape, device="meta"), *args, **dict(kwargs)).shape)
+
+
+def _plain(value: Any) -> Any:
+    """Sizes as what can be looked up."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return tuple(_plain(each) for each in value) if isinstance(value, (tuple, list)) else value
 
 
 def _index(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Operands) -> Made:

@@ -11,7 +11,7 @@ places. After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.2). Knows ten
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,10 +161,11 @@ class SequenceShard(Carrier, Attends):
         with torch._C.DisableTorchFunctionSubclass():
             if func in ASKS:
                 return func(*args, **named)
-            nested = any(isinstance(shard.local, DividedLogits) for shard in _shards_in(args, named))
-            known = NotImplemented if nested else _by_tokens(func, args, named)
+            shards = _shards_in(args, named)
+            nested = any(isinstance(shard.local, DividedLogits) for shard in shards)
+            known = NotImplemented if nested else _by_tokens(func, args, named, shards)
         if nested:  # what is here is divided among shards besides, and has rules of its own
-            known = _by_tokens(func, args, named)
+            known = _by_tokens(func, args, named, shards)
         if known is not NotImplemented:
             return known
         return _joined(func, args, named)
@@ -199,9 +200,9 @@ def whole_tokens(leaf: Any) -> Any:
 # -- tokens by themselves -----------------------------------------------------------------------
 
 
-def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The answer of a function that needs no other rank's tokens; NotImplemented where it does."""
-    shards = _shards_in(args, kwargs)
+def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any], shards: Sequence[SequenceShard]) -> Any:
+    """The answer of a function that needs no other rank's tokens; NotImplemented where it does. `shards` are those
+    among the arguments."""
     first = shards[0]
     for shard in shards:
         _refuse_unknown(shard)
@@ -237,10 +238,22 @@ def _by_tokens(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[SequenceShard]:
-    """Without pytree where arguments are plain: it would cost more than the function."""
-    if any(type(leaf) in (tuple, list, dict) for leaf in (*args, *kwargs.values())):
-        return [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, SequenceShard)]
-    return [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, SequenceShard)]
+    """Without pytree, which would cost more than the function."""
+    found: list[SequenceShard] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
+    return found
+
+
+def _collect(leaves: Iterable[Any], found: list[SequenceShard]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, SequenceShard):
+            found.append(leaf)
+        elif isinstance(leaf, (tuple, list)):
+            _collect(leaf, found)
+        elif isinstance(leaf, dict):
+            _collect(leaf.values(), found)
 
 
 class _Operands(Operands):
