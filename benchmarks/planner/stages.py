@@ -55,7 +55,7 @@ def _stage(
     """Without its place and what it sends."""
     arch = shard.arch
     kernels, exchanges = _layer(shard, stack, dtype, recompute)
-    works: list[Kernel] = [dataclasses.replace(kernel, count=kernel.count * layers) for kernel in kernels if layers]
+    works: list[Kernel] = [kernel.times(layers) for kernel in kernels if layers]
     again = _again(works, recompute, stack, shard, layers, dtype)
     moved = [dataclasses.replace(exchange, count=exchange.count * layers) for exchange in exchanges if layers]
     vocab = shard.vocab(stack.padded_vocab) * arch.hidden
@@ -106,4 +106,4 @@ def _again(
         passes = [kernel for kernel in forward if kernel.kind is KernelKind.MEMORY]
         return (*passes, *products[::2])
     core = [kernel for kernel in attention_kernels(shard, stack, dtype) if kernel.phase is Phase.FORWARD]
-    return tuple(dataclasses.replace(kernel, count=kernel.count * layers) for kernel in core if layers)
+    return tuple(kernel.times(layers) for kernel in core if layers)

@@ -65,13 +65,29 @@ class Kernel:
             )
         if self.kind is KernelKind.MEMORY and self.batch_dims == (0,):
             object.__setattr__(self, "batch_dims", ())
-        if any(not 0 <= dim < len(self.shape) for dim in self.batch_dims):
+        if self.batch_dims and not 0 <= min(self.batch_dims) <= max(self.batch_dims) < len(self.shape):
             raise ModelError(f"batch_dims are dims of the shape {self.shape}, but got {self.batch_dims}; see Kernel")
-        counts = (self.flops, self.nbytes, self.count, *self.shape, self.batch_bytes or 0)
-        if any(number < 0 for number in counts) or (self.batch_bytes or 0) > self.nbytes:
+        own = self.batch_bytes or 0
+        if min(self.flops, self.nbytes, self.count, own, *self.shape) < 0 or own > self.nbytes:
             raise ModelError(
                 f"what a kernel costs is 0 or more, and its batch_bytes a part of its nbytes, not {self}; see Kernel"
             )
+
+    def times(self, number: int) -> Kernel:
+        """The same, `number` times as often. What `dataclasses.replace` makes, in a third of its time."""
+        if number == 1:
+            return self
+        return Kernel(
+            kind=self.kind,
+            phase=self.phase,
+            dtype=self.dtype,
+            flops=self.flops,
+            nbytes=self.nbytes,
+            shape=self.shape,
+            batch_dims=self.batch_dims,
+            batch_bytes=self.batch_bytes,
+            count=self.count * number,
+        )
 
     def scaled(self, factor: float) -> Kernel:
         """The same with `factor` times the samples. Flops, and what belongs to the batch of shape and bytes, grow."""

@@ -142,11 +142,7 @@ def merged_work(stage: int, units: Sequence[StageWork]) -> StageWork:
     counted = _counted(units)
 
     def joined(of: Callable[[StageWork], Sequence[Kernel]]) -> tuple[Kernel, ...]:
-        return tuple(
-            kernel if times == 1 else dataclasses.replace(kernel, count=kernel.count * times)
-            for unit, times in counted
-            for kernel in of(unit)
-        )
+        return tuple(kernel.times(times) for unit, times in counted for kernel in of(unit))
 
     exchanges = tuple(
         dataclasses.replace(exchange, count=exchange.count * times)

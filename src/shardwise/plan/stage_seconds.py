@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
 
 from shardwise.describe.cluster import Cluster
 from shardwise.describe.kernels import ExchangeKind, Kernel
@@ -62,11 +61,42 @@ class StageSeconds:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Counts:
+    """How many of each thing the stages have: stage, thing and number of every entry. A sparse matrix in little, since
+    most tables are of a few stages, and making one takes longer than all that is asked of it."""
+
+    stages: npt.NDArray[np.int64]
+    things: npt.NDArray[np.int64]
+    numbers: FloatArray
+    size: int
+
+    @classmethod
+    def of(cls, entries: Sequence[tuple[int, int, float]], size: int) -> _Counts:
+        stages, things, numbers = zip(*entries, strict=True) if entries else ((), (), ())
+        return cls(
+            stages=np.array(stages, dtype=np.int64),
+            things=np.array(things, dtype=np.int64),
+            numbers=np.array(numbers, dtype=np.float64),
+            size=size,
+        )
+
+    def times(self, each: FloatArray) -> FloatArray:
+        """Of every stage: the sum of what each thing is, as often as it is there."""
+        return np.asarray(
+            np.bincount(self.stages, weights=self.numbers * each[self.things], minlength=self.size), dtype=np.float64
+        )
+
+    def all(self) -> FloatArray:
+        """Of every stage: how many."""
+        return np.asarray(np.bincount(self.stages, weights=self.numbers, minlength=self.size), dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageTable:
     """Stages as sums over one table of distinct kernels and one of distinct exchanges."""
 
     kernels: KernelTable
-    parts: dict[str, csr_matrix]  # part -> (stages, kernels): how many of each
+    parts: dict[str, _Counts]  # part -> how many of each kernel the stages have
     exchanges: dict[str, _ExchangeSums]
     hosts: dict[str, FloatArray]  # by phase: kernels and exchanges that are started, and hops that are crowded
     optimizer_bytes: FloatArray
@@ -95,7 +125,7 @@ class StageTable:
                     hosts[f"crowded_{side}"][stage] += exchange.count * hops
         return cls(
             kernels=KernelTable.of(distinct),
-            parts={part: _matrix(rows, (len(placed), len(distinct))) for part, rows in entries.items()},
+            parts={part: _Counts.of(rows, len(placed)) for part, rows in entries.items()},
             exchanges=_exchange_sums(placed),
             hosts=hosts,
             optimizer_bytes=np.array([_optimizer_bytes(one) for one in placed]),
@@ -113,7 +143,7 @@ class _ExchangeSums:
     kinds: npt.NDArray[np.int64]
     nbytes: FloatArray
     sizes: npt.NDArray[np.int64]
-    of_stages: csr_matrix
+    of_stages: _Counts
 
 
 _HOSTS = tuple(f"{what}_{side}" for what in ("kernels", "exchanges", "crowded") for side in SIDES)
@@ -123,11 +153,10 @@ def stage_seconds(table: StageTable, cluster: Cluster) -> StageSeconds:
     """Seconds of every stage of the table on the first device of the cluster."""
     device, overheads = cluster.hosts[0].device, cluster.overheads
     each = kernel_seconds(table.kernels, device)
-    parts = {part: np.asarray(matrix @ each) for part, matrix in table.parts.items()}
+    parts = {part: counts.times(each) for part, counts in table.parts.items()}
     if device.efficiency.asked_s:
         for part in ("forward", "recompute"):
-            asked = np.asarray(table.parts[part].sum(axis=1)).ravel()
-            parts[part] = parts[part] + asked * device.efficiency.asked_s
+            parts[part] = parts[part] + table.parts[part].all() * device.efficiency.asked_s
     sums = {name: _sum_seconds(sums, cluster) for name, sums in table.exchanges.items()}
     zero = np.zeros(table.size)
     hosts = {
@@ -167,7 +196,7 @@ def stage_seconds(table: StageTable, cluster: Cluster) -> StageSeconds:
 
 
 def _sum_seconds(sums: _ExchangeSums, cluster: Cluster) -> FloatArray:
-    return np.asarray(sums.of_stages @ exchange_seconds_of(sums.kinds, sums.nbytes, sums.sizes, cluster))
+    return sums.of_stages.times(exchange_seconds_of(sums.kinds, sums.nbytes, sums.sizes, cluster))
 
 
 def _parts(work: StageWork) -> list[tuple[str, Kernel]]:
@@ -186,11 +215,6 @@ def _place(index: dict[_Alike, int], distinct: list[Kernel], kernel: Kernel) -> 
         index[alike] = len(distinct)
         distinct.append(kernel)
     return index[alike]
-
-
-def _matrix(entries: Sequence[tuple[int, int, float]], shape: tuple[int, int]) -> csr_matrix:
-    rows, columns, counts = zip(*entries, strict=True) if entries else ((), (), ())
-    return csr_matrix((np.array(counts, dtype=np.float64), (rows, columns)), shape=shape)
 
 
 def _exchange_sums(placed: Sequence[PlacedStage]) -> dict[str, _ExchangeSums]:
@@ -212,7 +236,7 @@ def _sums(rows: list[tuple[int, Entry]], size: int) -> _ExchangeSums:
         kinds=np.array([KINDS[kind] for kind, _, _ in index], dtype=np.int64),
         nbytes=np.array([nbytes for _, nbytes, _ in index], dtype=np.float64),
         sizes=np.array([(*span.sizes, *(1,) * (levels - len(span.sizes))) for _, _, span in index], dtype=np.int64),
-        of_stages=_matrix(entries, (size, len(index))),
+        of_stages=_Counts.of(entries, size),
     )
 
 
