@@ -10,9 +10,11 @@ of its own, forked from one process that has imported everything, as those of a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ import torch
 
 from benchmarks.planner.local_layouts import Planned
 from benchmarks.planner.local_models import SETTINGS
-from benchmarks.planner.local_rank import Measured, Task, measured
+from benchmarks.planner.local_rank import Task, Timed, ended, laid_out, timed
 from benchmarks.planner.local_score import Outcome, figures_of
 from benchmarks.planner.local_store import Entry, Store
 from shardwise.describe.catalogue import load_cluster
@@ -45,15 +47,19 @@ _PRELOAD = ("benchmarks.planner.local_rank",)  # with transformers, and the mode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--rounds 2] [--budget-s S] ...`."""
+    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--visits 8] [--budget-s S] ...`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner --local", description=__doc__)
     parser.add_argument("--local", action="store_true", help="what this is")
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
     parser.add_argument("--models", default=",".join(SETTINGS), help="some of them")
     parser.add_argument("--match", default="", help="only layouts whose text this regular expression finds")
     parser.add_argument("--only", choices=("memory", "time", "score"), help="measure one of them, or nothing more")
-    parser.add_argument("--rounds", type=int, default=2, help="times that every layout is timed, in turns")
-    parser.add_argument("--timed-s", type=float, default=2.0, help="seconds for which steps of a layout are timed")
+    parser.add_argument("--rounds", type=int, default=1, help="times that ranks of every layout are started and timed")
+    parser.add_argument("--visits", type=int, default=8, help="how often each of them is timed while they are alive")
+    parser.add_argument(
+        "--beside", type=int, default=8, help="layouts that are alive beside each other, timed in turns"
+    )
+    parser.add_argument("--timed-s", type=float, default=0.8, help="seconds of a visit")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop measuring behind so many seconds")
     parser.add_argument("--cluster", help="a file of `shardwise probe`; without it the machine is probed")
     parser.add_argument("--probe", action="store_true", help="probe again where there is a file already")
@@ -99,52 +105,90 @@ def _probed(path: Path, ranks: Sequence[int], *, again: bool) -> Path:
 
 # -- measuring ----------------------------------------------------------------------------------------
 
+_Asked = tuple[Entry, Planned, Layout]
+
 
 def _measure(store: Store, planned: dict[tuple[str, int], Planned], given: argparse.Namespace) -> None:
-    """What is missing, in turns: every layout once before any of them is timed again, so that what the machine does for
-    a minute is in one run of several layouts and not in all of one."""
+    """What is missing. Memory of each layout by itself; seconds of several that stay alive beside each other and are
+    visited in turns, so that what the machine does for a minute is in a visit or two of all of them."""
     end = time.monotonic() + given.budget_s
-    rounds = 1 if given.only == "memory" else given.rounds
+    asked: list[_Asked] = [
+        (store.of(name, count, str(layout)), one, layout)
+        for (name, count), one in planned.items()
+        for layout in one.layouts
+        if re.search(given.match, str(layout))
+    ]
     with RankStarter(preload=_PRELOAD) as starter:
-        for turn in range(rounds):
-            for (name, count), one in planned.items():
-                for layout in one.layouts:
-                    if not re.search(given.match, str(layout)):
-                        continue
-                    entry = store.of(name, count, str(layout))
-                    enough = entry.peak_bytes if given.only == "memory" else len(entry.runs) > turn
-                    if enough or entry.failed or time.monotonic() > end:
-                        continue
-                    timed_s = 0.0 if given.only == "memory" else given.timed_s
-                    _measure_one(entry, one, layout, timed_s, starter)
-                    store.about = _about()
-                    store.write()
+        for each in asked if given.only != "time" else ():
+            if not each[0].peak_bytes and not each[0].failed and time.monotonic() < end:
+                _hold(each, starter)
+                store.keep(_about())
+        for turn in range(given.rounds if given.only != "memory" else 0):
+            for count in dict.fromkeys(count for _, count in planned):
+                left = [
+                    (entry, one, layout)
+                    for entry, one, layout in asked
+                    if entry.ranks == count and not entry.failed and len(entry.runs) <= turn * given.visits
+                ]
+                random.Random(turn).shuffle(left)  # neighbours are alike: they are not to share a minute
+                for first in range(0, len(left), given.beside):
+                    if time.monotonic() < end:
+                        _visit(left[first : first + given.beside], given, starter)
+                        store.keep(_about())
 
 
-def _measure_one(entry: Entry, planned: Planned, layout: Layout, timed_s: float, starter: RankStarter) -> None:
+def _hold(each: _Asked, starter: RankStarter) -> None:
+    entry, planned, layout = each
+    with contextlib.ExitStack() as stack:
+        pool = _laid_out(entry, planned, layout, stack, starter)
+        if pool is not None:
+            _tell(f"{entry.model} {layout}: {max(entry.peak_bytes) / 2**20:.0f} MiB")
+
+
+def _visit(some: Sequence[_Asked], given: argparse.Namespace, starter: RankStarter) -> None:
     begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        pools = [(entry, _laid_out(entry, one, layout, stack, starter)) for entry, one, layout in some]
+        for _ in range(given.visits):
+            for entry, pool in pools:
+                if pool is None:
+                    continue
+                try:
+                    entry.runs.append(_run_of(pool.run(timed, given.timed_s, timeout_s=_DEADLINE_S)))
+                except LaunchError as error:  # too slow here: another time
+                    _tell(f"{entry.model} {entry.layout}: {error}")
+    for entry, pool in pools:
+        if pool is not None and entry.runs:
+            visits = " ".join(f"{run['step_s'] * 1e3:.0f}" for run in entry.runs[-given.visits :])
+            _tell(f"{entry.model} {entry.layout}: {visits} ms")
+    _tell(f"{len(some)} layouts in {time.monotonic() - begun:.0f} s")
+
+
+def _laid_out(
+    entry: Entry, planned: Planned, layout: Layout, stack: contextlib.ExitStack, starter: RankStarter
+) -> RankPool | None:
+    """Ranks that wait to be timed; None where there is an error, which is kept unless it was one of time. Their memory
+    counts where it was not known: with others alive, pages that all share are divided among more."""
+    pool = stack.enter_context(RankPool(entry.ranks, num_threads=1, starter=starter))
     try:
-        task = Task(model=entry.model, layout=layout, plans=planned.plans(layout), timed_s=timed_s)
-        with RankPool(entry.ranks, num_threads=1, starter=starter) as pool:
-            ranks = pool.run(measured, task, timeout_s=_DEADLINE_S)
+        ranks = pool.run(laid_out, Task(model=entry.model, layout=layout, plans=planned.plans(layout)), timeout_s=120.0)
     except LaunchError as error:  # too slow here: another time
         _tell(f"{entry.model} {layout}: {error}")
-        return
+        return None
     except (ShardwiseError, RuntimeError) as error:
         entry.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"
         _tell(f"{entry.model} {layout}: {entry.failed}")
-        return
-    entry.peak_bytes = [each.peak_bytes for each in ranks]
-    entry.before_bytes = [each.before_bytes for each in ranks]
-    entry.loss = ranks[0].loss
-    if timed_s:
-        entry.runs.append(_run_of(ranks))
-    step = f"{entry.runs[-1]['step_s'] * 1e3:.1f} ms, " if entry.runs else ""
-    _tell(f"{entry.model} {layout}: {step}{max(entry.peak_bytes) / 2**20:.0f} MiB, in {time.monotonic() - begun:.1f} s")
+        return None
+    stack.callback(pool.run, ended)
+    if not entry.peak_bytes:
+        entry.peak_bytes = [each.peak_bytes for each in ranks]
+        entry.before_bytes = [each.before_bytes for each in ranks]
+        entry.loss = ranks[0].loss
+    return pool
 
 
-def _run_of(ranks: Sequence[Measured]) -> dict[str, float]:
-    """Of the slowest rank in every step; ranks meet in each."""
+def _run_of(ranks: Sequence[Timed]) -> dict[str, float]:
+    """One visit: of the slowest rank in every step; ranks meet in each."""
     steps = [max(column) for column in zip(*(each.steps for each in ranks), strict=True)]
     low, middle, high = statistics.quantiles(steps, n=4)
     return {

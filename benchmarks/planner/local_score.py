@@ -32,8 +32,12 @@ class Outcome:
 
     @property
     def noise(self) -> float:
-        """By what share two measurements of this layout differ: of runs, or of the steps of one."""
-        between = (max(self.runs_s) - min(self.runs_s)) / 2 / self.measured_s if len(self.runs_s) > 1 else 0.0
+        """By what share two measurements of this layout differ: of one or two runs by their steps or by each other; of
+        more the standard error of their median, from half of their middle half (1.25 and 1.48: of normal numbers)."""
+        if len(self.runs_s) > 2:
+            low, _, high = statistics.quantiles(self.runs_s, n=4)
+            return 1.25 * 1.48 * (high - low) / 2 / len(self.runs_s) ** 0.5 / self.measured_s
+        between = (max(self.runs_s) - min(self.runs_s)) / 2 / self.measured_s
         return max(between, self.spread)
 
     @property

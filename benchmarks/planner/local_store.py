@@ -16,8 +16,8 @@ __all__ = ["Entry", "Store"]
 
 @dataclasses.dataclass(kw_only=True)
 class Entry:
-    """One layout of a model. peak_bytes, before_bytes: by rank, the last measured. runs: every time it was timed, the
-    median step of the slowest rank, half of the middle half of its steps, and its parts."""
+    """One layout of a model. peak_bytes, before_bytes: by rank, the last measured. runs: every visit, the median
+    step of the slowest rank, half of the middle half of its steps, and its parts."""
 
     model: str
     ranks: int
@@ -55,8 +55,9 @@ class Store:
         """That of a layout; new where there is none."""
         return self._entries.setdefault((model, ranks, layout), Entry(model=model, ranks=ranks, layout=layout))
 
-    def write(self) -> None:
-        """All entries that something was measured of."""
+    def keep(self, about: dict[str, str]) -> None:
+        """All entries that something was measured of; `about` the last of it."""
+        self.about = about
         entries = [dataclasses.asdict(e) for e in self._entries.values() if e.peak_bytes or e.failed]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(entry) for entry in entries)

@@ -45,6 +45,12 @@ def test_the_chosen_layout_is_held_against_the_best_measured() -> None:
     assert found.noise == pytest.approx(0.1 / 1.2)
 
 
+def test_of_many_visits_the_noise_is_what_their_median_is_uncertain_by() -> None:
+    visits = [1.0 + 0.01 * step for step in range(-50, 51)] * 4
+    assert outcome("a", 1.0, *visits).noise == pytest.approx(1.25 * 1.48 * 0.255 / 404**0.5, rel=0.02)
+    assert outcome("a", 1.0, *[1.0] * 9, 3.0).noise == 0  # one visit while the machine did something else
+
+
 def test_order_is_that_of_all_layouts_of_a_model() -> None:
     found = figures_of([outcome("a", 1.0, 3.0), outcome("b", 2.0, 4.0), outcome("c", 3.0, 5.0)], 2)
     assert found.spearman == {"some": pytest.approx(1.0)}
@@ -52,12 +58,11 @@ def test_order_is_that_of_all_layouts_of_a_model() -> None:
 
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "local.json")
-    store.about = {"machine": "this"}
     entry = store.of("some", 2, "dp=2")
     entry.peak_bytes = [1, 2]
     entry.runs.append({"step_s": 0.5, "spread": 0.01})
     store.of("some", 2, "never measured")
-    store.write()
+    store.keep({"machine": "this"})
     again = Store(tmp_path / "local.json")
     assert again.about == {"machine": "this"}
     assert again.of("some", 2, "dp=2").runs_s == (0.5,)

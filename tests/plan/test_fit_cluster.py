@@ -110,6 +110,7 @@ def measured(device: Device, link: Link, *, name: str = "a core", ranks: int = 2
             framework_bytes=200 << 20,
         ),
         hidden=(0.2, 0.3, 0.25),
+        interrupted_s=(3e-4, 0.0, 2e-4),
     )
 
 
@@ -153,7 +154,7 @@ def test_coefficients_are_physical_and_lie_between_those_of_the_rounds() -> None
 def test_a_quiet_machine_gives_the_same_in_every_round() -> None:
     fitted = fit_cluster(measured(CORE, LINK, noise=0.0))
     for each in fitted.coefficients:
-        if each.name not in ("step_s", "overlap"):
+        if each.name not in ("step_s", "overlap", "interrupted_s"):
             assert each.most == each.least == each.value
 
 

@@ -125,6 +125,22 @@ def test_recomputation_and_exchanges_are_lines_of_their_own() -> None:
     assert found.step_s == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_every_exchange_inside_a_unit_interrupts_what_computes(hidden: bool) -> None:
+    """Five of them, in each of two micro-batches; those of a ring, too, where nothing hides."""
+    sums = tuple(
+        Exchange(kind=ExchangeKind.ALL_REDUCE, axis="tp", phase=phase, nbytes=0, count=count, hidden=hidden)
+        for phase, count in ((Phase.FORWARD, 3), (Phase.INPUT, 2))
+    )
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(interrupted_s=0.1, overlap=0.0))
+    found = priced(Layout(tp=2), 2, cluster=slow, exchanges=sums)
+    assert found.step_s == pytest.approx(2 * (3.0 + 0.5))
+    assert found.time[0].tp == pytest.approx(0.0 if hidden else 1.0)
+    assert found.time[0].total == pytest.approx(found.step_s)
+    alone = priced(Layout(dp=2), 2, cluster=slow)
+    assert alone.step_s == pytest.approx(2 * 3.0)  # sums of gradients are behind what computes
+
+
 def test_a_host_that_is_slower_than_its_device_sets_the_pace() -> None:
     slow = dataclasses.replace(CLUSTER, overheads=Overheads(kernel_s=10.0))
     found = priced(Layout(), 1, cluster=slow)

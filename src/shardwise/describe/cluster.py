@@ -182,6 +182,8 @@ class Overheads:
 
     action_s: the program's own time for one action of a schedule; step_s: for one step (data, logging, the optimizer's
     start); kernel_s, exchange_s: for starting one kernel, one collective: a device that is faster waits for it.
+    interrupted_s: what a rank loses with every exchange inside a unit besides the exchange (ranks wait for the slowest
+    each time, for a processor where they share it, and find their data gone from its caches).
     crowded_s: what every hop of a collective inside a unit takes longer where pipelines cross hosts too (their messages
     share the processors that move both). framework_bytes: held by the runtime on every device before a model is there;
     `slack`: the share of the allocator's bytes that fragments take. overlap: of communication that may run beside
@@ -194,6 +196,7 @@ class Overheads:
     step_s: float = 0.0
     kernel_s: float = 0.0
     exchange_s: float = 0.0
+    interrupted_s: float = 0.0
     crowded_s: float = 0.0
     framework_bytes: int = 0
     slack: float = 0.0
@@ -248,7 +251,13 @@ class Cluster:
             efficiency=reached,
         )
         link = Link(name="shared memory", bytes_per_s=6e9 * share, latency_s=30e-6 / share, meeting_s=150e-6 / share)
-        overheads = Overheads(action_s=150e-6 / share, step_s=2e-3 / share, framework_bytes=200 << 20, overlap=0.0)
+        overheads = Overheads(
+            action_s=150e-6 / share,
+            step_s=2e-3 / share,
+            interrupted_s=2e-4 / share,
+            framework_bytes=200 << 20,
+            overlap=0.0,
+        )
         return cls(
             hosts=(Hosts(device=device, devices=ranks, processors=min(cores, ranks)),),
             links=(link,),

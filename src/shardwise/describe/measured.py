@@ -122,6 +122,7 @@ class MachineTimes:
     blocks: tuple[BlockTime, ...] = ()
     peaks: tuple[PeakBytes, ...] = ()
     hidden: tuple[float, ...] = ()  # of a sum of gradients beside products, the share that does not show
+    interrupted_s: tuple[float, ...] = ()  # that products lose with every exchange between them
 
 
 def spread_of(values: Sequence[float]) -> float:

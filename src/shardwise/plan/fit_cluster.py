@@ -162,6 +162,8 @@ def _coefficients(times: MachineTimes, promised: Device, on_gpu: bool, number: i
         found |= of_link(exchanges, [of(time.seconds) for time in exchanges], _link(times))
     if times.hidden:
         found["overlap"] = of(times.hidden)
+    if times.interrupted_s:
+        found["interrupted_s"] = of(times.interrupted_s)
     found["action_s"] = max(0.0, of(times.program.action_s))  # differences of noisy numbers
     found["step_s"] = max(0.0, of(times.program.step_s))
     return {name: _rounded(value) for name, value in found.items()}

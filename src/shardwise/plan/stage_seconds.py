@@ -28,6 +28,7 @@ __all__ = ["PlacedStage", "StageSeconds", "StageTable", "offloaded_bytes", "stag
 
 PARTS = ("forward", "input", "weight", "recompute", "accumulation")  # of a micro-batch, by what computes
 AXES = ("tp", "cp", "ep")
+_INSIDE = (*AXES, "hidden", "again", "unshard")  # exchanges between the kernels of a micro-batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,10 @@ def stage_seconds(table: StageTable, cluster: Cluster) -> StageSeconds:
         for part in ("forward", "recompute"):
             parts[part] = parts[part] + table.parts[part].all() * device.efficiency.asked_s
     sums = {name: _sum_seconds(sums, cluster) for name, sums in table.exchanges.items()}
+    if overheads.interrupted_s:
+        for name in sums:
+            if name.startswith(_INSIDE):
+                sums[name] = sums[name] + table.exchanges[name].of_stages.all() * overheads.interrupted_s
     zero = np.zeros(table.size)
     hosts = {
         side: table.hosts[f"kernels_{side}"] * overheads.kernel_s

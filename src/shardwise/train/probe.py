@@ -102,6 +102,7 @@ def _with(
         blocks=_block_times(how, rounds),
         exchanges=_exchange_times(rounds),
         hidden=tuple(ranks[0].hidden for ranks in rounds) if count > 1 else (),
+        interrupted_s=tuple(ranks[0].interrupted_s for ranks in rounds) if count > 1 and device == "cpu" else (),
         program=_program_time([made for made, _ in programs], [held for _, held in programs], start_s),
     )
 

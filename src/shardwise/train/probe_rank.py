@@ -11,7 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all, hidden_share
+from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all, hidden_share, interruption_s
 from shardwise.execute.probe_model import ModelRun, model_run
 from shardwise.execute.probe_program import Programmed, held_bytes, program_seconds
 from shardwise.launch import RankContext, init_process_group
@@ -21,6 +21,7 @@ from shardwise.trace.probe_kernels import seconds_of_all
 __all__ = ["Round", "Thoroughness", "measured", "modelled", "programmed"]
 
 _PROGRAM_ROUNDS = 5
+_BETWEEN = 10.0  # times an exchange's window, for products between exchanges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,7 @@ class Round:
     blocks: tuple[float, ...]  # forward and backward of each
     exchanges: tuple[Exchanged, ...]
     hidden: float
+    interrupted_s: float
 
 
 def _device_of(context: RankContext, kind: str) -> torch.device:
@@ -84,13 +86,21 @@ def measured(context: RankContext, kind: str, how: Thoroughness, first: bool) ->
             shape, device, window_s=4 * how.kernel_s * shared, begin=dist.barrier if context.world_size > 1 else None
         )
     exchanged: list[Exchanged] = []
-    hidden = 0.0
+    hidden = interrupted_s = 0.0
     if context.world_size > 1:
         exchanged = exchange_seconds_of_all(
             how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=first and not how.quick
         )
         hidden = hidden_share(max(how.sizes), window_s=4 * how.exchange_s * shared, device=device)
-    return Round(kernels=tuple(kernels), blocks=tuple(blocks), exchanges=tuple(exchanged), hidden=hidden)
+        if kind == "cpu":
+            interrupted_s = interruption_s(window_s=_BETWEEN * how.exchange_s * shared)
+    return Round(
+        kernels=tuple(kernels),
+        blocks=tuple(blocks),
+        exchanges=tuple(exchanged),
+        hidden=hidden,
+        interrupted_s=interrupted_s,
+    )
 
 
 def modelled(context: RankContext, tokens: int) -> ModelRun:
