@@ -170,6 +170,19 @@ def test_shards_have_a_share_of_products_and_parameters_and_send_their_tokens() 
         assert first.logits_bytes == 0
 
 
+def test_an_exchange_right_behind_another_finds_ranks_together() -> None:
+    """Sums are scattered behind products, and gathered behind what works on tokens alone."""
+    counts: dict[tuple[ExchangeKind, bool], int] = {}
+    shard = traced("llama").shard(Layout.parse("tp=2,sequence_parallel=on"), SAMPLES)
+    for exchange in (each for call in shard.calls for each in call.exchanges):
+        key = exchange.kind, exchange.interrupts
+        counts[key] = counts.get(key, 0) + exchange.count
+    assert counts[ExchangeKind.REDUCE_SCATTER, True] >= 4
+    assert counts[ExchangeKind.ALL_GATHER, False] >= 4
+    assert (ExchangeKind.REDUCE_SCATTER, False) not in counts
+    assert (ExchangeKind.ALL_GATHER, True) not in counts
+
+
 class Alive(TorchDispatchMode):
     """When storages come and go, in a run with values."""
 

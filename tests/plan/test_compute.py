@@ -56,6 +56,16 @@ def test_rows_that_are_no_multiple_of_16_bytes_keep_matrix_units_idle() -> None:
     assert seconds(product(2048, 2048, 108, batch=64)) > 5 * seconds(product(2048, 2048, 112, batch=64))
 
 
+def test_a_core_packs_the_second_operand_before_it_computes() -> None:
+    """That of a linear is its weight, 4 MB here, however many tokens there are."""
+    reached = Efficiency(matmul=1.0, memory=1.0, launch_s=0.0, pack_bytes_per_s=4e9)
+    core = Device(name="core", memory_bytes=1, flops_per_s={"float32": 1e11}, bytes_per_s=1e12, efficiency=reached)
+    for tokens in (16, 512):
+        kernel = dataclasses.replace(product(tokens, 1000, 1000), dtype="float32")
+        found = float(kernel_seconds(KernelTable.of([kernel]), core)[0])
+        assert found == pytest.approx(kernel.flops / 1e11 + 4e6 / 4e9)
+
+
 def test_a_product_of_few_flops_takes_its_bytes() -> None:
     thin = product(8, 8192, 8192)
     assert seconds(thin) == pytest.approx(thin.nbytes / 1e12, rel=0.2)

@@ -137,6 +137,10 @@ def test_every_exchange_inside_a_unit_interrupts_what_computes(hidden: bool) -> 
     assert found.step_s == pytest.approx(2 * (3.0 + 0.5))
     assert found.time[0].tp == pytest.approx(0.0 if hidden else 1.0)
     assert found.time[0].total == pytest.approx(found.step_s)
+    four = priced(Layout(tp=4), 2, cluster=slow, exchanges=sums)
+    assert four.step_s == pytest.approx(2 * (3.0 + 1.5))  # for each of three others
+    at_once = tuple(dataclasses.replace(each, interrupts=False) for each in sums)
+    assert priced(Layout(tp=2), 2, cluster=slow, exchanges=at_once).step_s == pytest.approx(2 * 3.0)
     alone = priced(Layout(dp=2), 2, cluster=slow)
     assert alone.step_s == pytest.approx(2 * 3.0)  # sums of gradients are behind what computes
 

@@ -100,15 +100,16 @@ def hidden_share(nbytes: int, *, window_s: float, device: torch.device | str = "
 
 
 def interruption_s(*, window_s: float) -> float:
-    """What ranks lose with every exchange between products of some milliseconds, besides what it takes by itself.
+    """What a rank loses for every other of an exchange between products of some milliseconds, besides what it takes.
 
-    They wait for the slowest each time, and for a processor where they share it, and find less in its caches. Seconds;
-    the mean of groups of every number of ranks that divides all, not below 0. Collective, on CPUs; the same on every
-    rank, about `window_s` for each of a dozen measurements.
+    Ranks wait for each other, and for a processor where they share it, and find less in its caches.
+
+    Seconds; the mean of groups of every number of ranks that divides all, not below 0. Collective, on CPUs; the same on
+    every rank, about `window_s` for each of a dozen measurements.
     """
     world = dist.get_world_size()
     sizes = [size for size in range(2, world + 1) if world % size == 0]
-    return max(0.0, statistics.fmean(_interruption_s(size, window_s) for size in sizes))
+    return max(0.0, statistics.fmean(_interruption_s(size, window_s) / (size - 1) for size in sizes))
 
 
 def _interruption_s(group: int, window_s: float) -> float:

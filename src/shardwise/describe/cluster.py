@@ -41,6 +41,8 @@ class Efficiency:
     launch_s: of one kernel, below which none ends.
     matmul_half_flops: a product of so many flops reaches half of `matmul` (small ones fill a device badly); 0: all do.
     memory_half_bytes: likewise of bytes moved.
+    pack_bytes_per_s: at which a product on a core copies its second operand (that of a linear is its weight) into the
+        order that it computes in, before it computes (Goto and van de Geijn 2008); 0: it does not, or beside computing.
     update: of the memory's rate, the share that an optimizer's pass reaches; 0: `memory`.
     asked_s: of every kernel of a forward besides, in which the program asks for it, where that delays the device (a
         CPU, which runs both); a backward's are asked for by the library.
@@ -52,6 +54,7 @@ class Efficiency:
     launch_s: float = 5e-6
     matmul_half_flops: float = 0.0
     memory_half_bytes: float = 0.0
+    pack_bytes_per_s: float = 0.0
     update: float = 0.0
     asked_s: float = 0.0
 
@@ -59,7 +62,7 @@ class Efficiency:
         for name in ("matmul", "attention", "memory"):
             _share(name, getattr(self, name))
         _share("update", self.update, zero=True)
-        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes", "asked_s"):
+        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes", "pack_bytes_per_s", "asked_s"):
             _at_least(name, getattr(self, name), 0.0)
 
 
@@ -182,8 +185,9 @@ class Overheads:
 
     action_s: the program's own time for one action of a schedule; step_s: for one step (data, logging, the optimizer's
     start); kernel_s, exchange_s: for starting one kernel, one collective: a device that is faster waits for it.
-    interrupted_s: what a rank loses with every exchange inside a unit besides the exchange (ranks wait for the slowest
-    each time, for a processor where they share it, and find their data gone from its caches).
+    interrupted_s: what a rank loses for every other rank of an exchange inside a unit, besides the exchange (ranks that
+    have computed since the last one wait for each other, and for a processor where they share it, and find their data
+    gone from its caches).
     crowded_s: what every hop of a collective inside a unit takes longer where pipelines cross hosts too (their messages
     share the processors that move both). framework_bytes: held by the runtime on every device before a model is there;
     `slack`: the share of the allocator's bytes that fragments take. overlap: of communication that may run beside
@@ -242,6 +246,7 @@ class Cluster:
             reached,
             matmul_half_flops=delay_s * flops_per_s * reached.matmul,
             memory_half_bytes=delay_s * bytes_per_s * reached.memory,
+            pack_bytes_per_s=14e9 * share,
         )
         device = Device(
             name="CPU core",

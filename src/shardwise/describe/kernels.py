@@ -117,7 +117,8 @@ class Exchange:
     """One kind of exchange inside a unit, `count` times, over an axis of the layout: "tp", "cp" or "ep".
 
     hidden: whether what computes meanwhile does not wait for it (the next turn of a ring). again: whether it belongs to
-    a forward that is computed again before the backward.
+    a forward that is computed again before the backward. interrupts: whether products have run since the exchange
+    before it; ranks that have met just now need not wait for each other.
     """
 
     kind: ExchangeKind
@@ -127,6 +128,7 @@ class Exchange:
     count: int = 1
     hidden: bool = False
     again: bool = False
+    interrupts: bool = True
 
     def __post_init__(self) -> None:
         if self.axis not in ("tp", "cp", "ep"):

@@ -28,6 +28,7 @@ from shardwise.parallel.repeated import Template, answer, remembered, signature_
 from shardwise.trace.alive import LiveCounter
 from shardwise.trace.below import tensors_of
 from shardwise.trace.capture import Faked
+from shardwise.trace.count import is_product
 from shardwise.trace.for_real import Twins
 from shardwise.trace.randomness import Scope, draw, is_random
 from shardwise.trace.running import DataDependent
@@ -38,7 +39,7 @@ __all__ = ["GLUE", "RankRun", "segment"]
 GLUE = Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0)  # of a recording that is given no other
 
 _DEVICE = torch.ops.prim.device.default
-_Noted = tuple[ExchangeKind, str, Phase, int, bool]
+_Noted = tuple[ExchangeKind, str, Phase, int, bool, bool]
 
 
 def segment(num_calls: int) -> int:
@@ -73,6 +74,7 @@ class RankRun:
         self._done = 0
         self._place = segment(0)
         self._inside = False
+        self._apart = True  # products have run since the last exchange
 
     # -- what was found -------------------------------------------------------------------------
 
@@ -86,8 +88,12 @@ class RankRun:
     def exchanges(self, place: int) -> tuple[Exchange, ...]:
         """Equal ones once."""
         return tuple(
-            Exchange(kind=kind, axis=axis, phase=phase, nbytes=nbytes, hidden=hidden, count=count)
-            for (kind, axis, phase, nbytes, hidden), count in self._exchanges.get(self.source(place), {}).items()
+            Exchange(
+                kind=kind, axis=axis, phase=phase, nbytes=nbytes, hidden=hidden, count=count, interrupts=interrupts
+            )
+            for (kind, axis, phase, nbytes, hidden, interrupts), count in self._exchanges.get(
+                self.source(place), {}
+            ).items()
         )
 
     def transient_bytes(self, place: int) -> tuple[int, int]:
@@ -135,6 +141,7 @@ class RankRun:
 
     def observe(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """An operation has run."""
+        self._apart = self._apart or is_product(func)
         if self._phase == "forward":
             self.counter.forward(self._place, func, args, kwargs, out)
             self.counter.note(self._place, backward=False)
@@ -152,8 +159,9 @@ class RankRun:
         if self._phase == "over" or not nbytes:
             return
         counts = self._exchanges.setdefault(place, {})
-        noted = kind, axis, phase, nbytes, hidden
+        noted = kind, axis, phase, nbytes, hidden, self._apart
         counts[noted] = counts.get(noted, 0) + 1
+        self._apart = False
 
     def call(
         self, unit: str, module: nn.Module, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]

@@ -108,6 +108,8 @@ def _product_seconds(
         best = np.minimum(best, waves * flops / (rate * share) + summed)
     if device.processors == 1:  # nothing is known of how it divides a product
         best = 2.0 * batch * m * n * k / rate
+        if device.efficiency.pack_bytes_per_s:
+            best = best + batch * k * n * size / device.efficiency.pack_bytes_per_s
     return best + device.efficiency.matmul_half_flops / rate
 
 

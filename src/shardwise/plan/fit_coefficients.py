@@ -39,10 +39,13 @@ def of_kernels(times: Sequence[KernelTime], measured: Sequence[float], promised:
         "matmul_half_flops": least * promised.rate("float32"),
         "memory_half_bytes": least * promised.bytes_per_s,
     }
+    if promised.processors == 1:
+        start["pack_bytes_per_s"] = promised.bytes_per_s
     ranges = {
         "matmul": (_LEAST_SHARE, 1.0),
         "attention": (_LEAST_SHARE, 1.0),
         "memory": (_LEAST_SHARE, 1.0),
+        "pack_bytes_per_s": (promised.bytes_per_s / 10, promised.bytes_per_s * 1e3),
         "launch_s": (least / 100, least * 1.5),
         "matmul_half_flops": (1.0, 1e4 * start["matmul_half_flops"]),
         "memory_half_bytes": (1.0, 1e4 * start["memory_half_bytes"]),

@@ -15,7 +15,7 @@ from shardwise.plan.job import Job
 from shardwise.plan.placing import Span, Spans
 from shardwise.plan.stage_work import StageWork
 
-__all__ = ["SIDES", "Entry", "PlacedStage", "exchanges_of", "phase_of", "side_of"]
+__all__ = ["SIDES", "Entry", "PlacedStage", "exchanges_of", "names_of", "phase_of", "side_of", "waits_of"]
 
 SIDES = ("forward", "again", "backward")  # of a micro-batch: phases, in each of which the host runs ahead of the device
 Entry = tuple[ExchangeKind, float, Span, float]  # kind, bytes, span, count
@@ -46,16 +46,32 @@ def phase_of(exchange: Exchange) -> str:
     return "again" if exchange.again else side_of(exchange.phase.value)
 
 
+def names_of(exchange: Exchange) -> tuple[str, ...]:
+    """What an exchange inside a unit is added up as."""
+    side = "forward" if exchange.phase is Phase.FORWARD else "backward"
+    if exchange.hidden:
+        return (f"hidden_{side}",)
+    return (f"{exchange.axis}_{side}", *(("again",) if exchange.again else ()))
+
+
+def waits_of(one: PlacedStage) -> list[tuple[str, float]]:
+    """By what exchanges are added up as: for how many other ranks, which have computed meanwhile, a rank waits."""
+    spans = {"tp": one.spans.tp, "cp": one.spans.cp, "ep": one.spans.ep}
+    found: list[tuple[str, float]] = []
+    for exchange in one.work.exchanges:
+        if exchange.interrupts:
+            others = 1 if exchange.kind is ExchangeKind.SEND else spans[exchange.axis].num_ranks - 1
+            found += [(name, float(exchange.count * others)) for name in names_of(exchange)]
+    return found
+
+
 def exchanges_of(one: PlacedStage) -> list[tuple[str, Entry]]:
     """All that a stage exchanges, by what it is added up as."""
     spans = {"tp": one.spans.tp, "cp": one.spans.cp, "ep": one.spans.ep}
     entries: list[tuple[str, Entry]] = []
     for exchange in one.work.exchanges:
-        side = "forward" if exchange.phase is Phase.FORWARD else "backward"
-        name = f"hidden_{side}" if exchange.hidden else f"{exchange.axis}_{side}"
-        entries.append((name, (exchange.kind, exchange.nbytes, spans[exchange.axis], exchange.count)))
-        if exchange.again and not exchange.hidden:
-            entries.append(("again", entries[-1][1]))
+        entry = exchange.kind, exchange.nbytes, spans[exchange.axis], exchange.count
+        entries += [(name, entry) for name in names_of(exchange)]
         if one.spans.pipeline_crosses:  # the host waits for its hops
             entries.append(
                 (f"crowded_{phase_of(exchange)}", (exchange.kind, 0.0, spans[exchange.axis], exchange.count))

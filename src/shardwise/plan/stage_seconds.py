@@ -21,14 +21,13 @@ from shardwise.plan.collectives import KINDS, exchange_seconds_of
 from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
 from shardwise.plan.job import Job
 from shardwise.plan.placing import Span
-from shardwise.plan.stage_exchanges import SIDES, Entry, PlacedStage, exchanges_of, phase_of, side_of
+from shardwise.plan.stage_exchanges import SIDES, Entry, PlacedStage, exchanges_of, phase_of, side_of, waits_of
 from shardwise.plan.stage_work import StageWork
 
 __all__ = ["PlacedStage", "StageSeconds", "StageTable", "offloaded_bytes", "stage_seconds", "visit_bytes"]
 
 PARTS = ("forward", "input", "weight", "recompute", "accumulation")  # of a micro-batch, by what computes
 AXES = ("tp", "cp", "ep")
-_INSIDE = (*AXES, "hidden", "again", "unshard")  # exchanges between the kernels of a micro-batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +98,7 @@ class StageTable:
     kernels: KernelTable
     parts: dict[str, _Counts]  # part -> how many of each kernel the stages have
     exchanges: dict[str, _ExchangeSums]
+    waits: dict[str, FloatArray]  # by what exchanges are added up as: other ranks that are waited for
     hosts: dict[str, FloatArray]  # by phase: kernels and exchanges that are started, and hops that are crowded
     optimizer_bytes: FloatArray
     offloaded_bytes: FloatArray  # of a micro-batch, that wait in the host's memory
@@ -113,11 +113,14 @@ class StageTable:
         distinct: list[Kernel] = []
         entries: dict[str, list[tuple[int, int, int]]] = {part: [] for part in PARTS}
         hosts = {name: np.zeros(len(placed)) for name in _HOSTS}
+        waits: dict[str, FloatArray] = {}
         for stage, one in enumerate(placed):
             for part, kernel in _parts(one.work):
                 place = _place(index, distinct, kernel)
                 entries[part].append((stage, place, kernel.count))
                 hosts[f"kernels_{side_of(part)}"][stage] += kernel.count
+            for name, number in waits_of(one):
+                waits.setdefault(name, np.zeros(len(placed)))[stage] += number
             for exchange in one.work.exchanges:
                 side = phase_of(exchange)
                 hosts[f"exchanges_{side}"][stage] += exchange.count
@@ -128,6 +131,7 @@ class StageTable:
             kernels=KernelTable.of(distinct),
             parts={part: _Counts.of(rows, len(placed)) for part, rows in entries.items()},
             exchanges=_exchange_sums(placed),
+            waits=waits,
             hosts=hosts,
             optimizer_bytes=np.array([_optimizer_bytes(one) for one in placed]),
             offloaded_bytes=np.array([offloaded_bytes(one.work, one.layout) for one in placed]),
@@ -159,10 +163,8 @@ def stage_seconds(table: StageTable, cluster: Cluster) -> StageSeconds:
         for part in ("forward", "recompute"):
             parts[part] = parts[part] + table.parts[part].all() * device.efficiency.asked_s
     sums = {name: _sum_seconds(sums, cluster) for name, sums in table.exchanges.items()}
-    if overheads.interrupted_s:
-        for name in sums:
-            if name.startswith(_INSIDE):
-                sums[name] = sums[name] + table.exchanges[name].of_stages.all() * overheads.interrupted_s
+    for name, waits in table.waits.items():
+        sums[name] = sums[name] + waits * overheads.interrupted_s
     zero = np.zeros(table.size)
     hosts = {
         side: table.hosts[f"kernels_{side}"] * overheads.kernel_s
