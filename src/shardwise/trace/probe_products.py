@@ -8,6 +8,7 @@ Knows torch and shapes; refuses to know the clock.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from shardwise.trace.probe_case import Case, Run, dtype_name
 __all__ = ["attention", "batched", "product"]
 
 _CAUSAL = 0.5  # of the scores
+_OTHERS_BYTES = 24 << 20  # of weights that are multiplied with between two turns of one
+_MOST_COPIES = 64
 
 
 def product(shape: tuple[int, int, int], phase: Phase, dtype: torch.dtype, device: torch.device) -> Case:
@@ -28,11 +31,21 @@ def product(shape: tuple[int, int, int], phase: Phase, dtype: torch.dtype, devic
     operands = {Phase.FORWARD: ((m, k), (n, k)), Phase.INPUT: ((m, n), (n, k)), Phase.WEIGHT: ((m, n), (m, k))}[phase]
 
     def make() -> Run:
-        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in operands)
-        a, b = (a.t() if phase is Phase.WEIGHT else a), (b.t() if phase is Phase.FORWARD else b)
-        return lambda: torch.mm(a, b)
+        a = torch.ones(operands[0], dtype=dtype, device=device)
+        if phase is Phase.WEIGHT:
+            b = torch.ones(operands[1], dtype=dtype, device=device)
+            return lambda: torch.mm(a.t(), b)
+        weight = torch.ones(operands[1], dtype=dtype, device=device)
+        weights = [weight, *(weight.clone() for _ in range(_copies(weight)))]
+        others = itertools.cycle([each.t() if phase is Phase.FORWARD else each for each in weights])
+        return lambda: torch.mm(a, next(others))
 
     return Case(kernel=_matmul(1, rows, columns, depth, phase, dtype), make=make)
+
+
+def _copies(weight: torch.Tensor) -> int:
+    """So many that none is still in a core's own caches when its turn comes: a step has other weights between."""
+    return min(_MOST_COPIES, _OTHERS_BYTES // weight.nbytes) if weight.device.type == "cpu" else 0
 
 
 def batched(batch: int, m: int, n: int, k: int, device: torch.device) -> Case:
