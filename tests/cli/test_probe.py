@@ -71,6 +71,8 @@ def test_it_prints_what_was_measured_and_how_well_it_fits(asked, capsys) -> None
     assert "matmul float32 512x512x512 forward" in told
     assert "all-reduce of 4, shared memory" in told
     assert "formula beside measurement" in told
+    packs = next(line for line in told.splitlines() if line.startswith("pack_bytes_per_s"))
+    assert "B/s" in packs.split("to")[0]  # and not so many seconds
     assert "10.0%" in told or "9.5%" in told  # the spread of two rounds
 
 

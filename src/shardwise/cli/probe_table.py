@@ -13,7 +13,7 @@ from shardwise.quantities import format_bytes, format_duration, format_rate, for
 
 __all__ = ["report"]
 
-_UNITS = {"_s": format_seconds, "_bytes": format_bytes}
+_UNITS = {"_per_s": format_rate, "_s": format_seconds, "_bytes": format_bytes}  # the first that fits
 
 
 def report(measured: Sequence[MachineTimes], fitted: Sequence[FittedCluster], passed_s: float) -> str:
