@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from shardwise.describe.cluster import Cluster
 from shardwise.describe.kernels import KernelKind
@@ -13,7 +13,11 @@ from shardwise.quantities import format_bytes, format_duration, format_rate, for
 
 __all__ = ["report"]
 
-_UNITS = {"_per_s": format_rate, "_s": format_seconds, "_bytes": format_bytes}  # the first that fits
+_UNITS: dict[str, Callable[[float], str]] = {  # the first that fits
+    "_per_s": format_rate,
+    "_s": format_seconds,
+    "_bytes": format_bytes,
+}
 
 
 def report(measured: Sequence[MachineTimes], fitted: Sequence[FittedCluster], passed_s: float) -> str:
