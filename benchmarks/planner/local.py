@@ -47,7 +47,7 @@ _PRELOAD = ("benchmarks.planner.local_rank",)  # with transformers, and the mode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--visits 8] [--budget-s S] ...`."""
+    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--visits 6] [--budget-s S] ...`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner --local", description=__doc__)
     parser.add_argument("--local", action="store_true", help="what this is")
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--match", default="", help="only layouts whose text this regular expression finds")
     parser.add_argument("--only", choices=("memory", "time", "score"), help="measure one of them, or nothing more")
     parser.add_argument("--rounds", type=int, default=1, help="times that ranks of every layout are started and timed")
-    parser.add_argument("--visits", type=int, default=8, help="how often each of them is timed while they are alive")
+    parser.add_argument("--visits", type=int, default=6, help="how often each of them is timed while they are alive")
     parser.add_argument(
         "--beside", type=int, default=8, help="layouts that are alive beside each other, timed in turns"
     )
@@ -150,13 +150,14 @@ def _visit(some: Sequence[_Asked], given: argparse.Namespace, starter: RankStart
     with contextlib.ExitStack() as stack:
         pools = [(entry, _laid_out(entry, one, layout, stack, starter)) for entry, one, layout in some]
         for _ in range(given.visits):
-            for entry, pool in pools:
+            for place, (entry, pool) in enumerate(pools):
                 if pool is None:
                     continue
                 try:
                     entry.runs.append(_run_of(pool.run(timed, given.timed_s, timeout_s=_DEADLINE_S)))
-                except LaunchError as error:  # too slow here: another time
+                except LaunchError as error:  # too slow here, and its ranks have ended
                     _tell(f"{entry.model} {entry.layout}: {error}")
+                    pools[place] = entry, None
     for entry, pool in pools:
         if pool is not None and entry.runs:
             visits = " ".join(f"{run['step_s'] * 1e3:.0f}" for run in entry.runs[-given.visits :])
@@ -171,7 +172,9 @@ def _laid_out(
     counts where it was not known: with others alive, pages that all share are divided among more."""
     pool = stack.enter_context(RankPool(entry.ranks, num_threads=1, starter=starter))
     try:
-        ranks = pool.run(laid_out, Task(model=entry.model, layout=layout, plans=planned.plans(layout)), timeout_s=120.0)
+        ranks = pool.run(
+            laid_out, Task(model=entry.model, layout=layout, plans=planned.plans(layout)), timeout_s=_DEADLINE_S
+        )
     except LaunchError as error:  # too slow here: another time
         _tell(f"{entry.model} {layout}: {error}")
         return None

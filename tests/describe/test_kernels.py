@@ -23,9 +23,6 @@ PRODUCT = Kernel(
 def test_a_kernel_some_times_is_the_same_with_another_count():
     assert PRODUCT.times(7) == dataclasses.replace(PRODUCT, count=21)
     assert PRODUCT.times(1) is PRODUCT
-    different = {field.name: getattr(PRODUCT, field.name) for field in dataclasses.fields(Kernel)}
-    defaults = {field.name: field.default for field in dataclasses.fields(Kernel)}
-    assert all(different[name] != default for name, default in defaults.items())  # so that none is forgotten
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,10 @@ def names_of(exchange: Exchange) -> tuple[str, ...]:
 
 def waits_of(one: PlacedStage) -> list[tuple[str, float]]:
     """By what exchanges are added up as: for how many other ranks, which have computed meanwhile, a rank waits."""
-    spans = {"tp": one.spans.tp, "cp": one.spans.cp, "ep": one.spans.ep}
     found: list[tuple[str, float]] = []
     for exchange in one.work.exchanges:
         if exchange.interrupts:
-            others = 1 if exchange.kind is ExchangeKind.SEND else spans[exchange.axis].num_ranks - 1
+            others = 1 if exchange.kind is ExchangeKind.SEND else getattr(one.spans, exchange.axis).num_ranks - 1
             found += [(name, float(exchange.count * others)) for name in names_of(exchange)]
     return found
 

@@ -225,7 +225,7 @@ def _to_tokens(
     for at, (whole, heads) in enumerate(zip(wholes, lent, strict=True)):
         samples, num_heads, num, dim = whole  # heads behind tokens, as projections have them
         total = tensors[at].new_empty(samples, num, num_heads, dim).transpose(1, 2)
-        alone = sum(stop - start for start, stop in heads) == num_heads  # every head is of one rank
+        alone = sum(stop - start for start, stop in heads) == num_heads  # ranks have all heads, so each is of one
         if not alone:
             total.zero_()
         for rank in range(group.size):
