@@ -219,7 +219,16 @@ class Grouped:
         return F.grouped_mm(x.t(), dy, offs=self.offs)
 
     def add_weight_gradient(self, into: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        into.add_(self.weight_gradient(dy, x, weight))
+        """On a CPU, where groups are multiplied one by one anyway, each is summed by its product (BLAS: beta = 1): most
+        weights are given transposed, and an addition would go through them across their memory."""
+        if into.device.type != "cpu" or type(self.offs) is not torch.Tensor:
+            into.add_(self.weight_gradient(dy, x, weight))
+            return
+        start = 0
+        for group, stop in enumerate(self.offs.tolist()):
+            if stop > start:
+                into[group].addmm_(x[start:stop].t(), dy[start:stop])
+            start = stop
 
     def bias_gradient(self, dy: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a product of groups has no bias")
