@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ import torch
 from benchmarks.planner.local_layouts import Planned
 from benchmarks.planner.local_models import SETTINGS
 from benchmarks.planner.local_rank import Task, Timed, ended, laid_out, timed
-from benchmarks.planner.local_score import Outcome, figures_of
+from benchmarks.planner.local_score import Outcome, figures_of, levelled
 from benchmarks.planner.local_store import Entry, Store
 from shardwise.describe.catalogue import load_cluster
 from shardwise.describe.cluster_file import cluster_text
@@ -47,15 +47,15 @@ _PRELOAD = ("benchmarks.planner.local_rank",)  # with transformers, and the mode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--visits 6] [--budget-s S] ...`."""
+    """`--local [--ranks 2,4] [--models decoder,...] [--only memory|time|score] [--again] [--budget-s S] ...`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner --local", description=__doc__)
     parser.add_argument("--local", action="store_true", help="what this is")
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
     parser.add_argument("--models", default=",".join(SETTINGS), help="some of them")
     parser.add_argument("--match", default="", help="only layouts whose text this regular expression finds")
     parser.add_argument("--only", choices=("memory", "time", "score"), help="measure one of them, or nothing more")
-    parser.add_argument("--rounds", type=int, default=1, help="times that ranks of every layout are started and timed")
-    parser.add_argument("--visits", type=int, default=6, help="how often each of them is timed while they are alive")
+    parser.add_argument("--rounds", type=int, default=2, help="times that ranks of every layout are started and timed")
+    parser.add_argument("--visits", type=int, default=3, help="how often each of them is timed while they are alive")
     parser.add_argument(
         "--beside", type=int, default=8, help="layouts that are alive beside each other, timed in turns"
     )
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cluster", help="a file of `shardwise probe`; without it the machine is probed")
     parser.add_argument("--probe", action="store_true", help="probe again where there is a file already")
     parser.add_argument("--folder", type=Path, default=_FOLDER, help="where results are kept")
+    parser.add_argument("--again", action="store_true", help="time again what was timed before")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--json-only", action="store_true", help="only the JSON line")
     given = parser.parse_args(arguments)
@@ -81,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if given.only != "score":
         _measure(store, planned, given)
-    outcomes = [each for own, one in planned.items() for each in _outcomes(store, one, *own)]
+    seconds = {count: levelled(store.timed(count)) for count in ranks}
+    outcomes = [each for own, one in planned.items() for each in _outcomes(store, one, *own, seconds[own[1]])]
     if not given.json_only:
         print("\n".join(_table(outcomes)))
     figures = {str(count): dataclasses.asdict(figures_of(outcomes, count)) for count in ranks}
@@ -118,6 +120,8 @@ def _measure(store: Store, planned: dict[tuple[str, int], Planned], given: argpa
         for layout in one.layouts
         if re.search(given.match, str(layout))
     ]
+    for entry, _, _ in asked if given.again else ():
+        entry.runs.clear()
     with RankStarter(preload=_PRELOAD) as starter:
         for each in asked if given.only != "time" else ():
             if not each[0].peak_bytes and not each[0].failed and time.monotonic() < end:
@@ -133,7 +137,7 @@ def _measure(store: Store, planned: dict[tuple[str, int], Planned], given: argpa
                 random.Random(turn).shuffle(left)  # neighbours are alike: they are not to share a minute
                 for first in range(0, len(left), given.beside):
                     if time.monotonic() < end:
-                        _visit(left[first : first + given.beside], given, starter)
+                        _visit(left[first : first + given.beside], given, starter, store)
                         store.keep(_about())
 
 
@@ -145,16 +149,18 @@ def _hold(each: _Asked, starter: RankStarter) -> None:
             _tell(f"{entry.model} {layout}: {max(entry.peak_bytes) / 2**20:.0f} MiB")
 
 
-def _visit(some: Sequence[_Asked], given: argparse.Namespace, starter: RankStarter) -> None:
+def _visit(some: Sequence[_Asked], given: argparse.Namespace, starter: RankStarter, store: Store) -> None:
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         pools = [(entry, _laid_out(entry, one, layout, stack, starter)) for entry, one, layout in some]
         for _ in range(given.visits):
+            turn = store.next_turn()
             for place, (entry, pool) in enumerate(pools):
                 if pool is None:
                     continue
                 try:
-                    entry.runs.append(_run_of(pool.run(timed, given.timed_s, timeout_s=_DEADLINE_S)))
+                    ranks = pool.run(timed, given.timed_s, timeout_s=_DEADLINE_S)
+                    entry.runs.append({"turn": turn, **_run_of(ranks)})
                 except LaunchError as error:  # too slow here, and its ranks have ended
                     _tell(f"{entry.model} {entry.layout}: {error}")
                     pools[place] = entry, None
@@ -230,7 +236,9 @@ def _lines(path: str) -> list[str]:
 # -- telling ------------------------------------------------------------------------------------------
 
 
-def _outcomes(store: Store, planned: Planned, model: str, ranks: int) -> Iterator[Outcome]:
+def _outcomes(
+    store: Store, planned: Planned, model: str, ranks: int, seconds: Mapping[Hashable, tuple[float, ...]]
+) -> Iterator[Outcome]:
     for layout in planned.layouts:
         entry = store.of(model, ranks, str(layout))
         if not entry.peak_bytes:
@@ -243,7 +251,7 @@ def _outcomes(store: Store, planned: Planned, model: str, ranks: int) -> Iterato
             predicted_s=price.step_s,
             predicted_bytes=tuple(price.memory[coordinates(layout, rank).position].total for rank in range(ranks)),
             measured_bytes=tuple(entry.peak_bytes),
-            runs_s=entry.runs_s,
+            runs_s=seconds.get((model, str(layout)), ()),
             spread=entry.spread,
         )
 

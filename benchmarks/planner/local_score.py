@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 from scipy.stats import spearmanr
 
-__all__ = ["Chosen", "Figures", "Outcome", "chosen_of", "figures_of"]
+__all__ = ["Chosen", "Figures", "Outcome", "chosen_of", "figures_of", "levelled"]
+
+_POLISHED = 20  # turns of medians; a handful is enough
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,7 @@ class Outcome:
         more the standard error of their median, from half of their middle half (1.25 and 1.48: of normal numbers)."""
         if len(self.runs_s) > 2:
             low, _, high = statistics.quantiles(self.runs_s, n=4)
-            return 1.25 * 1.48 * (high - low) / 2 / len(self.runs_s) ** 0.5 / self.measured_s
+            return float(1.25 * 1.48 * (high - low) / 2 / len(self.runs_s) ** 0.5 / self.measured_s)
         between = (max(self.runs_s) - min(self.runs_s)) / 2 / self.measured_s
         return max(between, self.spread)
 
@@ -75,6 +79,28 @@ class Figures:
     spearman: dict[str, float]
     time_median_by_model: dict[str, float]
     memory_median_by_model: dict[str, float]
+
+
+def levelled(visits: Mapping[Hashable, Sequence[tuple[int, float]]]) -> dict[Hashable, tuple[float, ...]]:
+    """What every visit's seconds would have been at the machine's usual pace: without what its turn has in common.
+
+    Layouts that are visited in one turn share its minute, and every layout is in turns of several companies: seconds
+    are a layout's times a turn's, found by medians in turns (median polish: Tukey 1977, chapter 11)."""
+    rows = [(which, turn, math.log(seconds)) for which, own in visits.items() for turn, seconds in own]
+    pace: dict[int, float] = {}
+    for _ in range(_POLISHED):
+        usual = _medians((which, value - pace.get(turn, 0.0)) for which, turn, value in rows)
+        pace = _medians((turn, value - usual[which]) for which, turn, value in rows)
+        middle = _median(list(pace.values()))
+        pace = {turn: value - middle for turn, value in pace.items()}
+    return {which: tuple(s / math.exp(pace[turn]) for turn, s in own) for which, own in visits.items()}
+
+
+def _medians(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    found: dict[Any, list[float]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return {key: statistics.median(values) for key, values in found.items()}
 
 
 def chosen_of(outcomes: Sequence[Outcome]) -> Chosen:

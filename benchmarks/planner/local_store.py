@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ __all__ = ["Entry", "Store"]
 @dataclasses.dataclass(kw_only=True)
 class Entry:
     """One layout of a model. peak_bytes, before_bytes: by rank, the last measured. runs: every visit, the median
-    step of the slowest rank, half of the middle half of its steps, and its parts."""
+    step of the slowest rank, half of the middle half of its steps, its parts, and the turn that it belongs to: those of
+    layouts that were visited one behind the other."""
 
     model: str
     ranks: int
@@ -29,10 +31,6 @@ class Entry:
     failed: str = ""
 
     @property
-    def runs_s(self) -> tuple[float, ...]:
-        return tuple(float(run["step_s"]) for run in self.runs)
-
-    @property
     def spread(self) -> float:
         return statistics.median([float(run["spread"]) for run in self.runs]) if self.runs else 0.0
 
@@ -42,6 +40,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._turn = -1
         self.about: dict[str, str] = {}
         self._entries: dict[tuple[str, int, str], Entry] = {}
         if path.is_file():
@@ -54,6 +53,21 @@ class Store:
     def of(self, model: str, ranks: int, layout: str) -> Entry:
         """That of a layout; new where there is none."""
         return self._entries.setdefault((model, ranks, layout), Entry(model=model, ranks=ranks, layout=layout))
+
+    def next_turn(self) -> int:
+        """A number that no turn has yet."""
+        turns = [int(run["turn"]) for entry in self._entries.values() for run in entry.runs if "turn" in run]
+        self._turn = max((self._turn, *turns)) + 1
+        return self._turn
+
+    def timed(self, ranks: int) -> dict[Hashable, list[tuple[int, float]]]:
+        """(model, layout) -> turn and seconds of every visit."""
+        return {
+            (entry.model, entry.layout): timed
+            for entry in self._entries.values()
+            if entry.ranks == ranks
+            and (timed := [(int(run["turn"]), float(run["step_s"])) for run in entry.runs if "turn" in run])
+        }
 
     def keep(self, about: dict[str, str]) -> None:
         """All entries that something was measured of; `about` the last of it."""

@@ -3,11 +3,13 @@ with where it was stopped."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.planner.local_score import Outcome, chosen_of, figures_of
+from benchmarks.planner.local_score import Outcome, chosen_of, figures_of, levelled
 from benchmarks.planner.local_store import Store
 
 
@@ -56,15 +58,30 @@ def test_order_is_that_of_all_layouts_of_a_model() -> None:
     assert found.spearman == {"some": pytest.approx(1.0)}
 
 
+def test_what_a_minute_does_to_all_that_are_timed_in_it_is_taken_out_again() -> None:
+    true = {number: 1.0 + number / 10 for number in range(12)}
+    pace = [1.0, 1.4, 0.8, 1.0, 1.2, 1.0]
+    companies = [range(6), range(6, 12), range(0, 12, 2), range(1, 12, 2), range(3, 9), [0, 1, 2, 9, 10, 11]]
+    visits: dict[Hashable, list[tuple[int, float]]] = {number: [] for number in true}
+    for turn, company in enumerate(companies):
+        for number in company:
+            visits[number].append((turn, true[number] * pace[turn]))
+    found = {number: statistics.median(own) for number, own in levelled(visits).items()}
+    ratios = [found[number] / true[number] for number in true]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-3)
+
+
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "local.json")
     entry = store.of("some", 2, "dp=2")
     entry.peak_bytes = [1, 2]
-    entry.runs.append({"step_s": 0.5, "spread": 0.01})
+    entry.runs.append({"turn": 7, "step_s": 0.5, "spread": 0.01})
     store.of("some", 2, "never measured")
     store.keep({"machine": "this"})
     again = Store(tmp_path / "local.json")
     assert again.about == {"machine": "this"}
-    assert again.of("some", 2, "dp=2").runs_s == (0.5,)
+    assert again.timed(2) == {("some", "dp=2"): [(7, 0.5)]}
+    assert again.timed(4) == {}
+    assert again.next_turn() == 8
     assert again.of("some", 2, "dp=2").peak_bytes == [1, 2]
     assert not again.of("some", 2, "never measured").peak_bytes

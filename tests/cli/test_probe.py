@@ -9,8 +9,8 @@ import pytest
 from shardwise.cli import probe as verb
 from shardwise.cli import run_command
 from shardwise.describe.catalogue import load_cluster
-from shardwise.describe.kernels import ExchangeKind, Kernel, KernelKind, Phase
-from shardwise.describe.measured import TINY, ExchangeTime, KernelTime, MachineTimes, ProgramTime
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
+from shardwise.describe.measured import TINY, DividedTime, ExchangeTime, KernelTime, MachineTimes, ProgramTime
 
 
 def machine(ranks: int) -> MachineTimes:
@@ -34,6 +34,7 @@ def machine(ranks: int) -> MachineTimes:
     exchange = ExchangeTime(
         kind=ExchangeKind.ALL_REDUCE, group=ranks, nbytes=1 << 20, way="shared memory", seconds=(1e-3, 1.2e-3)
     )
+    summed = Exchange(kind=ExchangeKind.ALL_REDUCE, axis="tp", phase=Phase.FORWARD, nbytes=1 << 20)
     program = ProgramTime(
         action_s=(3e-4, 3e-4), step_s=(1e-3, 2e-3), start_s=2.5, layout_s=0.5, framework_bytes=200 << 20
     )
@@ -46,6 +47,10 @@ def machine(ranks: int) -> MachineTimes:
         alone=kernels,
         exchanges=(exchange,),
         program=program,
+        divided=(
+            DividedTime(what="dp=2", group=1, kernels=(product,), exchanges=(), seconds=seconds),
+            DividedTime(what="tp=2", group=2, kernels=(product,), exchanges=(summed,), seconds=(6e-3, 6.6e-3)),
+        ),
     )
 
 
@@ -71,6 +76,9 @@ def test_it_prints_what_was_measured_and_how_well_it_fits(asked, capsys) -> None
     assert "matmul float32 512x512x512 forward" in told
     assert "all-reduce of 4, shared memory" in told
     assert "formula beside measurement" in told
+    (way,) = (line for line in told.split("=== 4")[0].splitlines() if line.startswith("micro-batch of a model, tp=2"))
+    assert "6.3 ms" in way
+    assert "interrupted_s" in told
     packs = next(line for line in told.splitlines() if line.startswith("pack_bytes_per_s"))
     assert "B/s" in packs.split("to")[0]  # and not so many seconds
     assert "10.0%" in told or "9.5%" in told  # the spread of two rounds

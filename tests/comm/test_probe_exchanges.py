@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from shardwise.comm.probe_exchanges import exchange_seconds_of_all, hidden_share, interruption_s
+from shardwise.comm.probe_exchanges import exchange_seconds_of_all, hidden_share
 from shardwise.describe.kernels import ExchangeKind
 from shardwise.testing import on_ranks
 
@@ -46,12 +44,3 @@ def test_ways_that_programs_do_not_use_are_left_out_if_wanted(rank, all_ways) ->
 @on_ranks(2)
 def test_what_products_hide_of_an_exchange_is_a_share(rank) -> None:
     assert 0 <= hidden_share(1 << 16, window_s=1e-3) <= 1
-
-
-@on_ranks(4)
-def test_what_an_exchange_between_products_costs_besides_is_the_same_on_all_ranks(rank) -> None:
-    lost_s = interruption_s(window_s=1e-3)
-    assert 0 <= lost_s < 1
-    told = torch.tensor([lost_s, -lost_s], dtype=torch.float64)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    assert told[0] == -told[1]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from models import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.describe.kernels import ExchangeKind, KernelKind
+from shardwise.describe.kernels import ExchangeKind, KernelKind, Phase
 from shardwise.describe.profile import CallProfile
 from shardwise.execute.assemble import assemble
 from shardwise.execute.batches import select, split
@@ -170,17 +170,15 @@ def test_shards_have_a_share_of_products_and_parameters_and_send_their_tokens() 
         assert first.logits_bytes == 0
 
 
-def test_an_exchange_right_behind_another_finds_ranks_together() -> None:
-    """Sums are scattered behind products, and gathered behind what works on tokens alone."""
-    counts: dict[tuple[ExchangeKind, bool], int] = {}
-    shard = traced("llama").shard(Layout.parse("tp=2,sequence_parallel=on"), SAMPLES)
-    for exchange in (each for call in shard.calls for each in call.exchanges):
-        key = exchange.kind, exchange.interrupts
-        counts[key] = counts.get(key, 0) + exchange.count
-    assert counts[ExchangeKind.REDUCE_SCATTER, True] >= 4
-    assert counts[ExchangeKind.ALL_GATHER, False] >= 4
-    assert (ExchangeKind.REDUCE_SCATTER, False) not in counts
-    assert (ExchangeKind.ALL_GATHER, True) not in counts
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2,sequence_parallel=on", "cp=2", "cp=2,context=ulysses"])
+def test_functions_of_tokens_that_are_dealt_out_are_counted_in_the_forward(layout: str) -> None:
+    shard = traced("llama").shard(Layout.parse(layout), SAMPLES)
+    found = [k for call in shard.calls for k in call.kernels if k.kind is KernelKind.FUNCTION]
+    assert {kernel.phase for kernel in found} <= {Phase.FORWARD}
+    blocks = [call for call in shard.calls if ".layers." in call.unit]
+    counts = {sum(k.count for k in call.kernels if k.kind is KernelKind.FUNCTION) for call in blocks}
+    assert len(counts) == 1  # blocks that are alike, of which one runs and the others answer as it does
+    assert (counts.pop() > 4) is (layout != "tp=2")  # two norms and two sums, at least
 
 
 class Alive(TorchDispatchMode):

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 
 from shardwise.describe.catalogue import find_device
-from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link
-from shardwise.describe.kernels import ExchangeKind, Kernel, KernelKind, Phase
+from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
 from shardwise.describe.measured import (
     TINY,
     UPDATE,
     BlockTime,
+    DividedTime,
     ExchangeTime,
     KernelTime,
     MachineTimes,
@@ -22,6 +23,7 @@ from shardwise.describe.measured import (
 from shardwise.plan.collectives import exchange_seconds
 from shardwise.plan.compute import KernelTable, kernel_seconds
 from shardwise.plan.fit_cluster import FittedCluster, fit_cluster, held_of
+from shardwise.plan.fit_coefficients import divided_s
 from shardwise.plan.placing import Span
 
 CORE = Device(
@@ -110,7 +112,30 @@ def measured(device: Device, link: Link, *, name: str = "a core", ranks: int = 2
             framework_bytes=200 << 20,
         ),
         hidden=(0.2, 0.3, 0.25),
-        interrupted_s=(3e-4, 0.0, 2e-4),
+    )
+
+
+def divided(device: Device, link: Link, overheads: Overheads, *, slower: float = 1.0) -> tuple[DividedTime, ...]:
+    """Ways to divide a model on a machine that is as the formulas say, and was slower by a factor meanwhile."""
+
+    def way(group: int, functions: int, exchanges: tuple[Exchange, ...]) -> DividedTime:
+        asked = Kernel(kind=KernelKind.FUNCTION, phase=Phase.FORWARD, dtype="", count=functions)
+        made = (*(dataclasses.replace(kernel, count=40 // group) for kernel in kernels()), asked)
+        time = DividedTime(what="", group=group, kernels=made, exchanges=exchanges, seconds=())
+        alone = divided_s(time, dataclasses.replace(device, efficiency=bare), link, Overheads())
+        added = divided_s(time, device, link, overheads) - alone
+        return dataclasses.replace(time, seconds=tuple((alone * slower + added) * each for each in ROUNDS))
+
+    def some(kind: ExchangeKind, count: int) -> Exchange:
+        return Exchange(kind=kind, axis="tp", phase=Phase.FORWARD, nbytes=1 << 16, count=count)
+
+    bare = dataclasses.replace(device.efficiency, dealt_s=0.0)
+    return (
+        way(1, 0, ()),
+        way(2, 0, (some(ExchangeKind.ALL_REDUCE, 40),)),
+        way(2, 90, (some(ExchangeKind.REDUCE_SCATTER, 40), some(ExchangeKind.ALL_GATHER, 40))),
+        way(2, 160, (some(ExchangeKind.SEND, 30),)),
+        way(4, 160, (some(ExchangeKind.ALL_TO_ALL, 30),)),
     )
 
 
@@ -154,8 +179,31 @@ def test_coefficients_are_physical_and_lie_between_those_of_the_rounds() -> None
 def test_a_quiet_machine_gives_the_same_in_every_round() -> None:
     fitted = fit_cluster(measured(CORE, LINK, noise=0.0))
     for each in fitted.coefficients:
-        if each.name not in ("step_s", "overlap", "interrupted_s"):
+        if each.name not in ("step_s", "overlap"):
             assert each.most == each.least == each.value
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.3])
+def test_what_a_program_adds_to_divided_units_is_told_apart_also_while_the_machine_is_slow(slower: float) -> None:
+    added = Overheads(interrupted_s=2e-4, message_s=3e-4)
+    device = dataclasses.replace(CORE, efficiency=dataclasses.replace(CORE.efficiency, dealt_s=5e-5))
+    times = dataclasses.replace(measured(CORE, LINK, noise=0.0), divided=divided(device, LINK, added, slower=slower))
+    fitted = fit_cluster(times)
+    found = fitted.cluster
+    assert found.overheads.interrupted_s == pytest.approx(2e-4, rel=0.1)
+    assert found.overheads.message_s == pytest.approx(3e-4, rel=0.1)
+    assert found.hosts[0].device.efficiency.dealt_s == pytest.approx(5e-5, rel=0.1)
+    (residual,) = (each for each in fitted.residuals if each.what == "divided")
+    assert residual.count == 4
+    assert residual.largest < (0.05 if slower == 1.0 else 0.3)  # what fits the machine as it was for a while
+
+
+def test_what_is_no_longer_divided_than_alone_costs_nothing_besides() -> None:
+    times = dataclasses.replace(measured(CORE, LINK, noise=0.0), divided=divided(CORE, LINK, Overheads()))
+    found = fit_cluster(times).cluster
+    assert found.overheads.interrupted_s < 1e-5
+    assert found.overheads.message_s < 1e-5
+    assert found.hosts[0].device.efficiency.dealt_s < 5e-6
 
 
 def test_blocks_settle_what_a_program_adds_to_kernels_and_what_rates_they_reach_in_it() -> None:

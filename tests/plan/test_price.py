@@ -139,10 +139,27 @@ def test_every_exchange_inside_a_unit_interrupts_what_computes(hidden: bool) -> 
     assert found.time[0].total == pytest.approx(found.step_s)
     four = priced(Layout(tp=4), 2, cluster=slow, exchanges=sums)
     assert four.step_s == pytest.approx(2 * (3.0 + 1.5))  # for each of three others
-    at_once = tuple(dataclasses.replace(each, interrupts=False) for each in sums)
-    assert priced(Layout(tp=2), 2, cluster=slow, exchanges=at_once).step_s == pytest.approx(2 * 3.0)
     alone = priced(Layout(dp=2), 2, cluster=slow)
     assert alone.step_s == pytest.approx(2 * 3.0)  # sums of gradients are behind what computes
+
+
+@pytest.mark.parametrize("kind, messages", [(ExchangeKind.SEND, 1), (ExchangeKind.ALL_TO_ALL, 3)])
+def test_messages_inside_a_unit_have_a_price_of_their_own(kind: ExchangeKind, messages: int) -> None:
+    """A turn of a ring is one, an all-to-all among four is three."""
+    sent = (Exchange(kind=kind, axis="cp", phase=Phase.FORWARD, nbytes=0, count=5),)
+    slow = dataclasses.replace(CLUSTER, overheads=Overheads(message_s=0.1, interrupted_s=7.0, overlap=0.0))
+    assert priced(Layout(cp=4), 2, cluster=slow, exchanges=sent).step_s == pytest.approx(2 * (3.0 + 0.5 * messages))
+
+
+def test_functions_that_the_program_answers_take_their_own_time_again_where_a_forward_is() -> None:
+    functions = Kernel(kind=KernelKind.FUNCTION, phase=Phase.FORWARD, dtype="", count=4)
+    (hosts,) = CLUSTER.hosts
+    reached = dataclasses.replace(hosts.device.efficiency, dealt_s=0.25, asked_s=1.0)
+    slow = dataclasses.replace(
+        CLUSTER, hosts=(dataclasses.replace(hosts, device=dataclasses.replace(hosts.device, efficiency=reached)),)
+    )
+    plain = priced(Layout(), 1, cluster=slow).step_s
+    assert priced(Layout(), 1, cluster=slow, recomputed=(functions,)).step_s == pytest.approx(plain + 1.0)
 
 
 def test_a_host_that_is_slower_than_its_device_sets_the_pace() -> None:

@@ -13,12 +13,12 @@ from shardwise.plan.fit_cluster import fit_cluster
 from shardwise.train.probe import default_ranks, probe
 from shardwise.train.probe_rank import Thoroughness
 
-TINY = dataclasses.replace(Thoroughness.quickly(), rounds=2, kernel_s=1e-3, exchange_s=1e-3, models=0)
+TINY = dataclasses.replace(Thoroughness.quickly(), rounds=2, kernel_s=1e-3, exchange_s=1e-3, models=0, visits=0)
 
 
 def test_two_ranks_measure_a_machine_that_can_be() -> None:
     told = []
-    (times,) = probe([2], how=TINY, tell=told.append)
+    (times,) = probe([2], how=dataclasses.replace(TINY, visits=2), tell=told.append)
     assert (times.ranks, told[0]) == (2, "starting ranks")
     assert len(times.kernels[0].seconds) == 2
     for alone, together in zip(times.alone, times.kernels, strict=True):
@@ -30,6 +30,14 @@ def test_two_ranks_measure_a_machine_that_can_be() -> None:
     assert {time.group for time in times.exchanges} == {2}
     assert {len(time.seconds) for time in times.exchanges} == {2}
     assert len({(time.kind, time.nbytes, time.way) for time in times.exchanges}) == len(times.exchanges)
+    assert [time.what for time in times.divided] == [
+        "dp=2",
+        "dp=1,tp=2",
+        "dp=1,tp=2,sequence_parallel=on",
+        "dp=1,cp=2",
+        "dp=1,cp=2,context=ulysses",
+    ]
+    assert {len(time.seconds) for time in times.divided} == {2}
     assert times.program.framework_bytes > 50 << 20
     assert times.program.start_s > 0
     fitted = fit_cluster(times)
@@ -37,6 +45,7 @@ def test_two_ranks_measure_a_machine_that_can_be() -> None:
     assert fitted.cluster.hosts[0].device.memory_bytes > 100 << 20
     assert 0 < fitted.cluster.hosts[0].device.efficiency.matmul <= 1
     assert fitted.cluster.links[0].latency_s > 0
+    assert {"dealt_s", "interrupted_s", "message_s"} <= {each.name for each in fitted.coefficients}
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def command(
     messages, what a program takes for an action and a step, and how much slower ranks are that share cores.
 
     Prints what was measured, what was fitted with its spread over the rounds, and how far the fit is from what was
-    measured. Takes two minutes.
+    measured. Takes three to four minutes.
 
     shardwise probe
 

@@ -41,6 +41,9 @@ def _of(times: MachineTimes, fit: FittedCluster) -> Iterator[str]:
     for block in times.blocks:
         seconds, spread = format_seconds(block.median_s), spread_of(block.seconds)
         yield f"{'block, ' + block.what:44}{'':13}{seconds:>13}{'':8}{spread:8.1%}"
+    for way in times.divided:
+        seconds, spread = format_seconds(way.median_s), spread_of(way.seconds)
+        yield f"{'micro-batch of a model, ' + way.what:57}{seconds:>13}{'':8}{spread:8.1%}"
     if times.exchanges:
         yield ""
         yield f"{'exchange':44}{'seconds':>13}{'bytes':>13}{'':9}spread"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,15 +24,13 @@ from shardwise.comm.same_host import same_host_transport
 from shardwise.comm.shared_collective import SharedMemoryCollective
 from shardwise.describe.kernels import ExchangeKind
 
-__all__ = ["Exchanged", "exchange_seconds_of_all", "hidden_share", "interruption_s"]
+__all__ = ["Exchanged", "exchange_seconds_of_all", "hidden_share"]
 
 Run = Callable[[], object]
 
 _MOST = 400  # calls of one exchange
 _WARM_UP = 3
 _SIDE = 256  # of the matrices that are multiplied beside an exchange
-_ROWS, _WIDTH, _LAYERS = 128, 1024, 4  # of the products between exchanges, of a few milliseconds
-_PAIRS = 5  # of measurements with and without exchanges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,53 +93,6 @@ def hidden_share(nbytes: int, *, window_s: float, device: torch.device | str = "
         both_s = _most(_timed(both, window_s, device), device)
         dist.barrier()
     return min(1.0, max(0.0, (exchange_s + compute_s - both_s) / min(exchange_s, compute_s)))
-
-
-def interruption_s(*, window_s: float) -> float:
-    """What a rank loses for every other of an exchange between products of some milliseconds, besides what it takes.
-
-    Ranks wait for each other, and for a processor where they share it, and find less in its caches.
-
-    Seconds; the mean of groups of every number of ranks that divides all, not below 0. Collective, on CPUs; the same on
-    every rank, about `window_s` for each of a dozen measurements.
-    """
-    world = dist.get_world_size()
-    sizes = [size for size in range(2, world + 1) if world % size == 0]
-    return max(0.0, statistics.fmean(_interruption_s(size, window_s) / (size - 1) for size in sizes))
-
-
-def _interruption_s(group: int, window_s: float) -> float:
-    device = torch.device("cpu")
-    groups = [list(range(first, first + group)) for first in range(0, dist.get_world_size(), group)]
-    x = torch.zeros(_ROWS, _SIDE)
-    layers = itertools.cycle([(torch.zeros(_SIDE, _WIDTH), torch.zeros(_WIDTH, _SIDE)) for _ in range(_LAYERS)])
-    with contextlib.ExitStack() as stack:
-        own = collective_over(groups, stack=stack, device=device)
-        assert own is not None
-        flat = torch.zeros(_SIDE * group)
-
-        def exchange() -> None:
-            own.all_reduce(flat).wait()
-
-        def compute() -> None:
-            into, out = next(layers)
-            x @ into @ out
-
-        def both() -> None:
-            compute()
-            exchange()
-
-        alone_s = _most(_timed(exchange, window_s, device), device)
-        times = max(2, int(window_s / max(_most(_timed(compute, window_s, device), device), 1e-7)))
-        lost = []
-        for _ in range(_PAIRS):
-            seconds = []
-            for run in (compute, both):
-                dist.barrier()
-                seconds.append(_most(_passed(run, times, device), device) / times)
-            lost.append(seconds[1] - seconds[0] - alone_s)
-        dist.barrier()
-    return statistics.median(lost)
 
 
 def _collectives(

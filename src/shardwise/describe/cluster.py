@@ -46,6 +46,7 @@ class Efficiency:
     update: of the memory's rate, the share that an optimizer's pass reaches; 0: `memory`.
     asked_s: of every kernel of a forward besides, in which the program asks for it, where that delays the device (a
         CPU, which runs both); a backward's are asked for by the library.
+    dealt_s: of every function that the program answers itself (`KernelKind.FUNCTION`), where that delays the device.
     """
 
     matmul: float = 0.7
@@ -57,12 +58,13 @@ class Efficiency:
     pack_bytes_per_s: float = 0.0
     update: float = 0.0
     asked_s: float = 0.0
+    dealt_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("matmul", "attention", "memory"):
             _share(name, getattr(self, name))
         _share("update", self.update, zero=True)
-        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes", "pack_bytes_per_s", "asked_s"):
+        for name in ("launch_s", "matmul_half_flops", "memory_half_bytes", "pack_bytes_per_s", "asked_s", "dealt_s"):
             _at_least(name, getattr(self, name), 0.0)
 
 
@@ -185,9 +187,10 @@ class Overheads:
 
     action_s: the program's own time for one action of a schedule; step_s: for one step (data, logging, the optimizer's
     start); kernel_s, exchange_s: for starting one kernel, one collective: a device that is faster waits for it.
-    interrupted_s: what a rank loses for every other rank of an exchange inside a unit, besides the exchange (ranks that
-    have computed since the last one wait for each other, and for a processor where they share it, and find their data
-    gone from its caches).
+    interrupted_s: what a rank loses for every other rank of a collective inside a unit, besides the collective (ranks
+    that have computed since the last one wait for each other, and for a processor where they share it, and find less in
+    its caches). message_s: likewise for every message inside a unit (a turn of a ring, what one rank has for another in
+    an all-to-all), which the program packs, asks for, waits for and unpacks.
     crowded_s: what every hop of a collective inside a unit takes longer where pipelines cross hosts too (their messages
     share the processors that move both). framework_bytes: held by the runtime on every device before a model is there;
     `slack`: the share of the allocator's bytes that fragments take. overlap: of communication that may run beside
@@ -201,6 +204,7 @@ class Overheads:
     kernel_s: float = 0.0
     exchange_s: float = 0.0
     interrupted_s: float = 0.0
+    message_s: float = 0.0
     crowded_s: float = 0.0
     framework_bytes: int = 0
     slack: float = 0.0
@@ -247,6 +251,7 @@ class Cluster:
             matmul_half_flops=delay_s * flops_per_s * reached.matmul,
             memory_half_bytes=delay_s * bytes_per_s * reached.memory,
             pack_bytes_per_s=14e9 * share,
+            dealt_s=60e-6 / share,
         )
         device = Device(
             name="CPU core",
@@ -259,7 +264,8 @@ class Cluster:
         overheads = Overheads(
             action_s=150e-6 / share,
             step_s=2e-3 / share,
-            interrupted_s=2e-4 / share,
+            interrupted_s=1e-4 / share,
+            message_s=1e-4 / share,
             framework_bytes=200 << 20,
             overlap=0.0,
         )

@@ -7,6 +7,8 @@ or written for an architecture.
     MATMUL      (batch, m, n, k)                        a product of (m, k) with (k, n), `batch` times; convolutions too
     ATTENTION   (batch, queries, keys, width, values)   fused; batch counts samples times heads
     MEMORY      ()                                      priced by the bytes it reads and writes alone
+    FUNCTION    ()                                      no work: the program answers it itself, since ranks have dealt
+                                                        out what it is asked about by tokens
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class KernelKind(StrEnum):
     MATMUL = "matmul"
     ATTENTION = "attention"
     MEMORY = "memory"
+    FUNCTION = "function"
 
 
 class Phase(StrEnum):
@@ -35,7 +38,7 @@ class Phase(StrEnum):
     WEIGHT = "weight"  # of the backward: gradients of parameters, which a schedule may put off
 
 
-_RANK = {KernelKind.MATMUL: 4, KernelKind.ATTENTION: 5, KernelKind.MEMORY: 0}
+_RANK = {KernelKind.MATMUL: 4, KernelKind.ATTENTION: 5, KernelKind.MEMORY: 0, KernelKind.FUNCTION: 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +66,7 @@ class Kernel:
             raise ModelError(
                 f"the shape of a {self.kind} kernel has {_RANK[self.kind]} numbers, but got {self.shape}; see Kernel"
             )
-        if self.kind is KernelKind.MEMORY and self.batch_dims == (0,):
+        if not self.shape and self.batch_dims == (0,):
             object.__setattr__(self, "batch_dims", ())
         if self.batch_dims and not 0 <= min(self.batch_dims) <= max(self.batch_dims) < len(self.shape):
             raise ModelError(f"batch_dims are dims of the shape {self.shape}, but got {self.batch_dims}; see Kernel")
@@ -105,8 +108,7 @@ class Exchange:
     """One kind of exchange inside a unit, `count` times, over an axis of the layout: "tp", "cp" or "ep".
 
     hidden: whether what computes meanwhile does not wait for it (the next turn of a ring). again: whether it belongs to
-    a forward that is computed again before the backward. interrupts: whether products have run since the exchange
-    before it; ranks that have met just now need not wait for each other.
+    a forward that is computed again before the backward.
     """
 
     kind: ExchangeKind
@@ -116,7 +118,6 @@ class Exchange:
     count: int = 1
     hidden: bool = False
     again: bool = False
-    interrupts: bool = True
 
     def __post_init__(self) -> None:
         if self.axis not in ("tp", "cp", "ep"):

@@ -9,12 +9,13 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from shardwise.describe.kernels import ExchangeKind, Kernel
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel
 
 __all__ = [
     "TINY",
     "UPDATE",
     "BlockTime",
+    "DividedTime",
     "ExchangeTime",
     "KernelTime",
     "MachineTimes",
@@ -54,6 +55,22 @@ class BlockTime:
     kernels: tuple[Kernel, ...]
     seconds: tuple[float, ...]
     weight: float = 1.0
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DividedTime:
+    """Seconds of a forward and backward of a model whose units `group` ranks divide, in every visit: the mean of the
+    ranks, and what one of them computes and exchanges meanwhile."""
+
+    what: str
+    group: int
+    kernels: tuple[Kernel, ...]
+    exchanges: tuple[Exchange, ...]
+    seconds: tuple[float, ...]
 
     @property
     def median_s(self) -> float:
@@ -108,7 +125,8 @@ class MachineTimes:
     """All of it, with `ranks` ranks at once on `cores` cores or as many GPUs, one thread a rank.
 
     device: its name; memory_bytes: of one; alone: the same kernels where one rank computes and the others are idle;
-    peaks: of models whose activations are of several sizes, on the fullest rank.
+    peaks: of models whose activations are of several sizes, on the fullest rank; divided: of one model by every way to
+    divide its units, the undivided first.
     """
 
     ranks: int
@@ -122,7 +140,7 @@ class MachineTimes:
     blocks: tuple[BlockTime, ...] = ()
     peaks: tuple[PeakBytes, ...] = ()
     hidden: tuple[float, ...] = ()  # of a sum of gradients beside products, the share that does not show
-    interrupted_s: tuple[float, ...] = ()  # that products lose with every exchange between them
+    divided: tuple[DividedTime, ...] = ()
 
 
 def spread_of(values: Sequence[float]) -> float:

@@ -36,11 +36,20 @@ from shardwise.trace.deferred import defer
 from shardwise.trace.placing import place
 from shardwise.trace.probe_blocks import BlockShape, block
 
-__all__ = ["TOKENS", "ModelRun", "counted_model", "model_kernels", "model_run"]
+__all__ = [
+    "MICRO_BATCHES",
+    "TOKENS",
+    "ModelRun",
+    "ProbedModel",
+    "batch_of",
+    "counted_model",
+    "model_kernels",
+    "model_run",
+]
 
 TOKENS = (96, 768)  # of a micro-batch: few activations beside the states, and many
 _WIDTH, _WORDS, _KINDS = 192, 2048, ("plain", "gated", "plain", "gated")
-_MICRO_BATCHES = 2
+MICRO_BATCHES = 2
 _FIRST = 2  # steps that trace, make states and touch memory
 _TIMED_S, _LEAST = 0.6, 3
 
@@ -54,7 +63,7 @@ class ModelRun:
     peak: PeakBytes
 
 
-class _Model(nn.Module):
+class ProbedModel(nn.Module):
     """A table of words, blocks of two kinds, and a loss over the table."""
 
     def __init__(self, tokens: int) -> None:
@@ -72,7 +81,7 @@ class _Model(nn.Module):
 
 def model_kernels(tokens: int) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Of a forward and of a backward of one micro-batch of so many tokens."""
-    (work,) = _works(defer(lambda: _Model(tokens), seed=0).module, tokens, Layout(micro_batches=1))
+    (work,) = _works(defer(lambda: ProbedModel(tokens), seed=0).module, tokens, Layout(micro_batches=1))
     forward = tuple(kernel for kernel in work.kernels if kernel.phase is Phase.FORWARD)
     return forward, tuple(kernel for kernel in work.kernels if kernel.phase is not Phase.FORWARD)
 
@@ -80,12 +89,12 @@ def model_kernels(tokens: int) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
 def model_run(tokens: int) -> ModelRun:
     """Of this rank, a process that has computed nothing before. Collective."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    layout = Layout(dp=ranks, micro_batches=_MICRO_BATCHES)
-    blueprint = defer(lambda: _Model(tokens), seed=0)
+    layout = Layout(dp=ranks, micro_batches=MICRO_BATCHES)
+    blueprint = defer(lambda: ProbedModel(tokens), seed=0)
     model = blueprint.module
     place(model, blueprint.materialize([name for name, _ in model.named_buffers()]))
     states, passing = _counted(model, tokens, ranks)
-    parts = split(_batch(tokens, ranks), micro_batches=_MICRO_BATCHES, replicas=ranks, weights=lambda _: 1.0)
+    parts = split(batch_of(tokens, ranks), micro_batches=MICRO_BATCHES, replicas=ranks, weights=lambda _: 1.0)
     program = assemble(
         model, parts[0][0].inputs, layout=layout, rank=rank, fill=fill_from(blueprint.materialize, "cpu")
     )
@@ -133,27 +142,28 @@ def _all_say(here: bool) -> bool:
     return bool(said)
 
 
-def _batch(tokens: int, samples: int) -> dict[str, torch.Tensor]:
-    return {"ids": (torch.arange(_MICRO_BATCHES * samples * tokens) % _WORDS).view(-1, tokens)}
+def batch_of(tokens: int, samples: int) -> dict[str, torch.Tensor]:
+    """Of a step of so many replicas."""
+    return {"ids": (torch.arange(MICRO_BATCHES * samples * tokens) % _WORDS).view(-1, tokens)}
 
 
 def _works(model: nn.Module, tokens: int, layout: Layout) -> tuple[StageWork, ...]:
-    inputs = {name: each[:1] for name, each in _batch(tokens, 1).items()}
+    inputs = {name: each[:1] for name, each in batch_of(tokens, 1).items()}
     return TracedProfiles(model, inputs).works(layout, 1, num_micro_batches=layout.micro_batches)
 
 
 def counted_model(tokens: int, ranks: int = 1) -> tuple[float, float]:
     """Bytes of a rank by the plan: what is there all the time, and what comes and goes."""
-    return _counted(defer(lambda: _Model(tokens), seed=0).module, tokens, ranks)
+    return _counted(defer(lambda: ProbedModel(tokens), seed=0).module, tokens, ranks)
 
 
 def _counted(model: nn.Module, tokens: int, ranks: int) -> tuple[float, float]:
-    layout = Layout(dp=ranks, micro_batches=_MICRO_BATCHES)
+    layout = Layout(dp=ranks, micro_batches=MICRO_BATCHES)
     lines = memory_lines(
         _works(model, tokens, layout),
         layout,
-        Job(global_batch=_MICRO_BATCHES * layout.dp, gradients_stay=layout.dp > 1),
-        num_micro_batches=_MICRO_BATCHES,
+        Job(global_batch=MICRO_BATCHES * layout.dp, gradients_stay=layout.dp > 1),
+        num_micro_batches=MICRO_BATCHES,
         in_flight=[1.0],
         overheads=Overheads(),
     )

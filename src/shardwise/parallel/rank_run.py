@@ -11,8 +11,9 @@ much. Refuses to know plans and layouts.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.describe.flow import Node
-from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, Phase
+from shardwise.describe.kernels import Exchange, ExchangeKind, Kernel, KernelKind, Phase
 from shardwise.errors import DataflowError
 from shardwise.parallel.repeated import Template, answer, remembered, signature_of
+from shardwise.parallel.tensor.collectives import Carrier
+from shardwise.parallel.tensor.sequence_ops import ASKS
 from shardwise.trace.alive import LiveCounter
 from shardwise.trace.below import tensors_of
 from shardwise.trace.capture import Faked
-from shardwise.trace.count import is_product
 from shardwise.trace.for_real import Twins
 from shardwise.trace.randomness import Scope, draw, is_random
 from shardwise.trace.running import DataDependent
@@ -39,7 +41,8 @@ __all__ = ["GLUE", "RankRun", "segment"]
 GLUE = Scope(seed=0, step=0, micro_batch=0, samples=(), place="glue", call=0)  # of a recording that is given no other
 
 _DEVICE = torch.ops.prim.device.default
-_Noted = tuple[ExchangeKind, str, Phase, int, bool, bool]
+_FUNCTION = Kernel(kind=KernelKind.FUNCTION, phase=Phase.FORWARD, dtype="")
+_Noted = tuple[ExchangeKind, str, Phase, int, bool]
 
 
 def segment(num_calls: int) -> int:
@@ -70,11 +73,11 @@ class RankRun:
         self._templates: dict[Hashable, Template | None] = {}
         self._like: dict[int, int] = {}  # node -> the node that it repeats
         self._exchanges: dict[int, dict[_Noted, int]] = {}
+        self._functions: dict[int, int] = {}  # place -> functions of tokens that are dealt out
         self._phase = "forward"
         self._done = 0
         self._place = segment(0)
         self._inside = False
-        self._apart = True  # products have run since the last exchange
 
     # -- what was found -------------------------------------------------------------------------
 
@@ -83,17 +86,15 @@ class RankRun:
         return self._like.get(place, place)
 
     def kernels(self, place: int) -> tuple[Kernel, ...]:
-        return self.counter.kernels(self.source(place))
+        source = self.source(place)
+        found, functions = self.counter.kernels(source), self._functions.get(source, 0)
+        return (*found, dataclasses.replace(_FUNCTION, count=functions)) if functions else found
 
     def exchanges(self, place: int) -> tuple[Exchange, ...]:
         """Equal ones once."""
         return tuple(
-            Exchange(
-                kind=kind, axis=axis, phase=phase, nbytes=nbytes, hidden=hidden, count=count, interrupts=interrupts
-            )
-            for (kind, axis, phase, nbytes, hidden, interrupts), count in self._exchanges.get(
-                self.source(place), {}
-            ).items()
+            Exchange(kind=kind, axis=axis, phase=phase, nbytes=nbytes, hidden=hidden, count=count)
+            for (kind, axis, phase, nbytes, hidden), count in self._exchanges.get(self.source(place), {}).items()
         )
 
     def transient_bytes(self, place: int) -> tuple[int, int]:
@@ -141,12 +142,16 @@ class RankRun:
 
     def observe(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """An operation has run."""
-        self._apart = self._apart or is_product(func)
         if self._phase == "forward":
             self.counter.forward(self._place, func, args, kwargs, out)
             self.counter.note(self._place, backward=False)
         elif self._phase == "backward":
             self.counter.backward(func, args, kwargs, out)
+
+    def ask(self, types: Collection[type]) -> None:
+        """A function is called with tensors of these types."""
+        if self._phase == "forward" and any(issubclass(each, Carrier) for each in types):
+            self._functions[self._place] = self._functions.get(self._place, 0) + 1
 
     def note(self, kind: ExchangeKind, axis: str, nbytes: int, hidden: bool) -> None:
         """Ranks exchange something now."""
@@ -159,9 +164,8 @@ class RankRun:
         if self._phase == "over" or not nbytes:
             return
         counts = self._exchanges.setdefault(place, {})
-        noted = kind, axis, phase, nbytes, hidden, self._apart
+        noted = kind, axis, phase, nbytes, hidden
         counts[noted] = counts.get(noted, 0) + 1
-        self._apart = False
 
     def call(
         self, unit: str, module: nn.Module, body: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
@@ -237,6 +241,8 @@ class _Glue(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in ASKS:
+            self._run.ask(types)
         if not self._run.in_glue:
             return func(*args, **kwargs)
         if is_random(func, tuple(args), kwargs):

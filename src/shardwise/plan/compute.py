@@ -21,7 +21,7 @@ import numpy.typing as npt
 from shardwise.describe.cluster import Device
 from shardwise.describe.kernels import Kernel, KernelKind
 
-__all__ = ["FloatArray", "KernelTable", "kernel_seconds"]
+__all__ = ["KINDS_OF_KERNELS", "FloatArray", "KernelTable", "kernel_seconds"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ SPLITS = (1, 2, 4)  # of the depth, where there are few tiles ("split-K")
 START_DEPTH = 96  # of a tile: as long as so many steps of its depth pass before the first product and behind the last
 ATTENTION_WIDTH = 64
 ALIGNED_BYTES = 16  # matrix units load rows whose lengths are multiples of it (cuBLAS: "16 bytes" for tensor cores)
-_KINDS = {kind: index for index, kind in enumerate(KernelKind)}
+KINDS_OF_KERNELS = {kind: index for index, kind in enumerate(KernelKind)}
 _BYTES = {"float32": 4, "tfloat32": 4, "float64": 8, "fp8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
@@ -57,7 +57,7 @@ class KernelTable:
         for index, kernel in enumerate(kernels):
             shape[index, : len(kernel.shape)] = kernel.shape
         return cls(
-            kind=np.array([_KINDS[kernel.kind] for kernel in kernels], dtype=np.int64),
+            kind=np.array([KINDS_OF_KERNELS[kernel.kind] for kernel in kernels], dtype=np.int64),
             dtype=np.array([place[kernel.dtype] for kernel in kernels], dtype=np.int64),
             dtypes=dtypes,
             flops=np.array([kernel.flops for kernel in kernels], dtype=np.float64),
@@ -77,15 +77,17 @@ def kernel_seconds(table: KernelTable, device: Device) -> FloatArray:
     if not len(table):
         return seconds
     rates = np.array([device.rate(dtype) for dtype in table.dtypes])[table.dtype]
-    products = table.kind == _KINDS[KernelKind.MATMUL]
+    products = table.kind == KINDS_OF_KERNELS[KernelKind.MATMUL]
     if products.any():
         found = _product_seconds(table, products, rates[products], device)
         seconds[products] = np.maximum(seconds[products], found)
-    attentions = table.kind == _KINDS[KernelKind.ATTENTION]
+    attentions = table.kind == KINDS_OF_KERNELS[KernelKind.ATTENTION]
     if attentions.any():
         found = _attention_seconds(table, attentions, rates[attentions], device)
         seconds[attentions] = np.maximum(seconds[attentions], found)
-    return np.maximum(seconds, reached.launch_s)
+    return np.where(
+        table.kind == KINDS_OF_KERNELS[KernelKind.FUNCTION], reached.dealt_s, np.maximum(seconds, reached.launch_s)
+    )
 
 
 def _product_seconds(

@@ -25,7 +25,16 @@ from shardwise.describe.kernels import KernelKind, Phase
 from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes, PeakBytes
 from shardwise.errors import ConfigError
 from shardwise.plan.compute import KernelTable, kernel_seconds
-from shardwise.plan.fit_coefficients import delayed, exchange_times_s, filled, of_blocks, of_kernels, of_link
+from shardwise.plan.fit_coefficients import (
+    delayed,
+    divided_s,
+    exchange_times_s,
+    filled,
+    of_blocks,
+    of_divided,
+    of_kernels,
+    of_link,
+)
 
 __all__ = ["Coefficient", "FittedCluster", "Residual", "fit_cluster", "held_of"]
 
@@ -89,7 +98,9 @@ def fit_cluster(times: MachineTimes, *, on_gpu: bool = False) -> FittedCluster:
         )
         for name, value in whole.items()
     )
-    return FittedCluster(cluster=cluster, coefficients=coefficients, residuals=_residuals(times, device, link))
+    return FittedCluster(
+        cluster=cluster, coefficients=coefficients, residuals=_residuals(times, device, link, overheads)
+    )
 
 
 def held_of(peaks: Sequence[PeakBytes]) -> tuple[float, float] | None:
@@ -162,8 +173,10 @@ def _coefficients(times: MachineTimes, promised: Device, on_gpu: bool, number: i
         found |= of_link(exchanges, [of(time.seconds) for time in exchanges], _link(times))
     if times.hidden:
         found["overlap"] = of(times.hidden)
-    if times.interrupted_s:
-        found["interrupted_s"] = of(times.interrupted_s)
+    if times.divided:
+        device = dataclasses.replace(promised, efficiency=filled(Efficiency(), found))
+        seconds = [of(time.seconds) for time in times.divided]
+        found |= of_divided(times.divided, seconds, device, filled(_link(times), found))
     found["action_s"] = max(0.0, of(times.program.action_s))  # differences of noisy numbers
     found["step_s"] = max(0.0, of(times.program.step_s))
     return {name: _rounded(value) for name, value in found.items()}
@@ -186,13 +199,14 @@ def _moved(time: ExchangeTime) -> float:
     return float(exchange_times_s([time], unit)[0])
 
 
-def _residuals(times: MachineTimes, device: Device, link: Link) -> tuple[Residual, ...]:
+def _residuals(times: MachineTimes, device: Device, link: Link, overheads: Overheads) -> tuple[Residual, ...]:
     """Of kernels alone: what a program adds to each is left out again."""
     bare = _kernels(times)
     own = filled(Efficiency(), of_kernels(bare, [time.median_s for time in bare], device))
     priced = kernel_seconds(KernelTable.of([time.kernel for time in bare]), dataclasses.replace(device, efficiency=own))
     rows = [(_kind_of(time), float(seconds), time.median_s) for time, seconds in zip(bare, priced, strict=True)]
     rows += [(f"block {time.what.partition(' ')[0]}", _block_s(time, device), time.median_s) for time in times.blocks]
+    rows += [("divided", divided_s(time, device, link, overheads), time.median_s) for time in times.divided[1:]]
     chosen = [time for time in times.exchanges if time.chosen]
     rows += [
         (f"{time.kind} of {time.group}", float(seconds), time.median_s)

@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, nnls
 
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
-from shardwise.describe.kernels import Phase
-from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime
+from shardwise.describe.kernels import KernelKind, Phase
+from shardwise.describe.measured import BlockTime, DividedTime, ExchangeTime, KernelTime
 from shardwise.plan.collectives import KINDS, exchange_seconds_of
 from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
+from shardwise.plan.stage_exchanges import waits_in
 
-__all__ = ["delayed", "exchange_times_s", "filled", "of_blocks", "of_kernels", "of_link"]
+__all__ = ["delayed", "divided_s", "exchange_times_s", "filled", "of_blocks", "of_divided", "of_kernels", "of_link"]
 
 Fields = TypeVar("Fields", Efficiency, Link, Overheads)
 
@@ -106,6 +107,44 @@ def of_link(times: Sequence[ExchangeTime], measured: Sequence[float], link: Link
         return exchange_times_s(times, filled(link, values))
 
     return _fitted(seconds, np.array(measured), start, ranges)
+
+
+def of_divided(times: Sequence[DividedTime], measured: Sequence[float], device: Device, link: Link) -> dict[str, float]:
+    """What a micro-batch takes longer, divided in one way or another, than its kernels and exchanges: of every function
+    of tokens that are dealt out, every other rank of a collective, every message. None is below 0 (least squares of
+    relative errors: Lawson and Hanson 1974). The first time is of the undivided model, and says how fast the machine
+    was meanwhile."""
+    alone = np.array([divided_s(time, device, link, Overheads()) for time in times])
+    speed = measured[0] / alone[0]
+    left = (np.array(measured) - speed * alone) / np.array(measured)
+    things = np.array([_added(time) for time in times], dtype=np.float64) / np.array(measured)[:, None]
+    found, _ = nnls(things[1:], left[1:])
+    return dict(zip(("dealt_s", "interrupted_s", "message_s"), found.tolist(), strict=True))
+
+
+def divided_s(time: DividedTime, device: Device, link: Link, overheads: Overheads) -> float:
+    """As it is priced."""
+    counts = np.array([kernel.count for kernel in time.kernels])
+    seconds = kernel_seconds(KernelTable.of(time.kernels), device)
+    asked = sum(k.count for k in time.kernels if k.phase is Phase.FORWARD and k.kind is not KernelKind.FUNCTION)
+    found = float(counts @ seconds) + asked * device.efficiency.asked_s
+    if time.exchanges:
+        each = exchange_seconds_of(
+            np.array([KINDS[exchange.kind] for exchange in time.exchanges]),
+            np.array([float(exchange.nbytes) for exchange in time.exchanges]),
+            np.array([[time.group]] * len(time.exchanges)),
+            Cluster(hosts=(_ANY,), links=(link,)),
+        )
+        found += float(np.array([exchange.count for exchange in time.exchanges]) @ each)
+    _, others, messages = _added(time)
+    return found + others * overheads.interrupted_s + messages * overheads.message_s
+
+
+def _added(time: DividedTime) -> tuple[int, int, int]:
+    """Functions, other ranks, messages."""
+    waits = [waits_in(exchange, time.group) for exchange in time.exchanges]
+    functions = sum(kernel.count for kernel in time.kernels if kernel.kind is KernelKind.FUNCTION)
+    return functions, sum(each.others for each in waits), sum(each.messages for each in waits)
 
 
 def exchange_times_s(times: Sequence[ExchangeTime], link: Link) -> FloatArray:

@@ -8,6 +8,7 @@ Refuses to know how long any of it takes.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from shardwise.describe.kernels import Exchange, ExchangeKind, Phase
 from shardwise.layout import Layout
@@ -15,10 +16,28 @@ from shardwise.plan.job import Job
 from shardwise.plan.placing import Span, Spans
 from shardwise.plan.stage_work import StageWork
 
-__all__ = ["SIDES", "Entry", "PlacedStage", "exchanges_of", "names_of", "phase_of", "side_of", "waits_of"]
+__all__ = [
+    "SIDES",
+    "Entry",
+    "PlacedStage",
+    "Waits",
+    "exchanges_of",
+    "names_of",
+    "phase_of",
+    "side_of",
+    "waits_in",
+    "waits_of",
+]
 
 SIDES = ("forward", "again", "backward")  # of a micro-batch: phases, in each of which the host runs ahead of the device
 Entry = tuple[ExchangeKind, float, Span, float]  # kind, bytes, span, count
+
+
+class Waits(NamedTuple):
+    """Other ranks, which have computed meanwhile, that a rank meets in collectives; messages that it exchanges."""
+
+    others: int
+    messages: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +73,24 @@ def names_of(exchange: Exchange) -> tuple[str, ...]:
     return (f"{exchange.axis}_{side}", *(("again",) if exchange.again else ()))
 
 
-def waits_of(one: PlacedStage) -> list[tuple[str, float]]:
-    """By what exchanges are added up as: for how many other ranks, which have computed meanwhile, a rank waits."""
-    found: list[tuple[str, float]] = []
-    for exchange in one.work.exchanges:
-        if exchange.interrupts:
-            others = 1 if exchange.kind is ExchangeKind.SEND else getattr(one.spans, exchange.axis).num_ranks - 1
-            found += [(name, float(exchange.count * others)) for name in names_of(exchange)]
-    return found
+def waits_of(one: PlacedStage) -> list[tuple[str, Waits]]:
+    """By what exchanges are added up as: what a rank waits for in them."""
+    spans = one.spans
+    return [
+        (name, waits)
+        for exchange in one.work.exchanges
+        if any(waits := waits_in(exchange, getattr(spans, exchange.axis).num_ranks))
+        for name in names_of(exchange)
+    ]
+
+
+def waits_in(exchange: Exchange, group: int) -> Waits:
+    """Of one among `group` ranks."""
+    if exchange.kind is ExchangeKind.SEND:
+        return Waits(0, exchange.count)
+    if exchange.kind is ExchangeKind.ALL_TO_ALL:
+        return Waits(0, exchange.count * (group - 1))
+    return Waits(exchange.count * (group - 1), 0)
 
 
 def exchanges_of(one: PlacedStage) -> list[tuple[str, Entry]]:

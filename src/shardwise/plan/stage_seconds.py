@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.describe.cluster import Cluster
-from shardwise.describe.kernels import ExchangeKind, Kernel
+from shardwise.describe.kernels import ExchangeKind, Kernel, KernelKind
 from shardwise.layout import Layout
 from shardwise.plan.collectives import KINDS, exchange_seconds_of
-from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
+from shardwise.plan.compute import KINDS_OF_KERNELS, FloatArray, KernelTable, kernel_seconds
 from shardwise.plan.job import Job
 from shardwise.plan.placing import Span
 from shardwise.plan.stage_exchanges import SIDES, Entry, PlacedStage, exchanges_of, phase_of, side_of, waits_of
@@ -86,10 +86,6 @@ class _Counts:
             np.bincount(self.stages, weights=self.numbers * each[self.things], minlength=self.size), dtype=np.float64
         )
 
-    def all(self) -> FloatArray:
-        """Of every stage: how many."""
-        return np.asarray(np.bincount(self.stages, weights=self.numbers, minlength=self.size), dtype=np.float64)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageTable:
@@ -98,7 +94,7 @@ class StageTable:
     kernels: KernelTable
     parts: dict[str, _Counts]  # part -> how many of each kernel the stages have
     exchanges: dict[str, _ExchangeSums]
-    waits: dict[str, FloatArray]  # by what exchanges are added up as: other ranks that are waited for
+    waits: dict[str, FloatArray]  # by what exchanges are added up as: (stages, 2), `Waits`
     hosts: dict[str, FloatArray]  # by phase: kernels and exchanges that are started, and hops that are crowded
     optimizer_bytes: FloatArray
     offloaded_bytes: FloatArray  # of a micro-batch, that wait in the host's memory
@@ -119,8 +115,8 @@ class StageTable:
                 place = _place(index, distinct, kernel)
                 entries[part].append((stage, place, kernel.count))
                 hosts[f"kernels_{side_of(part)}"][stage] += kernel.count
-            for name, number in waits_of(one):
-                waits.setdefault(name, np.zeros(len(placed)))[stage] += number
+            for name, numbers in waits_of(one):
+                waits.setdefault(name, np.zeros((len(placed), 2)))[stage] += numbers
             for exchange in one.work.exchanges:
                 side = phase_of(exchange)
                 hosts[f"exchanges_{side}"][stage] += exchange.count
@@ -160,11 +156,12 @@ def stage_seconds(table: StageTable, cluster: Cluster) -> StageSeconds:
     each = kernel_seconds(table.kernels, device)
     parts = {part: counts.times(each) for part, counts in table.parts.items()}
     if device.efficiency.asked_s:
+        asked = np.where(table.kernels.kind == KINDS_OF_KERNELS[KernelKind.FUNCTION], 0.0, device.efficiency.asked_s)
         for part in ("forward", "recompute"):
-            parts[part] = parts[part] + table.parts[part].all() * device.efficiency.asked_s
+            parts[part] = parts[part] + table.parts[part].times(asked)
     sums = {name: _sum_seconds(sums, cluster) for name, sums in table.exchanges.items()}
     for name, waits in table.waits.items():
-        sums[name] = sums[name] + waits * overheads.interrupted_s
+        sums[name] = sums[name] + waits @ np.array([overheads.interrupted_s, overheads.message_s])
     zero = np.zeros(table.size)
     hosts = {
         side: table.hosts[f"kernels_{side}"] * overheads.kernel_s

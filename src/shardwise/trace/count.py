@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -27,7 +26,7 @@ from shardwise.trace.book import Book, Stored
 from shardwise.trace.kept_products import is_kept
 from shardwise.trace.record import Recorder
 
-__all__ = ["Counter", "flops_of", "is_product"]
+__all__ = ["Counter", "flops_of"]
 
 _ATTENTION = "aten::_scaled_dot_product_"
 _GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
@@ -35,14 +34,6 @@ _EMBEDDING = "aten::embedding"
 _CONVOLUTION_BACKWARD = "aten::convolution_backward"
 _GROUPED_BACKWARD = "transformers::grouped_mm_fallback_backward"
 _ACCUMULATES = 2**63  # autograd numbers from here on are those of the nodes that add up a parameter's gradients
-
-
-@functools.cache
-def is_product(func: Any) -> bool:
-    """Whether `flops_of` a dispatched operation may be more than 0."""
-    name = func._schema.name
-    named = name.startswith(_ATTENTION) or name in _GROUPED or name in (_GROUPED_BACKWARD, _CONVOLUTION_BACKWARD)
-    return named or func._overloadpacket in flop_registry
 
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:

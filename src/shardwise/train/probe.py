@@ -21,14 +21,23 @@ import psutil
 import torch
 
 from shardwise.describe.kernels import ExchangeKind
-from shardwise.describe.measured import BlockTime, ExchangeTime, KernelTime, MachineTimes, PeakBytes, ProgramTime
+from shardwise.describe.measured import (
+    BlockTime,
+    DividedTime,
+    ExchangeTime,
+    KernelTime,
+    MachineTimes,
+    PeakBytes,
+    ProgramTime,
+)
 from shardwise.errors import ConfigError
+from shardwise.execute.probe_divided import ways_to_divide
 from shardwise.execute.probe_model import TOKENS, ModelRun, model_kernels
 from shardwise.execute.probe_program import Programmed
 from shardwise.launch import RankPool, RankStarter
 from shardwise.trace.probe_blocks import block_kernels, block_shapes
 from shardwise.trace.probe_kernels import cases
-from shardwise.train.probe_rank import Round, Thoroughness, measured, modelled, programmed
+from shardwise.train.probe_rank import Round, Thoroughness, divided, measured, modelled, programmed
 
 __all__ = ["default_ranks", "probe"]
 
@@ -65,6 +74,8 @@ def probe(
                 found.append(_with(pool, device, how, start_s, begun + how.budget_s * number / len(ranks), tell))
             if device == "cpu" and how.models:
                 found[-1] = _with_models(found[-1], how, starter, tell)
+            if device == "cpu" and how.visits and count > 1:
+                found[-1] = _with_divided(found[-1], how, starter, tell)
     return tuple(found)
 
 
@@ -102,7 +113,6 @@ def _with(
         blocks=_block_times(how, rounds),
         exchanges=_exchange_times(rounds),
         hidden=tuple(ranks[0].hidden for ranks in rounds) if count > 1 else (),
-        interrupted_s=tuple(ranks[0].interrupted_s for ranks in rounds) if count > 1 and device == "cpu" else (),
         program=_program_time([made for made, _ in programs], [held for _, held in programs], start_s),
     )
 
@@ -128,6 +138,27 @@ def _with_models(
             what = f"{way} of a model, {tokens} tokens"
             blocks.append(BlockTime(what=what, kernels=kernels, seconds=seconds, weight=_MODEL_WEIGHT))
     return dataclasses.replace(times, peaks=tuple(peaks), blocks=(*times.blocks, *blocks))
+
+
+def _with_divided(
+    times: MachineTimes, how: Thoroughness, starter: RankStarter, tell: Callable[[str], None]
+) -> MachineTimes:
+    """With every way to divide a model's units."""
+    tell(f"{times.ranks} ranks: divided models")
+    ways = ways_to_divide(times.ranks)
+    with _pool(times.ranks, "cpu", starter) as pool:
+        of_ranks = pool.run(divided, ways, how.visits, timeout_s=_DEADLINE_S)
+    found = tuple(
+        DividedTime(
+            what=",".join(part for part in str(way.layout).split(",") if part[:3] not in ("pp=", "mic")),
+            group=way.group,
+            kernels=way.kernels,
+            exchanges=way.exchanges,
+            seconds=tuple(statistics.fmean(each) for each in zip(*(own[place] for own in of_ranks), strict=True)),
+        )
+        for place, way in enumerate(ways)
+    )
+    return dataclasses.replace(times, divided=found)
 
 
 def _pool(count: int, device: str, starter: RankStarter) -> RankPool:

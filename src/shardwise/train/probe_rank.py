@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all, hidden_share, interruption_s
+from shardwise.comm.probe_exchanges import Exchanged, exchange_seconds_of_all, hidden_share
+from shardwise.execute.probe_divided import DividedWay, divided_seconds
 from shardwise.execute.probe_model import ModelRun, model_run
 from shardwise.execute.probe_program import Programmed, held_bytes, program_seconds
 from shardwise.launch import RankContext, init_process_group
 from shardwise.trace.probe_blocks import block_seconds, block_shapes
 from shardwise.trace.probe_kernels import seconds_of_all
 
-__all__ = ["Round", "Thoroughness", "measured", "modelled", "programmed"]
+__all__ = ["Round", "Thoroughness", "divided", "measured", "modelled", "programmed"]
 
 _PROGRAM_ROUNDS = 5
-_BETWEEN = 10.0  # times an exchange's window, for products between exchanges
+_VISIT_S = 0.4  # of each way to divide a model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Thoroughness:
     """Rounds of everything, fewer where they would end after `budget_s`; seconds in which one kernel, one exchange is
     repeated in a round; bytes of exchanges; ranks that are started anew for each model whose steps are taken (0: none
-    are, and what an allocator holds besides tensors is not known)."""
+    are, and what an allocator holds besides tensors is not known); times that every way to divide a model is visited
+    (0: what the program adds to divided units is not known)."""
 
     rounds: int = 5
     kernel_s: float = 0.012
@@ -37,12 +40,20 @@ class Thoroughness:
     quick: bool = False
     budget_s: float = 50.0
     models: int = 3
+    visits: int = 7
 
     @classmethod
     def quickly(cls) -> Thoroughness:
         """A few seconds, for a first look."""
         return cls(
-            rounds=3, kernel_s=0.01, exchange_s=0.004, sizes=(4 << 10, 1 << 20), quick=True, budget_s=20.0, models=1
+            rounds=3,
+            kernel_s=0.01,
+            exchange_s=0.004,
+            sizes=(4 << 10, 1 << 20),
+            quick=True,
+            budget_s=20.0,
+            models=1,
+            visits=3,
         )
 
 
@@ -54,7 +65,6 @@ class Round:
     blocks: tuple[float, ...]  # forward and backward of each
     exchanges: tuple[Exchanged, ...]
     hidden: float
-    interrupted_s: float
 
 
 def _device_of(context: RankContext, kind: str) -> torch.device:
@@ -86,20 +96,17 @@ def measured(context: RankContext, kind: str, how: Thoroughness, first: bool) ->
             shape, device, window_s=4 * how.kernel_s * shared, begin=dist.barrier if context.world_size > 1 else None
         )
     exchanged: list[Exchanged] = []
-    hidden = interrupted_s = 0.0
+    hidden = 0.0
     if context.world_size > 1:
         exchanged = exchange_seconds_of_all(
             how.sizes, window_s=how.exchange_s * shared, device=device, all_ways=first and not how.quick
         )
         hidden = hidden_share(max(how.sizes), window_s=4 * how.exchange_s * shared, device=device)
-        if kind == "cpu":
-            interrupted_s = interruption_s(window_s=_BETWEEN * how.exchange_s * shared)
     return Round(
         kernels=tuple(kernels),
         blocks=tuple(blocks),
         exchanges=tuple(exchanged),
         hidden=hidden,
-        interrupted_s=interrupted_s,
     )
 
 
@@ -107,6 +114,12 @@ def modelled(context: RankContext, tokens: int) -> ModelRun:
     """Of a rank that has done nothing before."""
     torch.set_num_threads(1)
     return model_run(tokens)
+
+
+def divided(context: RankContext, ways: Sequence[DividedWay], visits: int) -> list[tuple[float, ...]]:
+    """[way]: of every visit."""
+    torch.set_num_threads(1)
+    return divided_seconds(ways, visits=visits, visit_s=_VISIT_S)
 
 
 def programmed(context: RankContext, kind: str, how: Thoroughness) -> tuple[Programmed, int]:
