@@ -36,7 +36,7 @@ def test_ways_divide_the_work_of_the_first_and_exchange_what_it_does_not() -> No
     assert {exchange.kind for exchange in ways[3].exchanges} >= {ExchangeKind.ALL_TO_ALL}
 
 
-@pytest.mark.parametrize("ranks, groups", [(3, {1, 3}), (4, {1, 2, 4}), (6, {1, 2}), (8, {1, 2, 4})])
+@pytest.mark.parametrize("ranks, groups", [(3, {1, 3}), (5, {1}), (4, {1, 2, 4}), (6, {1, 2}), (8, {1, 2, 4})])
 def test_units_are_divided_among_two_and_up_to_four_where_ranks_go_round(ranks: int, groups: set[int]) -> None:
     layouts = layouts_that_divide(ranks)
     assert {layout.tp * layout.cp for layout in layouts} == groups

@@ -31,7 +31,7 @@ from shardwise.describe.measured import (
     ProgramTime,
 )
 from shardwise.errors import ConfigError
-from shardwise.execute.probe_divided import ways_to_divide
+from shardwise.execute.probe_divided import layouts_that_divide, ways_to_divide
 from shardwise.execute.probe_model import TOKENS, ModelRun, model_kernels
 from shardwise.execute.probe_program import Programmed
 from shardwise.launch import RankPool, RankStarter
@@ -143,7 +143,9 @@ def _with_models(
 def _with_divided(
     times: MachineTimes, how: Thoroughness, starter: RankStarter, tell: Callable[[str], None]
 ) -> MachineTimes:
-    """With every way to divide a model's units."""
+    """With every way to divide a model's units, where a group divides the ranks."""
+    if len(layouts_that_divide(times.ranks)) == 1:
+        return times
     tell(f"{times.ranks} ranks: divided models")
     ways = ways_to_divide(times.ranks)
     with _pool(times.ranks, "cpu", starter) as pool:
