@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(SETTINGS), help="some of them")
     parser.add_argument("--match", default="", help="only layouts whose text this regular expression finds")
     parser.add_argument("--only", choices=("memory", "time", "score"), help="measure one of them, or nothing more")
-    parser.add_argument("--rounds", type=int, default=2, help="times that ranks of every layout are started and timed")
+    parser.add_argument("--rounds", type=int, default=3, help="times that ranks of every layout are started and timed")
     parser.add_argument("--visits", type=int, default=3, help="how often each of them is timed while they are alive")
     parser.add_argument(
         "--beside", type=int, default=8, help="layouts that are alive beside each other, timed in turns"
