@@ -32,7 +32,7 @@ def command(
     imports: Annotated[
         str, typer.Option("--import", metavar="NAME,NAME", help="What your runs import: it is in their ranks' memory.")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="A first look in seconds: less of everything.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: less of everything, in half the time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything that was measured and fitted, as JSON.")] = False,
 ) -> None:
     """Measure this machine: products by shape and dtype, attention, memory, exchanges by kind, size and group,

@@ -44,7 +44,7 @@ class Thoroughness:
 
     @classmethod
     def quickly(cls) -> Thoroughness:
-        """A few seconds, for a first look."""
+        """Less of everything, for a first look."""
         return cls(
             rounds=3,
             kernel_s=0.01,
