@@ -21,8 +21,8 @@ import numpy as np
 
 from shardwise.describe.catalogue import find_device
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
-from shardwise.describe.kernels import KernelKind, Phase
-from shardwise.describe.measured import TINY, UPDATE, BlockTime, ExchangeTime, KernelTime, MachineTimes, PeakBytes
+from shardwise.describe.kernels import KernelKind
+from shardwise.describe.measured import TINY, UPDATE, ExchangeTime, KernelTime, MachineTimes, PeakBytes
 from shardwise.errors import ConfigError
 from shardwise.plan.compute import KernelTable, kernel_seconds
 from shardwise.plan.fit_coefficients import (
@@ -30,6 +30,7 @@ from shardwise.plan.fit_coefficients import (
     divided_s,
     exchange_times_s,
     filled,
+    kernels_s,
     of_blocks,
     of_divided,
     of_kernels,
@@ -205,7 +206,10 @@ def _residuals(times: MachineTimes, device: Device, link: Link, overheads: Overh
     own = filled(Efficiency(), of_kernels(bare, [time.median_s for time in bare], device))
     priced = kernel_seconds(KernelTable.of([time.kernel for time in bare]), dataclasses.replace(device, efficiency=own))
     rows = [(_kind_of(time), float(seconds), time.median_s) for time, seconds in zip(bare, priced, strict=True)]
-    rows += [(f"block {time.what.partition(' ')[0]}", _block_s(time, device), time.median_s) for time in times.blocks]
+    rows += [
+        (f"block {time.what.partition(' ')[0]}", kernels_s(time.kernels, device), time.median_s)
+        for time in times.blocks
+    ]
     rows += [("divided", divided_s(time, device, link, overheads), time.median_s) for time in times.divided[1:]]
     chosen = [time for time in times.exchanges if time.chosen]
     rows += [
@@ -217,13 +221,6 @@ def _residuals(times: MachineTimes, device: Device, link: Link, overheads: Overh
         errors = [abs(priced_s / measured_s - 1) for name, priced_s, measured_s in rows if name == what]
         found.append(Residual(what=what, count=len(errors), median=statistics.median(errors), largest=max(errors)))
     return tuple(found)
-
-
-def _block_s(time: BlockTime, device: Device) -> float:
-    counts = np.array([kernel.count for kernel in time.kernels])
-    asked = sum(kernel.count for kernel in time.kernels if kernel.phase is Phase.FORWARD)
-    alone = float(counts @ kernel_seconds(KernelTable.of(time.kernels), device))
-    return alone + asked * device.efficiency.asked_s
 
 
 def _kind_of(time: KernelTime) -> str:

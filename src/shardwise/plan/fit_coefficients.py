@@ -15,13 +15,23 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from shardwise.describe.cluster import Cluster, Device, Efficiency, Hosts, Link, Overheads
-from shardwise.describe.kernels import KernelKind, Phase
+from shardwise.describe.kernels import Kernel, KernelKind, Phase
 from shardwise.describe.measured import BlockTime, DividedTime, ExchangeTime, KernelTime
 from shardwise.plan.collectives import KINDS, exchange_seconds_of
 from shardwise.plan.compute import FloatArray, KernelTable, kernel_seconds
 from shardwise.plan.stage_exchanges import waits_in
 
-__all__ = ["delayed", "divided_s", "exchange_times_s", "filled", "of_blocks", "of_divided", "of_kernels", "of_link"]
+__all__ = [
+    "delayed",
+    "divided_s",
+    "exchange_times_s",
+    "filled",
+    "kernels_s",
+    "of_blocks",
+    "of_divided",
+    "of_kernels",
+    "of_link",
+]
 
 Fields = TypeVar("Fields", Efficiency, Link, Overheads)
 
@@ -124,10 +134,7 @@ def of_divided(times: Sequence[DividedTime], measured: Sequence[float], device: 
 
 def divided_s(time: DividedTime, device: Device, link: Link, overheads: Overheads) -> float:
     """As it is priced."""
-    counts = np.array([kernel.count for kernel in time.kernels])
-    seconds = kernel_seconds(KernelTable.of(time.kernels), device)
-    asked = sum(k.count for k in time.kernels if k.phase is Phase.FORWARD and k.kind is not KernelKind.FUNCTION)
-    found = float(counts @ seconds) + asked * device.efficiency.asked_s
+    found = kernels_s(time.kernels, device)
     if time.exchanges:
         each = exchange_seconds_of(
             np.array([KINDS[exchange.kind] for exchange in time.exchanges]),
@@ -138,6 +145,13 @@ def divided_s(time: DividedTime, device: Device, link: Link, overheads: Overhead
         found += float(np.array([exchange.count for exchange in time.exchanges]) @ each)
     _, others, messages = _added(time)
     return found + others * overheads.interrupted_s + messages * overheads.message_s
+
+
+def kernels_s(kernels: Sequence[Kernel], device: Device) -> float:
+    """Of all of them, those of a forward delayed by the program that asks for them."""
+    counts = np.array([kernel.count for kernel in kernels])
+    asked = sum(k.count for k in kernels if k.phase is Phase.FORWARD and k.kind is not KernelKind.FUNCTION)
+    return float(counts @ kernel_seconds(KernelTable.of(kernels), device)) + asked * device.efficiency.asked_s
 
 
 def _added(time: DividedTime) -> tuple[int, int, int]:
